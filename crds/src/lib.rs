@@ -1,0 +1,1 @@
+//! Tunesmith's Kubernetes API types and the contract between operator and trainer.

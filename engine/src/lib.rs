@@ -1,0 +1,1 @@
+//! Explicit forward and backward passes of decoder language models, LoRA and optimizers.

@@ -1,0 +1,1 @@
+//! The controllers behind FineTuneJob and AdapterVersion.

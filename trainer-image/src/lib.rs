@@ -1,0 +1,1 @@
+//! Checks, trains, publishes and verifies what a FineTuneJob asks for.
