@@ -1,1 +1,25 @@
-//! Tunesmith's Kubernetes API types and the contract between operator and trainer.
+//! Tunesmith's Kubernetes API (group `tunesmith.dev`, version `v1alpha1`) and the contract between its operator and
+//! its trainer.
+//!
+//! * [`FineTuneJob`]: what a user asks for. * [`AdapterVersion`]: what came out, immutable.
+//! * [`GpuClass`]: what a cluster admin offers to run it on.
+//! * [`RunSpec`] goes into a trainer pod, [`RunReport`] comes out of it.
+//!
+//! The CRD YAML under `crds/yaml/` is generated from these types: `cargo run -p tunesmith-crds --bin crdgen`.
+
+pub mod adapter_version;
+pub mod conditions;
+pub mod digest;
+pub mod fine_tune_job;
+pub mod gpu_class;
+pub mod manifests;
+pub mod names;
+pub mod run;
+pub mod uri;
+
+pub use adapter_version::{AdapterVersion, AdapterVersionPhase, AdapterVersionSpec, AdapterVersionStatus};
+pub use digest::input_digest;
+pub use fine_tune_job::{FineTuneJob, FineTuneJobPhase, FineTuneJobSpec, FineTuneJobStatus};
+pub use gpu_class::{GpuClass, GpuClassSpec};
+pub use run::{Method, RunReport, RunSpec};
+pub use uri::Uri;

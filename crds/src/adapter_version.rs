@@ -1,0 +1,203 @@
+//! [`AdapterVersion`]: the immutable record of one published result.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    fine_tune_job::{MethodName, SecretRef},
+    uri::Uri,
+};
+
+/// Records one published result of a FineTuneJob. It outlives the job.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "tunesmith.dev",
+    version = "v1alpha1",
+    kind = "AdapterVersion",
+    namespaced,
+    cel,
+    doc = "AdapterVersion records one published result of a FineTuneJob. Its spec never changes, and it outlives the job.",
+    status = "AdapterVersionStatus",
+    derive = "PartialEq",
+    shortname = "av",
+    category = "tunesmith",
+    printcolumn(name = "Adapter", type_ = "string", json_path = ".spec.adapterName"),
+    printcolumn(name = "Version", type_ = "integer", json_path = ".spec.version"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Method", type_ = "string", json_path = ".spec.method"),
+    printcolumn(name = "Eval-Loss", type_ = "number", json_path = ".spec.metrics.evalLoss"),
+    printcolumn(name = "URI", type_ = "string", json_path = ".spec.artifact.uri", priority = "1"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[x_kube(validation = Rule::new("self == oldSelf").message("an AdapterVersion's spec is immutable"))]
+#[serde(rename_all = "camelCase")]
+pub struct AdapterVersionSpec {
+    /// Name of the adapter.
+    #[schemars(length(min = 1, max = 50))]
+    pub adapter_name: String,
+    /// Number of the version, from 1.
+    #[schemars(range(min = 1))]
+    pub version: u32,
+    /// The files.
+    pub artifact: Artifact,
+    /// The model that it was trained from, and that a server loads it over.
+    pub base_model: BaseModelRecord,
+    /// The data that it was trained on.
+    pub dataset: DatasetRecord,
+    /// How it was trained.
+    pub method: MethodName,
+    /// Every option of the training: the job's spec.lora, spec.quantization and spec.training with all defaults.
+    #[schemars(schema_with = "any_object")]
+    pub hyperparameters: serde_json::Value,
+    /// What made it.
+    pub source: Source,
+    /// What was measured.
+    pub metrics: Metrics,
+}
+
+/// The published files.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Artifact {
+    /// What the files are.
+    #[serde(rename = "type")]
+    pub kind: ArtifactType,
+    /// The folder that holds them, and manifest.json.
+    pub uri: Uri,
+    /// SHA-256 of manifest.json, `sha256:…`.
+    #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
+    pub manifest_digest: String,
+    /// Sum of the files' sizes, in bytes.
+    pub size_bytes: u64,
+    /// Every file but manifest.json.
+    #[schemars(length(max = 256))]
+    pub files: Vec<ArtifactFile>,
+    /// Secret of this namespace with which the files can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+    /// ServiceAccount of this namespace with which the files can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_account_name: Option<String>,
+}
+
+/// What published files are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ArtifactType {
+    /// A PEFT LoRA folder.
+    LoraAdapter,
+    /// A Hugging Face model folder.
+    FullModel,
+}
+
+/// One published file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ArtifactFile {
+    /// Path in the artifact's folder.
+    #[schemars(length(min = 1, max = 512))]
+    pub path: String,
+    /// SHA-256 of the content, 64 hexadecimal digits.
+    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
+    pub sha256: String,
+    /// Size in bytes.
+    pub size: u64,
+}
+
+/// The model that a version was trained from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BaseModelRecord {
+    /// Where it was.
+    pub uri: Uri,
+    /// Digest of its files, `sha256:…`.
+    pub digest: String,
+}
+
+/// The data that a version was trained on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DatasetRecord {
+    /// Digest of training and evaluation data, `sha256:…`.
+    pub digest: String,
+    /// Training rows.
+    pub rows: u64,
+    /// Tokens in the training rows.
+    pub tokens: u64,
+}
+
+/// What made a version.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Source {
+    /// Name of the FineTuneJob.
+    pub job: String,
+    /// UID of the FineTuneJob.
+    pub uid: String,
+    /// Generation of its spec.
+    pub generation: i64,
+    /// Number of its run.
+    pub run: u32,
+    /// Digest of all that decided the result.
+    #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
+    pub input_digest: String,
+    /// Image of the trainer.
+    pub trainer_image: String,
+}
+
+/// What was measured. Losses are mean nats a token.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Metrics {
+    /// Eval loss of the base model, before the first step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_eval_loss: Option<f64>,
+    /// Eval loss of the published weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_loss: Option<f64>,
+    /// Training loss over the last logged steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_loss: Option<f64>,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Tokens worked through.
+    pub tokens: u64,
+    /// Seconds from the first step to the last, over all attempts.
+    pub train_seconds: f64,
+}
+
+/// Whether a version can be served.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AdapterVersionStatus {
+    /// One word for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase: Option<AdapterVersionPhase>,
+    /// The generation that this status is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Ready, Reconciling, Stalled (kstatus).
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+    /// When the files were last compared with the manifest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verified_time: Option<Time>,
+}
+
+/// Whether a version can be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum AdapterVersionPhase {
+    /// A pod compares the files with the manifest.
+    Verifying,
+    /// Every file is as the manifest says.
+    Available,
+    /// A file differs from the manifest.
+    Rejected,
+    /// The manifest or a file is gone.
+    Missing,
+}
+
+fn any_object(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
+}

@@ -1,0 +1,540 @@
+//! [`FineTuneJob`]: what a user asks for, and how far it is.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::uri::Uri;
+
+/// Fine-tunes a language model on a data set and publishes the result as an AdapterVersion.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "tunesmith.dev",
+    version = "v1alpha1",
+    kind = "FineTuneJob",
+    namespaced,
+    cel,
+    doc = "FineTuneJob fine-tunes a language model on a data set and publishes the result as an AdapterVersion.",
+    status = "FineTuneJobStatus",
+    derive = "PartialEq",
+    shortname = "ftj",
+    category = "tunesmith",
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Method", type_ = "string", json_path = ".spec.method"),
+    printcolumn(name = "Class", type_ = "string", json_path = ".status.plan.gpuClass"),
+    printcolumn(name = "Progress", type_ = "string", json_path = ".status.progress.summary"),
+    printcolumn(name = "Version", type_ = "string", json_path = ".status.latestVersion"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.message", priority = "1"),
+    validation = Rule::new("self.metadata.name.matches(r'^[a-z0-9]([-a-z0-9]*[a-z0-9])?$') && self.metadata.name.size() <= 40")
+        .message("metadata.name must be a DNS label of at most 40 characters: Jobs and pods are named after it")
+)]
+#[x_kube(
+    validation = Rule::new("self.method != 'QLoRA' || has(self.quantization)")
+        .message("method QLoRA needs quantization, e.g. {bits: 4, type: nf4}").field_path(".quantization"),
+    validation = Rule::new("!has(self.quantization) || self.method in ['QLoRA', 'Auto']")
+        .message("quantization is for method QLoRA or Auto only").field_path(".quantization"),
+    validation = Rule::new("self.method != 'Full' || !has(self.lora)")
+        .message("method Full trains every parameter and takes no lora").field_path(".lora")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct FineTuneJobSpec {
+    /// The model to start from.
+    pub base_model: BaseModel,
+    /// What to learn from, and what to measure on.
+    pub dataset: Dataset,
+    /// How to train. Auto picks LoRA where the base model fits the memory of an offered GpuClass, else QLoRA.
+    #[serde(default)]
+    pub method: MethodName,
+    /// Options of LoRA and QLoRA; left out, each has its default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
+    /// How QLoRA stores the frozen base.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
+    /// The training loop, in the words of Hugging Face TrainingArguments.
+    #[serde(default)]
+    pub training: Training,
+    /// What to run on; left out, the smallest GpuClass that offers the method and fits.
+    #[serde(default)]
+    pub resources: Resources,
+    /// What the result is called and where it goes.
+    pub output: Output,
+    /// Ends the pods, after a checkpoint; false goes on from there.
+    #[serde(default)]
+    pub suspend: bool,
+    /// How many failed attempts are followed by another one. Preempted and evicted attempts don't count.
+    #[serde(default = "defaults::backoff_limit")]
+    #[schemars(range(min = 0, max = 100))]
+    pub backoff_limit: i32,
+    /// Fails a run that takes longer than this, in seconds, over all its attempts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub active_deadline_seconds: Option<i64>,
+}
+
+/// The model to start from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BaseModel {
+    /// A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json, tokenizer_config.json.
+    pub uri: Uri,
+    /// Refuses to train if the folder's digest is another one (status.run.baseDigest shows it).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
+    pub digest: Option<String>,
+    /// Secret with the store's credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION).
+    /// Default: output.secretRef.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+}
+
+/// The name of a Secret in the job's namespace. Only the job's pods read it, never the operator.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretRef {
+    /// Name of the Secret.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+}
+
+/// What to learn from, and what to measure on.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("has(self.eval) != has(self.evalFraction)")
+    .message("give exactly one of eval.uri and evalFraction"))]
+#[serde(rename_all = "camelCase")]
+pub struct Dataset {
+    /// Training rows, JSON Lines.
+    pub train: DataSource,
+    /// Held-out rows, JSON Lines: eval loss is measured on them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval: Option<DataSource>,
+    /// Share of the training rows to hold out instead, chosen by training.seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0 && self < 1.0", "must lie between 0 and 1")))]
+    pub eval_fraction: Option<f64>,
+    /// Shape of a row. Auto tells it from the first row's columns.
+    #[serde(default)]
+    pub format: DataFormat,
+    /// Train on the assistant's tokens alone (Messages), or the completion's (PromptCompletion); false trains on every
+    /// token. Text rows are always trained whole.
+    #[serde(default = "defaults::yes")]
+    pub assistant_only_loss: bool,
+    /// Secret with the store's credentials. Default: output.secretRef.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+}
+
+/// A file of rows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DataSource {
+    /// Where the file is.
+    pub uri: Uri,
+}
+
+/// Shape of a data row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DataFormat {
+    /// As the first row's columns say.
+    #[default]
+    Auto,
+    /// `{"messages": [{"role", "content"}]}`.
+    Messages,
+    /// `{"prompt", "completion"}`.
+    PromptCompletion,
+    /// `{"text"}`.
+    Text,
+}
+
+/// How to train.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum MethodName {
+    /// Every parameter.
+    Full,
+    /// A frozen base and small trained matrices.
+    LoRA,
+    /// LoRA over a base stored in 4 or 8 bits.
+    QLoRA,
+    /// LoRA where the base fits, else QLoRA.
+    #[default]
+    Auto,
+}
+
+/// Options of LoRA, in PEFT's words.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Lora {
+    /// Inner dimension r of the trained matrices.
+    #[schemars(range(min = 1, max = 1024))]
+    pub rank: u32,
+    /// Scale: the adapter's output is multiplied by alpha / rank (alpha / √rank with useRslora).
+    #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
+    pub alpha: f64,
+    /// Share of the adapter's inputs that a training step zeroes, in [0, 1).
+    #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0 && self < 1.0", "must lie in [0, 1)")))]
+    pub dropout: f64,
+    /// Linear layers to adapt: names matched exactly or as the last part of a module's name, or `all-linear` alone for
+    /// every one but the output layer.
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253)))]
+    pub target_modules: Vec<String>,
+    /// Scale by alpha / √rank, which keeps high ranks learning.
+    pub use_rslora: bool,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self {
+            rank: 8,
+            alpha: 32.0,
+            dropout: 0.05,
+            target_modules: vec!["q_proj".into(), "v_proj".into()],
+            use_rslora: false,
+        }
+    }
+}
+
+/// How QLoRA stores the frozen base.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("(self.bits == 8) == (self.type == 'int8')")
+    .message("bits: 4 goes with type nf4 or fp4, bits: 8 with type int8"))]
+#[serde(rename_all = "camelCase")]
+pub struct Quantization {
+    /// Bits of a stored weight: 4 or 8.
+    #[schemars(extend("x-kubernetes-validations" = rule("self in [4, 8]", "must be 4 or 8")))]
+    pub bits: u32,
+    /// The code of a stored weight.
+    #[serde(rename = "type")]
+    pub kind: QuantizationType,
+    /// Quantize the scales too (4 bits only).
+    #[serde(default = "defaults::yes")]
+    pub double_quant: bool,
+}
+
+/// The code of a stored weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantizationType {
+    /// 4-bit NormalFloat.
+    Nf4,
+    /// 4-bit float.
+    Fp4,
+    /// Row-wise 8-bit integers.
+    Int8,
+}
+
+/// The training loop, in the words of Hugging Face TrainingArguments.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Training {
+    /// Passes over the training rows.
+    #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
+    pub num_train_epochs: f64,
+    /// Ends after this many optimizer steps instead, whatever numTrainEpochs says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000_000))]
+    pub max_steps: Option<u64>,
+    /// Rows (packed sequences with packing) that a pod works through at once.
+    #[schemars(range(min = 1, max = 65_536))]
+    pub per_device_train_batch_size: u32,
+    /// Micro-batches that one optimizer step sums up.
+    #[schemars(range(min = 1, max = 65_536))]
+    pub gradient_accumulation_steps: u32,
+    /// Peak learning rate of AdamW.
+    #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
+    pub learning_rate: f64,
+    /// How the learning rate falls after warm-up.
+    pub lr_scheduler_type: LrScheduler,
+    /// Share of all steps over which the learning rate rises from 0. warmupSteps goes before it.
+    #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0 && self <= 1.0", "must lie in [0, 1]")))]
+    pub warmup_ratio: f64,
+    /// Steps over which the learning rate rises from 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 100_000_000))]
+    pub warmup_steps: Option<u64>,
+    /// AdamW's decoupled weight decay.
+    #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
+    pub weight_decay: f64,
+    /// Scales the gradient down to this norm; 0 does not clip.
+    #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
+    pub max_grad_norm: f64,
+    /// Tokens of a row that are kept; longer rows are truncated, and the report counts them.
+    #[schemars(range(min = 2, max = 1_048_576))]
+    pub max_length: u32,
+    /// Fill sequences of maxLength tokens with several rows each (best fit). Rows never attend to each other, and
+    /// padding is never computed, with or without packing.
+    pub packing: bool,
+    /// Seed of the shuffles, the adapter's first values and dropout.
+    #[schemars(range(min = 0, max = 4_294_967_295_u64))]
+    pub seed: u64,
+    /// Recompute activations in the backward pass: less memory, about a third more time.
+    pub gradient_checkpointing: bool,
+    /// Steps between two reported losses.
+    #[schemars(range(min = 1, max = 100_000_000))]
+    pub logging_steps: u64,
+    /// Steps between two evaluations; left out, once before the first step and once after the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000_000))]
+    pub eval_steps: Option<u64>,
+    /// Steps between two checkpoints.
+    #[schemars(range(min = 1, max = 100_000_000))]
+    pub save_steps: u64,
+    /// Checkpoints that are kept; the oldest goes first.
+    #[schemars(range(min = 1, max = 1000))]
+    pub save_total_limit: u32,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Self {
+            num_train_epochs: 3.0,
+            max_steps: None,
+            per_device_train_batch_size: 2,
+            gradient_accumulation_steps: 1,
+            learning_rate: 2e-4,
+            lr_scheduler_type: LrScheduler::Cosine,
+            warmup_ratio: 0.03,
+            warmup_steps: None,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            max_length: 1024,
+            packing: false,
+            seed: 42,
+            gradient_checkpointing: false,
+            logging_steps: 10,
+            eval_steps: None,
+            save_steps: 50,
+            save_total_limit: 2,
+        }
+    }
+}
+
+/// How the learning rate falls after warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LrScheduler {
+    /// In a straight line to 0.
+    Linear,
+    /// Along half a cosine to 0.
+    #[default]
+    Cosine,
+    /// Not at all.
+    Constant,
+}
+
+/// What to run on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Resources {
+    /// Name of the GpuClass; left out, the smallest that offers the method and fits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub gpu_class: Option<String>,
+    /// Number of training pods, all started or none; left out, as the GpuClass gives for the method.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub pods: Option<u32>,
+    /// GPUs of each pod; left out, as the GpuClass gives for the method.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 64))]
+    pub gpus_per_pod: Option<u32>,
+    /// CPU request of a training pod, as a Kubernetes quantity. Default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = rule("isQuantity(self)", "must be a quantity such as 500m or 4")))]
+    #[schemars(length(min = 1, max = 32))]
+    pub cpu: Option<String>,
+    /// Memory request and limit of a training pod, as a Kubernetes quantity; left out, estimated from the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = rule("isQuantity(self)", "must be a quantity such as 4Gi")))]
+    #[schemars(length(min = 1, max = 32))]
+    pub memory: Option<String>,
+}
+
+/// What the result is called and where it goes.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("!(has(self.secretRef) && has(self.serviceAccountName))")
+    .message("give at most one of secretRef and serviceAccountName"))]
+#[serde(rename_all = "camelCase")]
+pub struct Output {
+    /// Name of the adapter: a DNS label. Versions are AdapterVersions `<adapterName>-v1`, `-v2`, …
+    #[schemars(length(min = 1, max = 50))]
+    #[schemars(extend("x-kubernetes-validations" = rule("self.matches(r'^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')", "must be a DNS label: lower-case letters, digits and '-', no '-' at either end")))]
+    pub adapter_name: String,
+    /// Folder of the adapter's versions: files go to `<uri>/<adapterName>/v<version>/`.
+    pub uri: Uri,
+    /// Secret with the store's credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+    /// ServiceAccount whose cloud identity the pods use instead of a Secret. Its Kubernetes token is not mounted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub service_account_name: Option<String>,
+}
+
+/// How far a job is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FineTuneJobStatus {
+    /// One word for what the job does now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase: Option<FineTuneJobPhase>,
+    /// One sentence for what the job does now, or why it can't.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// The generation of the spec that this status is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Ready, Reconciling and Stalled (kstatus), PreflightPassed, QuotaReserved, PodsReady, Published.
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+    /// The current or last run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run: Option<RunStatus>,
+    /// How far the training is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// What the run asks the cluster for, and what it will take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
+    /// Name of the newest AdapterVersion that this job's inputs lead to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latest_version: Option<String>,
+    /// The last 10 runs that ended, newest first.
+    pub history: Vec<RunRecord>,
+}
+
+/// One word for what a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum FineTuneJobPhase {
+    /// Nothing was started yet.
+    Pending,
+    /// A pod checks model and data.
+    Preflight,
+    /// Waits for quota, admission or a node.
+    Queued,
+    /// Pods are scheduled, and their containers start.
+    Starting,
+    /// Training.
+    Running,
+    /// All steps are done; the artifact is written and verified.
+    Publishing,
+    /// An AdapterVersion is available.
+    Succeeded,
+    /// Ended without a version: `message` says why.
+    Failed,
+    /// `spec.suspend` is true.
+    Suspended,
+}
+
+/// The current or last run: one pass from inputs to a version, over one or more attempts.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RunStatus {
+    /// Number of the run, from 1. A changed spec starts the next.
+    pub number: u32,
+    /// Number of the attempt within the run, from 1; 0 before the first.
+    pub attempt: u32,
+    /// Attempts that failed and count against backoffLimit.
+    pub failures: u32,
+    /// Digest of all that decides the result; the same digest is not trained twice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_digest: Option<String>,
+    /// Digest of the base model's files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_digest: Option<String>,
+    /// When the run began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When the run ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// GPU-seconds that its pods have held, over all attempts.
+    pub gpu_seconds: i64,
+}
+
+/// How far the training is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Progress {
+    /// For the printer column: `step/totalSteps`.
+    pub summary: String,
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Optimizer steps in all.
+    pub total_steps: u64,
+    /// Passes over the data done.
+    pub epoch: f64,
+    /// Mean loss of a trained token over the last logged steps, in nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<f64>,
+    /// Mean loss of an evaluation token, in nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_loss: Option<f64>,
+    /// Tokens worked through in a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_per_second: Option<f64>,
+    /// Seconds until the last step, at this speed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eta_seconds: Option<u64>,
+}
+
+/// What a run asks the cluster for, and what it will take.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Plan {
+    /// The method that is used (what Auto chose).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub method: Option<MethodName>,
+    /// Name of the GpuClass.
+    pub gpu_class: String,
+    /// Number of training pods.
+    pub pods: u32,
+    /// GPUs of each pod.
+    pub gpus_per_pod: u32,
+    /// Estimated memory of the whole run, as a Kubernetes quantity.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estimated_memory: Option<String>,
+    /// Parameters that are trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trainable_parameters: Option<u64>,
+    /// Size of the published weights, as a Kubernetes quantity.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter_size: Option<String>,
+}
+
+/// A run that ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RunRecord {
+    /// Number of the run.
+    pub number: u32,
+    /// Succeeded or Failed.
+    pub phase: FineTuneJobPhase,
+    /// Attempts that it took; 0 if a version was reused.
+    pub attempts: u32,
+    /// Name of the AdapterVersion that it led to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// When it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+}
+
+/// A CEL rule on a field. (`#[x_kube]` on a field would need a type without container-level defaults.)
+fn rule(rule: &str, message: &str) -> serde_json::Value {
+    serde_json::json!([{"rule": rule, "message": message}])
+}
+
+mod defaults {
+    pub(super) fn yes() -> bool {
+        true
+    }
+
+    pub(super) fn backoff_limit() -> i32 {
+        3
+    }
+}

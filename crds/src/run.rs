@@ -1,0 +1,376 @@
+//! The contract between operator and trainer: a [`RunSpec`] or [`VerifySpec`] goes into a pod as a JSON file, a
+//! [`RunReport`] comes out as its termination message, and [`LiveProgress`] is what `/progress` answers meanwhile.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    adapter_version::{Artifact, ArtifactFile, ArtifactType, DatasetRecord, Metrics},
+    fine_tune_job::{Dataset, FineTuneJob, FineTuneJobSpec, Lora, MethodName, Progress, Quantization, Training},
+    uri::Uri,
+};
+
+/// Version of [`RunSpec`], [`VerifySpec`] and [`RunReport`]; a trainer refuses any other.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// The kubelet keeps this much of a termination message, in bytes.
+pub const MAX_REPORT_BYTES: usize = 4096;
+
+/// What a `preflight` or `train` pod works on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RunSpec {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The job and its run.
+    pub job: JobRef,
+    /// Where the base model is.
+    pub base_model: Uri,
+    /// The digest that the user pinned it to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_digest_pin: Option<String>,
+    /// What to learn from.
+    pub dataset: Dataset,
+    /// How to train; None in a preflight whose job leaves it to Auto.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<Method>,
+    /// The training loop.
+    pub training: Training,
+    /// Name of the adapter.
+    pub adapter_name: String,
+    /// Folder of the adapter's versions and checkpoints is `<output>/<adapterName>`.
+    pub output: Uri,
+    /// What only a training pod knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train: Option<TrainTask>,
+}
+
+/// The job and its run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct JobRef {
+    /// Namespace of the FineTuneJob.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// Generation of its spec.
+    pub generation: i64,
+    /// Number of its run, from 1.
+    pub run: u32,
+}
+
+/// What only a training pod knows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TrainTask {
+    /// The version that it publishes.
+    pub version: u32,
+    /// Digest of all that decides the result.
+    pub input_digest: String,
+    /// What preflight found; the training refuses inputs that changed since.
+    pub base_digest: String,
+    /// What preflight found; the training refuses inputs that changed since.
+    pub dataset_digest: String,
+    /// The trainer's own image, for the record.
+    pub trainer_image: String,
+}
+
+/// How to train, with the options that this takes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", deny_unknown_fields)]
+pub enum Method {
+    /// Every parameter.
+    Full,
+    /// A frozen base and small trained matrices.
+    LoRA {
+        /// Their options.
+        lora: Lora,
+    },
+    /// LoRA over a quantized base.
+    QLoRA {
+        /// Options of the trained matrices.
+        lora: Lora,
+        /// How the base is stored.
+        quantization: Quantization,
+    },
+}
+
+impl Method {
+    /// The method's name.
+    pub fn name(&self) -> MethodName {
+        match self {
+            Self::Full => MethodName::Full,
+            Self::LoRA { .. } => MethodName::LoRA,
+            Self::QLoRA { .. } => MethodName::QLoRA,
+        }
+    }
+
+    /// What a run of this method publishes.
+    pub fn artifact_type(&self) -> ArtifactType {
+        match self {
+            Self::Full => ArtifactType::FullModel,
+            Self::LoRA { .. } | Self::QLoRA { .. } => ArtifactType::LoraAdapter,
+        }
+    }
+}
+
+impl FineTuneJobSpec {
+    /// The method with its options, as if the job had asked for `name`; None for Auto, and for QLoRA without
+    /// quantization (which the API server refuses).
+    pub fn method_as(&self, name: MethodName) -> Option<Method> {
+        let lora = self.lora.clone().unwrap_or_default();
+        match name {
+            MethodName::Full => Some(Method::Full),
+            MethodName::LoRA => Some(Method::LoRA { lora }),
+            MethodName::QLoRA => self.quantization.clone().map(|quantization| Method::QLoRA { lora, quantization }),
+            MethodName::Auto => None,
+        }
+    }
+}
+
+impl RunSpec {
+    /// The preflight of a job's run.
+    pub fn preflight(job: &FineTuneJob, run: u32) -> Self {
+        let (spec, metadata) = (&job.spec, &job.metadata);
+        Self {
+            schema_version: SCHEMA_VERSION,
+            job: JobRef {
+                namespace: metadata.namespace.clone().unwrap_or_default(),
+                name: metadata.name.clone().unwrap_or_default(),
+                uid: metadata.uid.clone().unwrap_or_default(),
+                generation: metadata.generation.unwrap_or_default(),
+                run,
+            },
+            base_model: spec.base_model.uri.clone(),
+            base_digest_pin: spec.base_model.digest.clone(),
+            dataset: spec.dataset.clone(),
+            method: spec.method_as(spec.method),
+            training: spec.training.clone(),
+            adapter_name: spec.output.adapter_name.clone(),
+            output: spec.output.uri.clone(),
+            train: None,
+        }
+    }
+
+    /// The training that follows this preflight.
+    pub fn with_training(self, method: Method, task: TrainTask) -> Self {
+        Self { method: Some(method), train: Some(task), ..self }
+    }
+
+    /// Folder of the adapter: its versions `v1`, `v2`, … and its `checkpoints`.
+    pub fn adapter_uri(&self) -> Uri {
+        self.output.join(&self.adapter_name)
+    }
+}
+
+/// What a `verify` pod works on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VerifySpec {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The files to compare with their manifest.
+    pub artifact: Artifact,
+}
+
+/// How a pod ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RunReport {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+/// What came of a pod's work.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind")]
+pub enum Outcome {
+    /// Model and data can be used.
+    Preflight(PreflightReport),
+    /// A version is published.
+    Trained(TrainReport),
+    /// The files were compared with the manifest.
+    Verified(VerifyReport),
+    /// SIGTERM came; a checkpoint of this step is complete.
+    Preempted {
+        /// Optimizer steps done.
+        step: u64,
+    },
+    /// An error; the exit code says whether it is final ([`crate::names::exit_code`]).
+    Failed {
+        /// What is wrong and what to do, for the user. Never holds credentials.
+        message: String,
+    },
+}
+
+/// What preflight found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PreflightReport {
+    /// Digest of the base model's files.
+    pub base_digest: String,
+    /// The data; its digest covers training and evaluation rows.
+    pub dataset: DatasetRecord,
+    /// Evaluation rows.
+    pub eval_rows: u64,
+    /// Rows that are longer than maxLength and lose their end.
+    pub truncated_rows: u64,
+    /// Optimizer steps that the run will make.
+    pub total_steps: u64,
+    /// What the planner needs to know of the model.
+    pub model: ModelShape,
+    /// Parameters that each rank of a LoRA trains: the sum of in + out features over the adapted layers.
+    pub lora_parameters_per_rank: u64,
+    /// Version of the trainer's arithmetic: a new one may give other weights for the same inputs.
+    pub numerics_version: u32,
+    /// Highest version that is already in the output folder, 0 if none.
+    pub highest_version: u32,
+}
+
+/// Dimensions of a decoder language model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelShape {
+    /// Parameters in all.
+    pub parameters: u64,
+    /// Decoder blocks.
+    pub layers: u64,
+    /// Width of the residual stream.
+    pub hidden_size: u64,
+    /// Width of the feed-forward layers.
+    pub intermediate_size: u64,
+    /// Entries of the vocabulary.
+    pub vocab_size: u64,
+    /// Bytes of a stored parameter.
+    pub bytes_per_parameter: u64,
+}
+
+/// What a training published.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrainReport {
+    /// Number of the version.
+    pub version: u32,
+    /// Its folder.
+    pub uri: Uri,
+    /// SHA-256 of its manifest.json, `sha256:…`.
+    pub manifest_digest: String,
+    /// Every file but manifest.json.
+    pub files: Vec<ArtifactFile>,
+    /// The data that it was trained on.
+    pub dataset: DatasetRecord,
+    /// What was measured.
+    pub metrics: Metrics,
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VerifyReport {
+    /// Whether the files are as the manifest says.
+    pub verdict: Verdict,
+    /// What differs, for the user; empty if nothing does.
+    pub message: String,
+}
+
+/// Whether an artifact's files are as its manifest says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// They are.
+    Intact,
+    /// A file's size or digest differs.
+    Corrupt,
+    /// The manifest or a file is gone.
+    Missing,
+}
+
+/// What `GET /progress` of a training pod answers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LiveProgress {
+    /// What the pod is doing.
+    pub stage: TrainStage,
+    /// How far it is.
+    pub progress: Progress,
+}
+
+/// What a training pod is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TrainStage {
+    /// Fetches model, data and checkpoint.
+    #[default]
+    Loading,
+    /// Trains.
+    Training,
+    /// Writes the artifact.
+    Publishing,
+}
+
+impl RunReport {
+    /// A report of this version.
+    pub fn new(outcome: Outcome) -> Self {
+        Self { schema_version: SCHEMA_VERSION, outcome }
+    }
+
+    /// JSON of at most [`MAX_REPORT_BYTES`]; a failure's message is cut if need be.
+    pub fn to_termination_message(&self) -> String {
+        let json = serde_json::to_string(self).unwrap_or_default();
+        match &self.outcome {
+            Outcome::Failed { message } if json.len() > MAX_REPORT_BYTES => {
+                // Every character may take 6 bytes when escaped.
+                let short = message.chars().take(MAX_REPORT_BYTES / 6 - 64).chain(['…']).collect();
+                serde_json::to_string(&Self::new(Outcome::Failed { message: short })).unwrap_or_default()
+            }
+            _ => json,
+        }
+    }
+
+    /// Reads a termination message.
+    ///
+    /// # Errors
+    /// If it is no report of this version, e.g. because the container was killed.
+    pub fn from_termination_message(text: &str) -> Result<Self, ReportError> {
+        let report: Self = serde_json::from_str(text)?;
+        match report.schema_version {
+            SCHEMA_VERSION => Ok(report),
+            other => Err(ReportError::Version(other)),
+        }
+    }
+}
+
+/// Why a termination message is no report.
+#[derive(Debug, thiserror::Error)]
+pub enum ReportError {
+    /// Not JSON, or of another shape.
+    #[error("not a run report: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Another version.
+    #[error(
+        "run report has schemaVersion {0}, this operator reads {SCHEMA_VERSION}: use operator and trainer of one release"
+    )]
+    Version(u32),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_failure_still_fits_the_termination_message() {
+        let report = RunReport::new(Outcome::Failed { message: "\u{1}é".repeat(9000) });
+        let text = report.to_termination_message();
+        assert!(text.len() <= MAX_REPORT_BYTES, "{}", text.len());
+        let Outcome::Failed { message } = RunReport::from_termination_message(&text).unwrap().outcome else { panic!() };
+        assert!(message.ends_with('…'));
+    }
+
+    #[test]
+    fn a_report_of_another_version_is_named() {
+        let text = r#"{"schemaVersion":9,"outcome":{"kind":"Preempted","step":3}}"#;
+        assert!(RunReport::from_termination_message(text).unwrap_err().to_string().contains("schemaVersion 9"));
+        assert!(RunReport::from_termination_message("Killed").is_err());
+    }
+}
