@@ -87,15 +87,9 @@ impl ModelConfig {
             intermediate_size: fields.size("intermediate_size")?,
             num_hidden_layers: fields.size("num_hidden_layers")?,
             num_attention_heads,
-            num_key_value_heads: fields
-                .optional_size("num_key_value_heads")?
-                .unwrap_or(num_attention_heads),
-            head_dim: fields
-                .optional_size("head_dim")?
-                .unwrap_or(hidden_size / num_attention_heads),
-            max_position_embeddings: fields
-                .optional_size("max_position_embeddings")?
-                .unwrap_or(2048),
+            num_key_value_heads: fields.optional_size("num_key_value_heads")?.unwrap_or(num_attention_heads),
+            head_dim: fields.optional_size("head_dim")?.unwrap_or(hidden_size / num_attention_heads),
+            max_position_embeddings: fields.optional_size("max_position_embeddings")?.unwrap_or(2048),
             rms_norm_eps: fields.optional_number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
             rope_theta: rope.0,
             rope_scaling: rope.1,
@@ -108,27 +102,16 @@ impl ModelConfig {
     fn validate(&self) -> std::result::Result<(), String> {
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
         if !heads.is_multiple_of(kv_heads) {
-            return Err(format!(
-                "num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-            ));
+            return Err(format!("num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"));
         }
         if !self.head_dim.is_multiple_of(2) || self.head_dim == 0 {
-            return Err(format!(
-                "head_dim is {}; rotary embedding needs an even number",
-                self.head_dim
-            ));
+            return Err(format!("head_dim is {}; rotary embedding needs an even number", self.head_dim));
         }
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
-            return Err(format!(
-                "rms_norm_eps is {}; it must be above 0",
-                self.rms_norm_eps
-            ));
+            return Err(format!("rms_norm_eps is {}; it must be above 0", self.rms_norm_eps));
         }
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
-            return Err(format!(
-                "rope_theta is {}; it must be above 0",
-                self.rope_theta
-            ));
+            return Err(format!("rope_theta is {}; it must be above 0", self.rope_theta));
         }
         Ok(())
     }
@@ -174,8 +157,7 @@ impl RopeScaling {
                 } else if wavelength < original / high_freq_factor {
                     f
                 } else {
-                    let smooth = (original / wavelength - low_freq_factor)
-                        / (high_freq_factor - low_freq_factor);
+                    let smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                     (1.0 - smooth) * f / factor + smooth * f
                 };
                 scaled as f32
@@ -196,42 +178,32 @@ impl<'a> Fields<'a> {
     }
 
     fn size(&self, name: &str) -> std::result::Result<usize, String> {
-        self.optional_size(name)?
-            .ok_or_else(|| format!("{name} is missing"))
+        self.optional_size(name)?.ok_or_else(|| format!("{name} is missing"))
     }
 
     fn optional_size(&self, name: &str) -> std::result::Result<Option<usize>, String> {
         self.get(name)
             .map(|value| match value.as_u64() {
                 Some(n @ 1..=MAX_SIZE) => Ok(n as usize),
-                _ => Err(format!(
-                    "{name} is {value}; expected a whole number from 1 to {MAX_SIZE}"
-                )),
+                _ => Err(format!("{name} is {value}; expected a whole number from 1 to {MAX_SIZE}")),
             })
             .transpose()
     }
 
     fn optional_number(&self, name: &str) -> std::result::Result<Option<f64>, String> {
         self.get(name)
-            .map(|value| {
-                value
-                    .as_f64()
-                    .ok_or_else(|| format!("{name} is {value}; expected a number"))
-            })
+            .map(|value| value.as_f64().ok_or_else(|| format!("{name} is {value}; expected a number")))
             .transpose()
     }
 
     fn number(&self, name: &str) -> std::result::Result<f64, String> {
-        self.optional_number(name)?
-            .ok_or_else(|| format!("{name} is missing"))
+        self.optional_number(name)?.ok_or_else(|| format!("{name} is missing"))
     }
 
     fn flag(&self, name: &str) -> std::result::Result<bool, String> {
         match self.get(name) {
             None => Ok(false),
-            Some(value) => value
-                .as_bool()
-                .ok_or_else(|| format!("{name} is {value}; expected true or false")),
+            Some(value) => value.as_bool().ok_or_else(|| format!("{name} is {value}; expected true or false")),
         }
     }
 
@@ -239,20 +211,13 @@ impl<'a> Fields<'a> {
         match self.get("model_type").and_then(Value::as_str) {
             Some("llama") => {}
             other => {
-                return Err(format!(
-                    "model_type is {}; supported: llama",
-                    other.unwrap_or("missing")
-                ));
+                return Err(format!("model_type is {}; supported: llama", other.unwrap_or("missing")));
             }
         }
         if let Some(names) = self.get("architectures")
-            && !names
-                .as_array()
-                .is_some_and(|a| a.iter().any(|n| n == "LlamaForCausalLM"))
+            && !names.as_array().is_some_and(|a| a.iter().any(|n| n == "LlamaForCausalLM"))
         {
-            return Err(format!(
-                "architectures is {names}; supported: LlamaForCausalLM"
-            ));
+            return Err(format!("architectures is {names}; supported: LlamaForCausalLM"));
         }
         match self.get("hidden_act") {
             None => {}
@@ -261,18 +226,13 @@ impl<'a> Fields<'a> {
         }
         for name in ["attention_bias", "mlp_bias"] {
             if self.flag(name)? {
-                return Err(format!(
-                    "{name} is true; linear layers with a bias are not supported"
-                ));
+                return Err(format!("{name} is true; linear layers with a bias are not supported"));
             }
         }
         if self.get("quantization_config").is_some() {
             return Err("quantization_config is set; give the unquantized checkpoint".into());
         }
-        if let Some(tp) = self
-            .get("pretraining_tp")
-            .filter(|tp| tp.as_u64() != Some(1))
-        {
+        if let Some(tp) = self.get("pretraining_tp").filter(|tp| tp.as_u64() != Some(1)) {
             return Err(format!("pretraining_tp is {tp}; supported: 1"));
         }
         Ok(())
@@ -284,9 +244,9 @@ impl<'a> Fields<'a> {
         let empty = Map::new();
         let parameters = match (self.get("rope_parameters"), self.get("rope_scaling")) {
             (None, None) => &empty,
-            (Some(value), _) | (None, Some(value)) => value
-                .as_object()
-                .ok_or_else(|| format!("rope parameters are {value}; expected an object"))?,
+            (Some(value), _) | (None, Some(value)) => {
+                value.as_object().ok_or_else(|| format!("rope parameters are {value}; expected an object"))?
+            }
         };
         let rope = Fields(parameters);
         let theta = match rope.optional_number("rope_theta")? {
@@ -296,20 +256,15 @@ impl<'a> Fields<'a> {
         let kind = rope.get("rope_type").or(rope.get("type"));
         let scaling = match kind.map(|k| k.as_str().unwrap_or_default()) {
             None | Some("default") => RopeScaling::None,
-            Some("linear") => RopeScaling::Linear {
-                factor: rope.number("factor")?,
-            },
+            Some("linear") => RopeScaling::Linear { factor: rope.number("factor")? },
             Some("llama3") => RopeScaling::Llama3 {
                 factor: rope.number("factor")?,
                 low_freq_factor: rope.number("low_freq_factor")?,
                 high_freq_factor: rope.number("high_freq_factor")?,
-                original_max_position_embeddings: rope
-                    .number("original_max_position_embeddings")?,
+                original_max_position_embeddings: rope.number("original_max_position_embeddings")?,
             },
             Some(other) => {
-                return Err(format!(
-                    "rope_type is {other:?}; supported: default, linear, llama3"
-                ));
+                return Err(format!("rope_type is {other:?}; supported: default, linear, llama3"));
             }
         };
         Ok((theta, scaling))
@@ -327,23 +282,14 @@ mod tests {
 
     fn with(changes: Value) -> std::result::Result<ModelConfig, String> {
         let mut json: Value = serde_json::from_str(SMOL).unwrap();
-        json.as_object_mut()
-            .unwrap()
-            .extend(changes.as_object().unwrap().clone());
+        json.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
         ModelConfig::parse(&json.to_string())
     }
 
     #[test]
     fn smollm2_is_read() {
         let config = ModelConfig::parse(SMOL).unwrap();
-        assert_eq!(
-            (
-                config.head_dim,
-                config.query_size(),
-                config.key_value_size()
-            ),
-            (64, 576, 192)
-        );
+        assert_eq!((config.head_dim, config.query_size(), config.key_value_size()), (64, 576, 192));
         assert_eq!(config.rope_theta, 100_000.0);
         assert!(config.tie_word_embeddings);
         assert_eq!(config.rope_scaling, RopeScaling::None);
@@ -363,32 +309,17 @@ mod tests {
     #[test]
     fn what_would_change_the_numbers_is_refused_by_name() {
         for (changes, name) in [
-            (
-                serde_json::json!({"attention_bias": true}),
-                "attention_bias",
-            ),
+            (serde_json::json!({"attention_bias": true}), "attention_bias"),
             (serde_json::json!({"mlp_bias": true}), "mlp_bias"),
             (serde_json::json!({"hidden_act": "gelu"}), "hidden_act"),
             (serde_json::json!({"model_type": "qwen3"}), "model_type"),
-            (
-                serde_json::json!({"rope_scaling": {"type": "yarn", "factor": 2.0}}),
-                "rope_type",
-            ),
-            (
-                serde_json::json!({"rope_scaling": {"type": "linear"}}),
-                "factor",
-            ),
+            (serde_json::json!({"rope_scaling": {"type": "yarn", "factor": 2.0}}), "rope_type"),
+            (serde_json::json!({"rope_scaling": {"type": "linear"}}), "factor"),
             (serde_json::json!({"hidden_size": 0}), "hidden_size"),
             (serde_json::json!({"vocab_size": 1e30}), "vocab_size"),
-            (
-                serde_json::json!({"num_key_value_heads": 4}),
-                "num_key_value_heads",
-            ),
+            (serde_json::json!({"num_key_value_heads": 4}), "num_key_value_heads"),
             (serde_json::json!({"head_dim": 63}), "head_dim"),
-            (
-                serde_json::json!({"quantization_config": {"bits": 4}}),
-                "quantization_config",
-            ),
+            (serde_json::json!({"quantization_config": {"bits": 4}}), "quantization_config"),
         ] {
             let message = with(changes).unwrap_err();
             assert!(message.contains(name), "{name}: {message}");
@@ -397,26 +328,14 @@ mod tests {
 
     #[test]
     fn llama3_scaling_keeps_high_frequencies_and_divides_low_ones() {
-        let config = with(
-            serde_json::json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3",
+        let config = with(serde_json::json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3",
             "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192}}),
-        )
+            "original_max_position_embeddings": 8192}}))
         .unwrap();
-        let plain = ModelConfig {
-            rope_scaling: RopeScaling::None,
-            ..config.clone()
-        }
-        .rope_frequencies();
+        let plain = ModelConfig { rope_scaling: RopeScaling::None, ..config.clone() }.rope_frequencies();
         let scaled = config.rope_frequencies();
         assert_eq!(scaled[0], plain[0]);
         assert!((scaled[31] - plain[31] / 8.0).abs() < 1e-12);
-        assert!(
-            scaled
-                .iter()
-                .zip(&plain)
-                .any(|(s, p)| *s < p * 0.9 && *s > p / 7.0),
-            "none is blended"
-        );
+        assert!(scaled.iter().zip(&plain).any(|(s, p)| *s < p * 0.9 && *s > p / 7.0), "none is blended");
     }
 }

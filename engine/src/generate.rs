@@ -1,6 +1,11 @@
 //! Writing tokens one at a time with a key-value cache.
 
-use crate::{Model, Result};
+use crate::backend::Backend;
+use crate::block::KvCache;
+use crate::cpu::Cpu;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::random;
 
 /// How the next token is chosen from the logits; in the order and with the meaning of transformers' processors.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -17,32 +22,198 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Self {
-        Sampling {
-            temperature: 0.0,
-            top_p: 1.0,
-            repetition_penalty: 1.0,
-            seed: 0,
+        Sampling { temperature: 0.0, top_p: 1.0, repetition_penalty: 1.0, seed: 0 }
+    }
+}
+
+/// Room for this many more tokens is made in the caches when they are full.
+const CACHE_STEP: usize = 256;
+
+/// A row that is being written.
+pub struct Generator<'m, B: Backend = Cpu> {
+    model: &'m Model<B>,
+    sampling: Sampling,
+    stop: Vec<u32>,
+    tokens: Vec<u32>,
+    /// Tokens whose keys and values are in the caches.
+    cached: usize,
+    capacity: usize,
+    caches: Vec<KvCache<B>>,
+    ended: bool,
+}
+
+impl<'m, B: Backend> Generator<'m, B> {
+    /// A row that begins with `prompt` and ends at a token of `stop`, or at the model's longest row.
+    ///
+    /// # Errors
+    /// The prompt is empty, too long, or has tokens outside the vocabulary; the sampling is out of range.
+    pub fn new(model: &'m Model<B>, prompt: &[u32], sampling: Sampling, stop: &[u32]) -> Result<Self> {
+        model.check_tokens(prompt)?;
+        let longest = model.config().max_position_embeddings;
+        if prompt.len() >= longest {
+            return Err(Error::Batch(format!(
+                "the prompt has {} tokens, and the model's longest row {longest}",
+                prompt.len()
+            )));
+        }
+        let Sampling { temperature, top_p, repetition_penalty, .. } = sampling;
+        if !(temperature >= 0.0 && repetition_penalty > 0.0 && top_p > 0.0 && top_p <= 1.0) {
+            return Err(Error::Batch(format!(
+                "temperature {temperature} must be 0 or more, top_p {top_p} in (0, 1], \
+                 repetition_penalty {repetition_penalty} above 0"
+            )));
+        }
+        Ok(Generator {
+            model,
+            sampling,
+            stop: stop.to_vec(),
+            tokens: prompt.to_vec(),
+            cached: 0,
+            capacity: 0,
+            caches: Vec::new(),
+            ended: false,
+        })
+    }
+
+    /// The next token, or `None` at the end; the stop token itself is not returned.
+    ///
+    /// # Errors
+    /// The logits are NaN.
+    pub fn next_token(&mut self) -> Result<Option<u32>> {
+        if self.ended || self.tokens.len() >= self.model.config().max_position_embeddings {
+            return Ok(None);
+        }
+        let mut logits = self.logits();
+        let draw = random::unit(random::philox(self.tokens.len() as u64, self.sampling.seed)[0]);
+        let token = self.sampling.choose(&mut logits, &self.tokens, draw)?;
+        self.ended = self.stop.contains(&token);
+        self.tokens.push(token);
+        Ok((!self.ended).then_some(token))
+    }
+
+    /// The logits after the last token.
+    fn logits(&mut self) -> Vec<f32> {
+        self.reserve();
+        let Model { backend, blocks, rope_frequencies, .. } = self.model;
+        let new = &self.tokens[self.cached..];
+        let rows = backend.rows(&[new.len()], self.cached, rope_frequencies);
+        let mut x = self.model.embed(new);
+        for ((i, block), cache) in blocks.iter().enumerate().zip(&mut self.caches) {
+            x = block.forward_cached(&self.model.pass(i, &rows), x, cache, self.cached);
+        }
+        let last = backend.gather_rows(&x, &[new.len() as u32 - 1]);
+        self.cached = self.tokens.len();
+        backend.download(&self.model.output(&last))
+    }
+
+    /// Makes room for all tokens in the caches.
+    fn reserve(&mut self) {
+        if self.tokens.len() <= self.capacity {
+            return;
+        }
+        let backend = &self.model.backend;
+        let width = self.model.config().key_value_size();
+        self.capacity = (self.tokens.len() + 1).next_multiple_of(CACHE_STEP);
+        let grow = |old: Option<&B::Tensor>| {
+            let mut cache = backend.zeros(self.capacity, width);
+            if let Some(old) = old {
+                backend.write_rows(&mut cache, old, 0);
+            }
+            cache
+        };
+        let blocks = 0..self.model.blocks.len();
+        self.caches = blocks
+            .map(|i| {
+                let old = self.caches.get(i);
+                KvCache { keys: grow(old.map(|c| &c.keys)), values: grow(old.map(|c| &c.values)) }
+            })
+            .collect();
+    }
+}
+
+impl Sampling {
+    /// Chooses a token; `draw` is uniform in [0, 1).
+    fn choose(&self, logits: &mut [f32], seen: &[u32], draw: f32) -> Result<u32> {
+        if let Some(token) = logits.iter().position(|x| x.is_nan()) {
+            let message = format!("the logit of token {token} is NaN; the weights are damaged");
+            return Err(Error::Batch(message));
+        }
+        self.penalise(logits, seen);
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        let logit = |token: u32| logits[token as usize];
+        if self.temperature == 0.0 {
+            let best = order.into_iter().reduce(|best, t| if logit(t) > logit(best) { t } else { best });
+            return best.ok_or_else(|| Error::Batch("the vocabulary is empty".into()));
+        }
+        order.sort_by(|&a, &b| logit(b).total_cmp(&logit(a)));
+        let largest = f64::from(logit(order[0]));
+        let weight = |&token: &u32| ((f64::from(logit(token)) - largest) / self.temperature).exp();
+        let weights: Vec<f64> = order.iter().map(weight).collect();
+        let total: f64 = weights.iter().sum();
+        // The likeliest tokens, up to and with the one at which their share reaches top_p.
+        let mut share = 0.0;
+        let kept = weights.iter().position(|weight| {
+            share += weight / total;
+            share >= self.top_p
+        });
+        let kept = kept.map_or(weights.len(), |last| last + 1);
+        let mut left = f64::from(draw) * weights[..kept].iter().sum::<f64>();
+        let chosen = weights[..kept].iter().position(|weight| {
+            left -= weight;
+            left < 0.0
+        });
+        Ok(order[chosen.unwrap_or(kept - 1)])
+    }
+
+    /// Divides positive logits of seen tokens by the penalty and multiplies negative ones (Keskar et al., 2019).
+    fn penalise(&self, logits: &mut [f32], seen: &[u32]) {
+        let penalty = self.repetition_penalty as f32;
+        let mut seen = seen.to_vec();
+        seen.sort_unstable();
+        seen.dedup();
+        for token in seen {
+            let logit = &mut logits[token as usize];
+            *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
         }
     }
 }
 
-/// A row that is being written. Iterate for tokens; ends at a stop token (not returned) or at the model's longest row.
-pub struct Generator<'m> {
-    _model: &'m Model,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl<'m> Generator<'m> {
-    /// Reads `prompt`.
-    pub fn new(
-        _model: &'m Model,
-        _prompt: &[u32],
-        _sampling: Sampling,
-        _stop: &[u32],
-    ) -> Result<Self> {
-        unimplemented!()
+    fn choose(sampling: Sampling, logits: &[f32], seen: &[u32], draw: f32) -> u32 {
+        sampling.choose(&mut logits.to_vec(), seen, draw).unwrap()
     }
-    /// The next token, or `None` at the end.
-    pub fn next_token(&mut self) -> Result<Option<u32>> {
-        unimplemented!()
+
+    #[test]
+    fn greedy_takes_the_likeliest_that_the_penalty_leaves() {
+        let greedy = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
+        assert_eq!(choose(greedy, &[1.0, 3.0, 2.0], &[], 0.0), 1);
+        assert_eq!(choose(greedy, &[1.0, 3.0, 2.0], &[1, 1], 0.0), 2);
+        assert_eq!(choose(greedy, &[-3.0, -2.0, -2.5], &[1], 0.0), 2);
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities_within_top_p() {
+        let logits = [0.5f32.ln(), 0.3f32.ln(), 0.2f32.ln()];
+        let all = Sampling { temperature: 1.0, ..Sampling::default() };
+        let picks = [0.0, 0.49, 0.51, 0.79, 0.81, 0.99].map(|draw| choose(all, &logits, &[], draw));
+        assert_eq!(picks, [0, 0, 1, 1, 2, 2]);
+        let top = Sampling { top_p: 0.6, ..all };
+        let picks = [0.0, 0.62, 0.63, 0.99].map(|draw| choose(top, &logits, &[], draw));
+        assert_eq!(picks, [0, 0, 1, 1]);
+        assert_eq!(choose(Sampling { top_p: 0.4, ..all }, &logits, &[], 0.99), 0);
+    }
+
+    #[test]
+    fn a_low_temperature_sharpens() {
+        let cold = Sampling { temperature: 0.1, ..Sampling::default() };
+        assert_eq!(choose(cold, &[1.0, 2.0], &[], 0.01), 1);
+    }
+
+    #[test]
+    fn nan_is_an_error() {
+        assert!(Sampling::default().choose(&mut [0.0, f32::NAN], &[], 0.0).is_err());
     }
 }

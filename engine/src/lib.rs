@@ -3,15 +3,22 @@
 //! [`Model`] holds the frozen base, [`Trainer`] a model with a LoRA adapter and its AdamW state, [`Generator`] writes
 //! tokens. The mathematics is written once over [`Backend`]; [`cpu::Cpu`] computes it here.
 
+pub mod backend;
+mod block;
 pub mod config;
+pub mod cpu;
 pub mod error;
 pub mod generate;
 pub mod lora;
 pub mod model;
 pub mod optim;
+mod projection;
+mod random;
 pub mod schedule;
 pub mod trainer;
+pub mod weights;
 
+pub use backend::Backend;
 pub use config::{ModelConfig, RopeScaling};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampling};

@@ -50,12 +50,7 @@ pub struct Schedule {
 impl Schedule {
     /// A schedule that reaches `peak` after the warm-up and ends after `total_steps`.
     pub fn new(kind: ScheduleKind, peak: f64, warmup: Warmup, total_steps: u64) -> Self {
-        Schedule {
-            kind,
-            peak,
-            warmup_steps: warmup.steps(total_steps),
-            total_steps,
-        }
+        Schedule { kind, peak, warmup_steps: warmup.steps(total_steps), total_steps }
     }
 
     /// The learning rate of optimizer step `step`; the first step is 0.
@@ -118,9 +113,6 @@ mod tests {
     fn a_warmup_ratio_is_rounded_up() {
         assert_eq!(Warmup::Ratio(0.03).steps(541), 17);
         assert_eq!(Warmup::Ratio(0.0).steps(541), 0);
-        close(
-            &rates(ScheduleKind::Linear, Warmup::Ratio(0.15)),
-            &rates(ScheduleKind::Linear, Warmup::Steps(2)),
-        );
+        close(&rates(ScheduleKind::Linear, Warmup::Ratio(0.15)), &rates(ScheduleKind::Linear, Warmup::Steps(2)));
     }
 }

@@ -1,0 +1,263 @@
+//! Reads the weights of a Hugging Face folder: `model.safetensors`, or the shards that
+//! `model.safetensors.index.json` names. Files are mapped, not read, so a weight costs memory once.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+
+/// A tensor on the host, as a checkpoint stores it.
+pub struct HostTensor {
+    shape: Vec<usize>,
+    values: Values,
+}
+
+enum Values {
+    Floats(Vec<f32>),
+    Mapped { map: Arc<Mmap>, start: usize, len: usize, dtype: Dtype },
+}
+
+impl HostTensor {
+    /// A tensor of these values; their number is the shape's.
+    pub fn new(values: Vec<f32>, shape: Vec<usize>) -> Self {
+        assert_eq!(values.len(), shape.iter().product::<usize>());
+        HostTensor { shape, values: Values::Floats(values) }
+    }
+
+    /// The shape, row-major.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The values where they lie, if they are f32 and aligned.
+    pub fn as_f32(&self) -> Option<&[f32]> {
+        match &self.values {
+            Values::Floats(values) => Some(values),
+            Values::Mapped { map, start, len, dtype: Dtype::F32 } if cfg!(target_endian = "little") => {
+                // SAFETY: every bit pattern is an f32; align_to splits off what is not aligned.
+                let (before, floats, after) = unsafe { map[*start..start + len].align_to::<f32>() };
+                (before.is_empty() && after.is_empty()).then_some(floats)
+            }
+            Values::Mapped { .. } => None,
+        }
+    }
+
+    /// The values, widened to f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match &self.values {
+            Values::Floats(values) => values.clone(),
+            Values::Mapped { map, start, len, dtype } => widen(&map[*start..start + len], *dtype),
+        }
+    }
+
+    /// The same values in f32, in place where they already are.
+    pub(crate) fn into_f32(self) -> Self {
+        if self.as_f32().is_some() {
+            return self;
+        }
+        let values = Values::Floats(self.to_f32());
+        HostTensor { values, ..self }
+    }
+}
+
+fn widen(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
+    let pair = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
+    match dtype {
+        Dtype::F16 => bytes.chunks_exact(2).map(|b| half::f16::from_bits(pair(b)).to_f32()).collect(),
+        Dtype::BF16 => bytes.chunks_exact(2).map(|b| half::bf16::from_bits(pair(b)).to_f32()).collect(),
+        _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+    }
+}
+
+/// All tensors of a folder.
+pub(crate) struct Checkpoint {
+    dir: PathBuf,
+    tensors: HashMap<String, Entry>,
+}
+
+struct Entry {
+    map: Arc<Mmap>,
+    start: usize,
+    len: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Maps the files of a model folder and reads their headers.
+    pub(crate) fn open(dir: &Path) -> Result<Self> {
+        let single = dir.join("model.safetensors");
+        let index = dir.join("model.safetensors.index.json");
+        if single.exists() {
+            return Self::open_files(dir, &[single]);
+        }
+        if !index.exists() {
+            return Err(Error::weights(
+                dir,
+                "has neither model.safetensors nor model.safetensors.index.json; convert other formats first",
+            ));
+        }
+        let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
+        let map = serde_json::from_str::<Index>(&text)
+            .map_err(|e| Error::weights(&index, format!("not a safetensors index: {e}")))?
+            .weight_map;
+        let mut names: Vec<&String> = map.values().collect();
+        names.sort();
+        names.dedup();
+        if let Some(name) = names.iter().find(|n| Path::new(n).components().count() != 1 || **n == "..") {
+            return Err(Error::weights(&index, format!("shard {name:?} is not a file of this folder")));
+        }
+        let files: Vec<PathBuf> = names.iter().map(|name| dir.join(name)).collect();
+        let checkpoint = Self::open_files(dir, &files)?;
+        if let Some(name) = map.keys().find(|name| !checkpoint.tensors.contains_key(*name)) {
+            return Err(Error::weights(&index, format!("{name} is in none of the shards")));
+        }
+        Ok(checkpoint)
+    }
+
+    /// Maps these files and reads their headers.
+    pub(crate) fn open_files(dir: &Path, files: &[PathBuf]) -> Result<Self> {
+        let mut tensors = HashMap::new();
+        for path in files {
+            let file = File::open(path).map_err(|e| Error::io(path, e))?;
+            // SAFETY: model files are not changed while a process uses them; a writer would have to replace them.
+            let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?);
+            let parsed = SafeTensors::deserialize(&map)
+                .map_err(|e| Error::weights(path, format!("not a whole safetensors file: {e}")))?;
+            for (name, view) in parsed.iter() {
+                let dtype = view.dtype();
+                if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                    return Err(Error::weights(path, format!("{name} has dtype {dtype:?}; supported: F32, F16, BF16")));
+                }
+                let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
+                let len = view.data().len();
+                let shape = view.shape().to_vec();
+                let entry = Entry { map: map.clone(), start, len, dtype, shape };
+                if tensors.insert(name.to_owned(), entry).is_some() {
+                    return Err(Error::weights(path, format!("{name} is in two shards")));
+                }
+            }
+        }
+        Ok(Checkpoint { dir: dir.to_owned(), tensors })
+    }
+
+    /// The names of all tensors, sorted.
+    pub(crate) fn names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// The tensor, which must have this shape.
+    pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<HostTensor> {
+        let entry = self
+            .tensors
+            .get(name)
+            .ok_or_else(|| Error::weights(&self.dir, format!("{name} is missing; expected shape {shape:?}")))?;
+        if entry.shape != shape {
+            return Err(Error::weights(
+                &self.dir,
+                format!("{name} has shape {:?}; config.json asks for {shape:?}", entry.shape),
+            ));
+        }
+        let Entry { map, start, len, dtype, .. } = entry;
+        Ok(HostTensor {
+            shape: shape.to_vec(),
+            values: Values::Mapped { map: map.clone(), start: *start, len: *len, dtype: *dtype },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, bytes) in files {
+            std::fs::write(dir.path().join(name), bytes).unwrap();
+        }
+        dir
+    }
+
+    fn file(tensors: &[(&str, Dtype, &[usize], &[u8])]) -> Vec<u8> {
+        let views = tensors.iter().map(|(name, dtype, shape, data)| {
+            (*name, safetensors::tensor::TensorView::new(*dtype, shape.to_vec(), data).unwrap())
+        });
+        safetensors::serialize(views, None).unwrap()
+    }
+
+    fn message<T>(result: Result<T>) -> String {
+        result.err().expect("an error").to_string()
+    }
+
+    #[test]
+    fn half_precision_is_widened_exactly() {
+        let bytes = |bits: [u16; 2]| bits.iter().flat_map(|b| b.to_le_bytes()).collect::<Vec<u8>>();
+        let f16 = bytes([0x3C00, 0xC100]);
+        let bf16 = bytes([0x3F80, 0xC020]);
+        let data = file(&[("h", Dtype::F16, &[2], &f16), ("b", Dtype::BF16, &[1, 2], &bf16)]);
+        let dir = folder(&[("model.safetensors", &data)]);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.tensor("h", &[2]).unwrap().into_f32().as_f32().unwrap(), [1.0, -2.5]);
+        assert_eq!(checkpoint.tensor("b", &[1, 2]).unwrap().to_f32(), [1.0, -2.5]);
+    }
+
+    #[test]
+    fn shards_are_found_through_the_index() {
+        let a = file(&[("a", Dtype::F32, &[1], &1f32.to_le_bytes())]);
+        let b = file(&[("b", Dtype::F32, &[1], &2f32.to_le_bytes())]);
+        let index = br#"{"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#;
+        let dir = folder(&[("1.safetensors", &a), ("2.safetensors", &b), ("model.safetensors.index.json", index)]);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.names(), ["a", "b"]);
+        assert_eq!(checkpoint.tensor("b", &[1]).unwrap().to_f32(), [2.0]);
+        assert!(message(checkpoint.tensor("b", &[2])).contains("b has shape [1]; config.json asks for [2]"));
+        assert!(message(checkpoint.tensor("c", &[3])).contains("c is missing; expected shape [3]"));
+    }
+
+    #[test]
+    fn damaged_files_are_errors_that_name_them() {
+        let good = file(&[("a", Dtype::F32, &[1], &1f32.to_le_bytes())]);
+        let huge_header = [&u64::MAX.to_le_bytes()[..], b"{}"].concat();
+        let integers = file(&[("ids", Dtype::I64, &[1], &[0; 8])]);
+        let cases: [(&[u8], &str); 5] = [
+            (b"", "model.safetensors"),
+            (b"{", "model.safetensors"),
+            (&huge_header, "model.safetensors"),
+            (&good[..good.len() - 1], "model.safetensors"),
+            (&integers, "ids has dtype I64"),
+        ];
+        for (bytes, expected) in cases {
+            let dir = folder(&[("model.safetensors", bytes)]);
+            let message = message(Checkpoint::open(dir.path()));
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_shard_outside_the_folder_is_refused() {
+        let index = br#"{"weight_map": {"a": "../secret.safetensors"}}"#;
+        let dir = folder(&[("model.safetensors.index.json", index)]);
+        assert!(message(Checkpoint::open(dir.path())).contains("is not a file of this folder"));
+    }
+
+    #[test]
+    fn a_tensor_that_no_shard_holds_is_named() {
+        let a = file(&[("a", Dtype::F32, &[1], &1f32.to_le_bytes())]);
+        let index = br#"{"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}"#;
+        let dir = folder(&[("1.safetensors", &a), ("model.safetensors.index.json", index)]);
+        assert!(message(Checkpoint::open(dir.path())).contains("b is in none of the shards"));
+    }
+}
