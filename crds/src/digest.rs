@@ -84,3 +84,66 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
     hash.update(serde_json::to_vec(&inputs).unwrap_or_default());
     format!("sha256:{:x}", hash.finalize())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{FineTuneJob, adapter_version::DatasetRecord, fine_tune_job::MethodName};
+
+    fn job() -> FineTuneJob {
+        serde_json::from_value(serde_json::json!({
+            "apiVersion": "tunesmith.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": "support-bot"},
+            "spec": {
+                "baseModel": {"uri": "s3://models/m"},
+                "dataset": {"train": {"uri": "s3://datasets/t.jsonl"}, "evalFraction": 0.1},
+                "output": {"adapterName": "support-bot", "uri": "s3://adapters"},
+            },
+        }))
+        .unwrap()
+    }
+
+    fn preflight() -> PreflightReport {
+        PreflightReport {
+            base_digest: "sha256:b".into(),
+            dataset: DatasetRecord { digest: "sha256:d".into(), rows: 1, tokens: 1 },
+            eval_rows: 1,
+            truncated_rows: 0,
+            total_steps: 1,
+            model: Default::default(),
+            lora_parameters_per_rank: 1,
+            numerics_version: 1,
+            highest_version: 0,
+        }
+    }
+
+    fn digest_of(job: &FineTuneJob, preflight: &PreflightReport) -> String {
+        let method = job.spec.method_as(MethodName::LoRA).unwrap();
+        input_digest(&RunSpec::preflight(job, 1), &method, preflight)
+    }
+
+    #[test]
+    fn what_changes_the_weights_changes_the_digest_and_nothing_else_does() {
+        let same = digest_of(&job(), &preflight());
+        assert!(same.starts_with("sha256:") && same.len() == 71, "{same}");
+
+        let mut logs_more = job();
+        logs_more.spec.training.logging_steps = 1;
+        logs_more.spec.training.gradient_checkpointing = true;
+        logs_more.spec.backoff_limit = 9;
+        assert_eq!(digest_of(&logs_more, &preflight()), same);
+
+        let mut other_seed = job();
+        other_seed.spec.training.seed += 1;
+        assert_ne!(digest_of(&other_seed, &preflight()), same);
+
+        let mut other_rank = job();
+        other_rank.spec.lora = Some(crate::fine_tune_job::Lora { rank: 4, ..Default::default() });
+        assert_ne!(digest_of(&other_rank, &preflight()), same);
+
+        let other_data =
+            PreflightReport { dataset: DatasetRecord { digest: "sha256:e".into(), rows: 1, tokens: 1 }, ..preflight() };
+        assert_ne!(digest_of(&job(), &other_data), same);
+    }
+}

@@ -1,0 +1,173 @@
+//! What the API server will refuse, tried here without one: every rule has a manifest that breaks it.
+
+use kube::CustomResourceExt;
+use serde_json::{Value, json};
+use tunesmith_crds::{AdapterVersion, FineTuneJob, GpuClass};
+
+/// A manifest in which every rule holds.
+fn job() -> Value {
+    json!({
+        "apiVersion": "tunesmith.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "support-bot", "namespace": "telecom"},
+        "spec": {
+            "baseModel": {"uri": "s3://models/llama-2-7b"},
+            "dataset": {"train": {"uri": "s3://datasets/train.jsonl"}, "evalFraction": 0.1},
+            "method": "LoRA",
+            "lora": {"rank": 16},
+            "output": {"adapterName": "support-bot", "uri": "s3://adapters"},
+        },
+    })
+}
+
+/// Sets or (with null) removes the value at a JSON pointer.
+fn with(mut manifest: Value, changes: &[(&str, Value)]) -> Value {
+    for (pointer, value) in changes {
+        let (parent, key) = pointer.rsplit_once('/').unwrap();
+        let parent = manifest.pointer_mut(parent).unwrap().as_object_mut().unwrap();
+        match value {
+            Value::Null => parent.remove(key),
+            value => parent.insert(key.into(), value.clone()),
+        };
+    }
+    manifest
+}
+
+/// The messages of the rules that a FineTuneJob breaks.
+fn refusals(manifest: Value) -> String {
+    let job: FineTuneJob = serde_json::from_value(manifest).unwrap();
+    match job.validate_cel() {
+        Ok(()) => String::new(),
+        Err(errors) => errors.to_string(),
+    }
+}
+
+#[test]
+fn a_sound_job_passes_every_rule() {
+    assert_eq!(refusals(job()), "");
+    let quantization = json!({"bits": 4, "type": "nf4"});
+    assert_eq!(refusals(with(job(), &[("/spec/method", json!("QLoRA")), ("/spec/quantization", quantization)])), "");
+    assert_eq!(refusals(with(job(), &[("/spec/method", json!("Full")), ("/spec/lora", Value::Null)])), "");
+}
+
+#[test]
+fn each_rule_refuses_the_manifest_that_breaks_it_and_says_what_to_do() {
+    let int8_in_4_bits = json!({"bits": 4, "type": "int8"});
+    let cases: &[(&[(&str, Value)], &str)] = &[
+        (&[("/spec/method", json!("QLoRA"))], "method QLoRA needs quantization"),
+        (&[("/spec/quantization", json!({"bits": 4, "type": "nf4"}))], "quantization is for method QLoRA or Auto only"),
+        (&[("/spec/method", json!("Full"))], "method Full trains every parameter and takes no lora"),
+        (&[("/spec/method", json!("QLoRA")), ("/spec/quantization", int8_in_4_bits)], "bits: 8 with type int8"),
+        (&[("/spec/dataset/evalFraction", Value::Null)], "exactly one of eval.uri and evalFraction"),
+        (
+            &[("/spec/dataset/eval", json!({"uri": "s3://datasets/e.jsonl"}))],
+            "exactly one of eval.uri and evalFraction",
+        ),
+        (&[("/spec/dataset/evalFraction", json!(1.0))], "must lie between 0 and 1"),
+        (&[("/spec/lora/dropout", json!(1.0))], "must lie in [0, 1)"),
+        (&[("/spec/lora/alpha", json!(0.0))], "must be greater than 0"),
+        (&[("/spec/training", json!({"learningRate": 0.0}))], "must be greater than 0"),
+        (&[("/spec/training", json!({"warmupRatio": 1.5}))], "must lie in [0, 1]"),
+        (&[("/spec/resources", json!({"memory": "lots"}))], "must be a quantity such as 4Gi"),
+        (&[("/spec/output/adapterName", json!("Support_Bot"))], "must be a DNS label"),
+        (
+            &[("/spec/output/secretRef", json!({"name": "s3"})), ("/spec/output/serviceAccountName", json!("tuner"))],
+            "at most one of secretRef and serviceAccountName",
+        ),
+        (&[("/metadata/name", json!("support.bot"))], "metadata.name must be a DNS label of at most 40"),
+    ];
+    for (changes, message) in cases {
+        let refused = refusals(with(job(), changes));
+        assert!(refused.contains(message), "{changes:?}: expected `{message}`, got `{refused}`");
+    }
+}
+
+#[test]
+fn a_uri_of_an_unknown_scheme_is_no_job_at_all() {
+    let manifest = with(job(), &[("/spec/baseModel/uri", json!("gopher://models"))]);
+    let error = serde_json::from_value::<FineTuneJob>(manifest).unwrap_err().to_string();
+    assert!(error.contains("s3://bucket/key"), "{error}");
+}
+
+#[test]
+fn bounds_and_defaults_are_in_the_schema() {
+    let crd = serde_json::to_value(FineTuneJob::crd()).unwrap();
+    let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"];
+    let rank = &spec["lora"]["properties"]["rank"];
+    assert_eq!((&rank["minimum"], &rank["maximum"], &rank["default"]), (&json!(1.0), &json!(1024.0), &json!(8)));
+    assert_eq!(spec["training"]["properties"]["learningRate"]["default"], json!(2e-4));
+    assert_eq!(spec["training"]["default"]["numTrainEpochs"], json!(3.0));
+    assert_eq!(spec["method"]["default"], json!("Auto"));
+}
+
+/// Whether every property below has a description, which `kubectl explain` shows.
+fn undescribed(path: &str, schema: &Value, missing: &mut Vec<String>) {
+    for (name, property) in schema["properties"].as_object().into_iter().flatten() {
+        let path = format!("{path}.{name}");
+        if property["description"].as_str().is_none_or(str::is_empty) {
+            missing.push(path.clone());
+        }
+        undescribed(&path, property, missing);
+    }
+    if schema["items"].is_object() {
+        undescribed(&format!("{path}[]"), &schema["items"], missing);
+    }
+}
+
+#[test]
+fn every_field_has_a_description() {
+    for crd in [FineTuneJob::crd(), AdapterVersion::crd(), GpuClass::crd()] {
+        let schema = serde_json::to_value(&crd).unwrap()["spec"]["versions"][0]["schema"]["openAPIV3Schema"].clone();
+        let mut missing = Vec::new();
+        undescribed(&crd.spec.names.kind, &schema["properties"]["spec"], &mut missing);
+        undescribed(&crd.spec.names.kind, &schema["properties"]["status"], &mut missing);
+        assert!(missing.is_empty(), "without a description: {missing:#?}");
+    }
+}
+
+#[test]
+fn the_spec_of_an_adapter_version_never_changes() {
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let version: AdapterVersion = serde_json::from_value(json!({
+        "apiVersion": "tunesmith.dev/v1alpha1",
+        "kind": "AdapterVersion",
+        "metadata": {"name": "support-bot-v1", "namespace": "telecom"},
+        "spec": {
+            "adapterName": "support-bot",
+            "version": 1,
+            "artifact": {"type": "LoraAdapter", "uri": "s3://adapters/support-bot/v1", "manifestDigest": digest,
+                         "sizeBytes": 1, "files": []},
+            "baseModel": {"uri": "s3://models/m", "digest": digest},
+            "dataset": {"digest": digest, "rows": 1, "tokens": 1},
+            "method": "LoRA",
+            "hyperparameters": {},
+            "source": {"job": "support-bot", "uid": "u", "generation": 1, "run": 1, "inputDigest": digest,
+                       "trainerImage": "tunesmith-trainer:dev"},
+            "metrics": {"steps": 1, "tokens": 1, "trainSeconds": 1.0},
+        },
+    }))
+    .unwrap();
+    let mut changed = version.clone();
+    assert!(changed.validate_cel_update(&version).is_ok());
+    changed.spec.artifact.uri = "s3://elsewhere/v1".parse().unwrap();
+    assert!(changed.validate_cel_update(&version).unwrap_err().to_string().contains("immutable"));
+}
+
+#[test]
+fn a_class_of_gpus_and_a_class_of_cpus_are_told_apart() {
+    let refusals = |spec: Value| {
+        let class: GpuClass = serde_json::from_value(json!({
+            "apiVersion": "tunesmith.dev/v1alpha1", "kind": "GpuClass", "metadata": {"name": "c"}, "spec": spec,
+        }))
+        .unwrap();
+        class.validate_cel().err().map(|errors| errors.to_string()).unwrap_or_default()
+    };
+    let lora = |gpus: u32| json!([{"method": "LoRA", "gpus": gpus}]);
+    assert_eq!(refusals(json!({"methods": lora(0)})), "");
+    assert_eq!(refusals(json!({"resourceName": "nvidia.com/gpu", "memory": "24Gi", "methods": lora(1)})), "");
+    assert!(refusals(json!({"resourceName": "nvidia.com/gpu", "methods": lora(1)})).contains("needs both"));
+    assert!(refusals(json!({"methods": lora(1)})).contains("gpus must be 0"));
+    let idle = json!({"resourceName": "nvidia.com/gpu", "memory": "24Gi", "methods": lora(0)});
+    assert!(refusals(idle).contains("at least 1 GPU"));
+    assert!(refusals(json!({"methods": [{"method": "Auto", "gpus": 0}]})).contains("must be Full, LoRA or QLoRA"));
+}

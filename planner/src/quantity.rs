@@ -1,0 +1,50 @@
+//! Kubernetes quantities of bytes.
+
+const BINARY: [(&str, u64); 5] = [("Ki", 1 << 10), ("Mi", 1 << 20), ("Gi", 1 << 30), ("Ti", 1 << 40), ("Pi", 1 << 50)];
+const DECIMAL: [(&str, u64); 6] = [
+    ("k", 1_000),
+    ("M", 1_000_000),
+    ("G", 1_000_000_000),
+    ("T", 1_000_000_000_000),
+    ("P", 1_000_000_000_000_000),
+    ("", 1),
+];
+
+/// Bytes of a quantity such as `24Gi`, `1.5G` or `1073741824`; None if it is no quantity of bytes.
+pub fn parse_bytes(quantity: &str) -> Option<u64> {
+    let (digits, unit) =
+        BINARY.iter().chain(&DECIMAL).find_map(|(suffix, unit)| Some((quantity.strip_suffix(suffix)?, *unit)))?;
+    let value: f64 = digits.parse().ok()?;
+    (value >= 0.0 && value.is_finite() && digits.chars().all(|c| c.is_ascii_digit() || c == '.'))
+        .then_some((value * unit as f64) as u64)
+}
+
+/// The largest binary unit that leaves a readable number, rounded up: 8_400_000 bytes are `9Mi`.
+pub fn format_bytes(bytes: u64) -> String {
+    let (suffix, unit) = BINARY.iter().rev().find(|(_, unit)| bytes >= 8 * unit).unwrap_or(&("", 1));
+    format!("{}{suffix}", bytes.div_ceil(*unit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantities_are_read_as_kubernetes_does() {
+        assert_eq!(parse_bytes("24Gi"), Some(24 << 30));
+        assert_eq!(parse_bytes("1.5G"), Some(1_500_000_000));
+        assert_eq!(parse_bytes("512"), Some(512));
+        assert_eq!(parse_bytes("0"), Some(0));
+        for text in ["", "Gi", "-1Gi", "1e3x", "lots", "1 Gi", "infGi"] {
+            assert_eq!(parse_bytes(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_rounded_up_to_a_readable_unit() {
+        assert_eq!(format_bytes(8_400_000), "9Mi");
+        assert_eq!(format_bytes(100), "100");
+        assert_eq!(format_bytes(80 << 30), "80Gi");
+        assert!(parse_bytes(&format_bytes(123_456_789)).unwrap() >= 123_456_789);
+    }
+}
