@@ -1,1 +1,31 @@
-//! A real local Kubernetes cluster, the demo, and the tests that run on it.
+//! A real Kubernetes cluster on one Linux machine, for the demo and for tests.
+//!
+//! [`Toolchain`] installs what it is made of, [`Cluster`] brings it up and down, [`Images`] puts Tunesmith's programs
+//! into it, and [`model`] fetches a small real model to tune.
+
+mod cgroup;
+mod cluster;
+mod command;
+mod control_plane;
+mod daemon;
+mod dns;
+mod http;
+mod images;
+pub mod model;
+mod network;
+mod node;
+mod paths;
+mod pki;
+mod s3;
+mod site;
+mod steps;
+mod teardown;
+mod toolchain;
+
+pub use cluster::{Cluster, DEFAULT_NAME};
+pub use command::{run, run_with_input, succeeds};
+pub use images::{Image, Images, release_folder};
+pub use paths::{cache, repository};
+pub use s3::{BUCKETS, S3};
+pub use steps::{Step, human};
+pub use toolchain::Toolchain;

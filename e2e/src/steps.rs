@@ -1,0 +1,81 @@
+//! What is being done, and how long it took: one line a step.
+
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// One step under way: a spinner on a terminal, and a line when it ends.
+///
+/// A step that is dropped before it said [`done`](Step::done) or [`skipped`](Step::skipped) has failed, and says so;
+/// so `?` may leave a step at any point.
+#[must_use = "a step ends with done() or skipped(); dropped, it has failed"]
+pub struct Step {
+    title: String,
+    start: Instant,
+    spinner: ProgressBar,
+    ended: bool,
+}
+
+impl Step {
+    /// Begins a step. `title` names the result, not the work: "etcd 3.7.3", "cluster up".
+    pub fn start(title: impl Into<String>) -> Self {
+        let title = title.into();
+        let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
+            .with_style(
+                ProgressStyle::with_template("{spinner} {msg} ({elapsed})").expect("a valid template"),
+            )
+            .with_message(title.clone());
+        spinner.enable_steady_tick(Duration::from_millis(100));
+        Self { title, start: Instant::now(), spinner, ended: false }
+    }
+
+    /// Ends a step that did its work.
+    pub fn done(self) {
+        self.end("✓", None);
+    }
+
+    /// Ends a step that found its work done; `reason` says what it found.
+    pub fn skipped(self, reason: &str) {
+        self.end("·", Some(reason));
+    }
+
+    fn end(mut self, mark: &str, reason: Option<&str>) {
+        self.ended = true;
+        self.spinner.finish_and_clear();
+        match reason {
+            Some(reason) => eprintln!("{mark} {}: {reason}", self.title),
+            None => eprintln!("{mark} {} ({})", self.title, human(self.start.elapsed())),
+        }
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.spinner.finish_and_clear();
+            eprintln!("✗ {} ({})", self.title, human(self.start.elapsed()));
+        }
+    }
+}
+
+/// A duration as people say it: "0.4 s", "25 s", "9 min 20 s".
+pub fn human(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64().round() as u64;
+    match seconds {
+        0..10 => format!("{:.1} s", duration.as_secs_f64()),
+        10..60 => format!("{seconds} s"),
+        _ => format!("{} min {} s", seconds / 60, seconds % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_as_people_say_them() {
+        assert_eq!(human(Duration::from_millis(420)), "0.4 s");
+        assert_eq!(human(Duration::from_secs(25)), "25 s");
+        assert_eq!(human(Duration::from_secs(560)), "9 min 20 s");
+    }
+}
