@@ -1,0 +1,46 @@
+# What there is to do. `make demo` and `make test` install all that they need.
+
+CARGO ?= cargo
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tunesmith
+
+# A cluster is taken from the command line only, so that an exported KUBECONFIG is never used by accident.
+ifeq ($(origin KUBECONFIG),command line)
+DEMO_FLAGS := --kubeconfig $(KUBECONFIG)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint unit e2e generate oracle bench down rust
+
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: rust ## From kubectl apply to a tuned adapter, on a local cluster or on KUBECONFIG=…
+	$(CARGO) run --quiet --release -p tunesmith-e2e --bin demo -- $(DEMO_FLAGS)
+
+test: lint unit e2e ## Everything that must pass before a commit lands
+
+lint: rust ## Formatting and clippy
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+
+unit: rust ## Unit, property and fixture tests
+	$(CARGO) test --workspace --exclude tunesmith-e2e
+
+e2e: rust ## The chart, and the tests on a real cluster
+	$(CARGO) build --bins --examples -p tunesmith-operator -p tunesmith-trainer -p tunesmith-e2e
+	$(CARGO) test -p tunesmith-e2e -- --nocapture
+
+generate: rust ## Write crds/yaml and the chart's CRDs from the Rust types
+	$(CARGO) run --quiet -p tunesmith-crds --bin crdgen
+
+oracle: rust ## Compare with transformers and PEFT (installs PyTorch, 6 GB)
+	e2e/oracle/run.sh
+
+bench: rust ## Speed and memory, beside PEFT where Python has it
+	e2e/oracle/bench.sh
+
+down: rust ## Remove the demo's cluster
+	e2e/cluster down
+
+rust:
+	@command -v $(firstword $(CARGO)) >/dev/null || { echo 'Rust is missing: install it from https://rustup.rs, then run this again.' >&2; exit 1; }
