@@ -32,7 +32,9 @@ impl Cluster {
     pub fn new(name: &str, subnet: u8) -> Result<Self> {
         let site = Site::new(name, subnet)?;
         match fs::read_to_string(site.subnet_file()) {
-            Ok(recorded) => Ok(Self { site: Site::new(name, recorded.parse().context("the subnet file is damaged")?)? }),
+            Ok(recorded) => {
+                Ok(Self { site: Site::new(name, recorded.parse().context("the subnet file is damaged")?)? })
+            }
             Err(_) => Ok(Self { site }),
         }
     }

@@ -68,7 +68,7 @@ impl Daemon {
             .spawn()
             .with_context(|| format!("cannot start {}", self.name))?;
         // nsenter becomes the program, so this is the daemon's pid.
-        fs::write(pid_file(site, self.name), child.id().to_string())?;
+        fs::write(pid_file(site, self.name), format!("{}\n", child.id()))?;
         Ok(true)
     }
 

@@ -11,8 +11,8 @@ use serde_json::json;
 
 use crate::command::run_with_input;
 use crate::daemon::Daemon;
-use crate::paths::write_secret;
 use crate::http::answers_ok;
+use crate::paths::write_secret;
 use crate::site::Site;
 
 /// The buckets that every cluster has.

@@ -65,7 +65,7 @@ impl Site {
         self.folder.join("pki").join(name)
     }
 
-    /// Configuration files, written anew at every `up`.
+    /// Configuration files.
     pub(crate) fn config(&self, name: &str) -> PathBuf {
         self.folder.join("config").join(name)
     }
@@ -104,9 +104,13 @@ impl Site {
         Ok(())
     }
 
-    /// Writes a configuration file and returns its path.
+    /// Writes a configuration file and returns its path. One that says the same already is not touched: kube-proxy ends
+    /// when its own is written.
     pub(crate) fn write_config(&self, name: &str, content: &str) -> Result<PathBuf> {
         let path = self.config(name);
+        if fs::read_to_string(&path).is_ok_and(|present| present == content) {
+            return Ok(path);
+        }
         fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }

@@ -21,9 +21,7 @@ impl Step {
     pub fn start(title: impl Into<String>) -> Self {
         let title = title.into();
         let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
-            .with_style(
-                ProgressStyle::with_template("{spinner} {msg} ({elapsed})").expect("a valid template"),
-            )
+            .with_style(ProgressStyle::with_template("{spinner} {msg} ({elapsed})").expect("a valid template"))
             .with_message(title.clone());
         spinner.enable_steady_tick(Duration::from_millis(100));
         Self { title, start: Instant::now(), spinner, ended: false }

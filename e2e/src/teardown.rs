@@ -1,8 +1,10 @@
 //! Ending a cluster: its processes, and what they leave behind on the machine.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,17 @@ use crate::site::Site;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(50);
+
+/// Folders that the kubelet, containerd and CNI make where they want them; removed when nothing is left inside.
+const SHARED_FOLDERS: [&str; 7] = [
+    "/run/containerd/s",
+    "/run/containerd",
+    "/var/lib/cni/results",
+    "/var/lib/cni",
+    "/var/lib/kubelet/device-plugins",
+    "/var/lib/kubelet",
+    "/var/log/containers",
+];
 
 /// Kills every process of the cluster: daemons and shims by their network namespace, pods by their cgroup.
 ///
@@ -39,17 +52,18 @@ pub(crate) fn end_processes(site: &Site) -> Result<()> {
     }
 }
 
-/// Removes what the processes left: mounts, sockets, links, network, cgroups, and the run folder.
+/// Removes what the processes left: mounts, network, cgroups, the run folder, and files in folders of the machine that
+/// no option moves elsewhere.
 pub(crate) fn remove_traces(site: &Site) -> Result<()> {
-    unmount_below(&site.folder)?;
     remove_shim_sockets(site);
-    remove_matching(Path::new("/var/lib/cni/results"), |entry| {
-        entry.file_name().to_string_lossy().starts_with(&format!("{}-", pod_network_name(site)))
-    });
-    // The kubelet links every container's log into this folder.
-    remove_matching(Path::new("/var/log/containers"), |entry| {
-        fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(&site.folder))
-    });
+    remove_device_plugin_socket();
+    remove_cni_results(&pod_network_name(site));
+    remove_log_links(site);
+    for folder in SHARED_FOLDERS {
+        // Fails, as it should, while another has something in it.
+        let _ = fs::remove_dir(folder);
+    }
+    unmount_below(&site.folder)?;
     site.network.remove()?;
     site.cgroup.remove()?;
     let run = site.folder.join("run");
@@ -60,17 +74,28 @@ pub(crate) fn remove_traces(site: &Site) -> Result<()> {
 }
 
 fn unmount_below(folder: &Path) -> Result<()> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read the list of mounts")?;
-    // The last mount is the innermost.
-    for target in mounts.lines().rev().filter_map(mount_point).filter(|target| Path::new(target).starts_with(folder)) {
-        unmount(target.as_str(), UnmountFlags::empty()).with_context(|| format!("cannot unmount {target}"))?;
+    let start = Instant::now();
+    loop {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read the list of mounts")?;
+        let mut targets: Vec<PathBuf> =
+            mounts.lines().filter_map(mount_point).filter(|target| target.starts_with(folder)).collect();
+        if targets.is_empty() {
+            return Ok(());
+        }
+        // The innermost first. One may hide another, and one whose user has only just ended is busy for a moment.
+        targets.sort_by_key(|target| Reverse(target.components().count()));
+        for target in targets {
+            if let Err(error) = unmount(&target, UnmountFlags::empty()) {
+                ensure!(start.elapsed() < PATIENCE, "cannot unmount {}: {error}", target.display());
+            }
+        }
+        sleep(POLL);
     }
-    Ok(())
 }
 
 /// The mount point of a line of mountinfo, whose fifth field writes a space as \040.
-fn mount_point(line: &str) -> Option<String> {
-    Some(line.split(' ').nth(4)?.replace("\\040", " "))
+fn mount_point(line: &str) -> Option<PathBuf> {
+    Some(line.split(' ').nth(4)?.replace("\\040", " ").into())
 }
 
 /// A shim keeps its socket in /run/containerd/s, whatever containerd's own folders are.
@@ -89,9 +114,33 @@ fn remove_shim_sockets(site: &Site) {
     }
 }
 
-fn remove_matching(folder: &Path, matches: impl Fn(&fs::DirEntry) -> bool) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(|entry| matches(entry)) {
-        let _ = fs::remove_file(entry.path());
+/// The kubelet waits for device plugins at this socket, whatever its own folder is; another cluster's may be listening.
+fn remove_device_plugin_socket() {
+    let socket = "/var/lib/kubelet/device-plugins/kubelet.sock";
+    if UnixStream::connect(socket).is_err() {
+        let _ = fs::remove_file(socket);
+    }
+}
+
+/// CNI remembers in a folder of the machine what it did for each pod: on the pod network, and for its loopback.
+fn remove_cni_results(network: &str) {
+    let folder = Path::new("/var/lib/cni/results");
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let pod = file.strip_prefix(network).and_then(|rest| rest.strip_prefix('-')?.strip_suffix("-eth0"));
+        if let Some(pod) = pod {
+            let _ = fs::remove_file(folder.join(format!("cni-loopback-{pod}-lo")));
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// The kubelet links every container's log into a folder of the machine.
+fn remove_log_links(site: &Site) {
+    for entry in fs::read_dir("/var/log/containers").into_iter().flatten().flatten() {
+        if fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(&site.folder)) {
+            let _ = fs::remove_file(entry.path());
+        }
     }
 }
 
@@ -102,6 +151,6 @@ mod tests {
     #[test]
     fn a_mount_point_with_a_space_is_read() {
         let line = r"36 35 98:0 / /root/a\040b/run rw,noatime - ext3 /dev/root rw";
-        assert_eq!(mount_point(line).as_deref(), Some("/root/a b/run"));
+        assert_eq!(mount_point(line).as_deref(), Some(Path::new("/root/a b/run")));
     }
 }

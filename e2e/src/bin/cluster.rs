@@ -80,7 +80,7 @@ fn print_status(cluster: &Cluster) -> Result<()> {
             None => println!("{name:24} has ended: `e2e/cluster up` starts it again"),
         }
     }
-    println!();
-    print!("{}", run(cluster.kubectl().args(["get", "nodes,pods", "--all-namespaces", "--output=wide"]))?);
+    let objects = run(cluster.kubectl().args(["get", "nodes,pods", "--all-namespaces", "--output=wide"]));
+    println!("\n{}", objects.unwrap_or_else(|_| "the API server does not answer".into()).trim_end());
     Ok(())
 }

@@ -53,7 +53,9 @@ pub(super) fn install() -> Result<()> {
 fn missing() -> Vec<&'static str> {
     NEEDED
         .iter()
-        .filter(|(what, _)| !if what.starts_with('/') { Path::new(what).exists() } else { find_program(what).is_some() })
+        .filter(
+            |(what, _)| !if what.starts_with('/') { Path::new(what).exists() } else { find_program(what).is_some() },
+        )
         .map(|(_, package)| *package)
         .collect()
 }

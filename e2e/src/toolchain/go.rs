@@ -210,7 +210,8 @@ mod tests {
     #[test]
     fn every_module_pins_its_source_and_its_programs() {
         for module in MODULES {
-            let go_mod = fs::read_to_string(repository().join("e2e/toolchain").join(module.name).join("go.mod")).unwrap();
+            let go_mod =
+                fs::read_to_string(repository().join("e2e/toolchain").join(module.name).join("go.mod")).unwrap();
             assert!(required_version(&go_mod, module.source).is_some(), "{}", module.name);
             for (_, package) in module.programs {
                 assert!(go_mod.contains(package), "{package} is no tool of {}", module.name);

