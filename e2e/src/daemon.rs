@@ -104,11 +104,12 @@ pub(crate) fn recorded(site: &Site) -> Vec<(String, Option<i32>)> {
     found
 }
 
-/// Whether a process lives; one that has ended and waits for its parent does not.
+/// Whether a process lives. One that has ended and waits for its parent does not, once its last thread is gone.
 pub(crate) fn is_alive(pid: i32) -> bool {
     // "pid (name) state …", where the name may hold anything.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    let Some((_, rest)) = stat.rsplit_once(") ") else { return false };
+    !rest.starts_with(['Z', 'X']) || fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
 }
 
 /// Sends a signal; a process that is gone already is none the worse.

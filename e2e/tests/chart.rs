@@ -1,0 +1,105 @@
+//! The chart: it lints, refuses wrong values, and grants the operator nothing that it should not have.
+
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use tunesmith_e2e::{Toolchain, repository, run};
+
+fn helm(arguments: &[&str]) -> Result<String> {
+    let tools = Toolchain::new()?;
+    tools.install()?;
+    let chart = repository().join("charts/tunesmith");
+    run(Command::new(tools.program("helm")).args(&arguments[..1]).arg("tunesmith").arg(chart).args(&arguments[1..]))
+}
+
+/// The objects that the chart makes of these flags.
+fn template(flags: &[&str]) -> Result<Vec<Value>> {
+    let text = helm(&[&["template"], flags].concat())?;
+    let objects: Vec<Value> = serde_saphyr::from_multiple(&text)?;
+    Ok(objects.into_iter().filter(|object| !object.is_null()).collect())
+}
+
+fn find<'a>(objects: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    objects.iter().filter(|object| object["kind"] == kind).collect()
+}
+
+#[test]
+fn the_chart_lints() -> Result<()> {
+    let tools = Toolchain::new()?;
+    tools.install()?;
+    run(Command::new(tools.program("helm")).args(["lint", "--strict"]).arg(repository().join("charts/tunesmith")))?;
+    Ok(())
+}
+
+#[test]
+fn the_operator_may_not_touch_secrets() -> Result<()> {
+    let objects = template(&[])?;
+    let roles = [find(&objects, "ClusterRole"), find(&objects, "Role")].concat();
+    assert!(roles.len() >= 4);
+    for rule in roles.iter().flat_map(|role| role["rules"].as_array().into_iter().flatten()) {
+        let list = |key: &str| rule[key].as_array().cloned().unwrap_or_default();
+        for resource in list("resources") {
+            assert!(resource != "secrets" && resource != "*", "{rule}");
+        }
+        assert!(!list("verbs").contains(&"*".into()), "{rule}");
+    }
+    Ok(())
+}
+
+#[test]
+fn crds_are_kept_when_the_chart_goes_and_can_be_left_out() -> Result<()> {
+    let objects = template(&[])?;
+    let crds = find(&objects, "CustomResourceDefinition");
+    assert_eq!(crds.len(), 3);
+    for crd in crds {
+        assert_eq!(crd["metadata"]["annotations"]["helm.sh/resource-policy"], "keep");
+    }
+    assert!(find(&template(&["--set", "crds.install=false"])?, "CustomResourceDefinition").is_empty());
+    Ok(())
+}
+
+#[test]
+fn the_default_classes_give_full_four_a100s_and_lora_one_consumer_gpu() -> Result<()> {
+    let objects = template(&[])?;
+    let classes = find(&objects, "GpuClass");
+    let offers = |name: &str| {
+        let class = classes.iter().find(|class| class["metadata"]["name"] == name);
+        class.map(|class| class["spec"]["methods"].to_string()).with_context(|| format!("no class {name}"))
+    };
+    assert_eq!(offers("a100-80gb")?, r#"[{"gpus":4,"method":"Full"}]"#);
+    assert_eq!(offers("consumer-24gb")?, r#"[{"gpus":1,"method":"LoRA"},{"gpus":1,"method":"QLoRA"}]"#);
+    assert_eq!(offers("cpu")?, r#"[{"gpus":0,"method":"LoRA"}]"#);
+    assert_eq!(find(&template(&["--set", "gpuClasses.cpu=null"])?, "GpuClass").len(), 2);
+    Ok(())
+}
+
+#[test]
+fn the_operator_runs_restricted_with_the_images_it_is_given() -> Result<()> {
+    let objects = template(&["--set", "operator.image=o:1,trainer.image=t:1,operator.replicas=2"])?;
+    let deployment = &find(&objects, "Deployment")[0]["spec"];
+    assert_eq!(deployment["replicas"], 2);
+    let pod = &deployment["template"]["spec"];
+    let container = &pod["containers"][0];
+    assert_eq!(container["image"], "o:1");
+    assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+    assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+    assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
+    assert!(container["env"].to_string().contains(r#"{"name":"TRAINER_IMAGE","value":"t:1"}"#));
+    assert!(find(&objects, "ServiceMonitor").is_empty());
+    assert_eq!(find(&template(&["--set", "metrics.serviceMonitor.enabled=true"])?, "ServiceMonitor").len(), 1);
+    Ok(())
+}
+
+#[test]
+fn wrong_values_are_refused_by_name() {
+    for (flags, name) in [
+        (["--set", "operator.replicas=0"], "replicas"),
+        (["--set", "operatr.image=x"], "operatr"),
+        (["--set", "trainer.imagePullPolicy=Sometimes"], "imagePullPolicy"),
+        (["--set", "gpuClasses.mine.methods[0].method=Auto"], "method"),
+    ] {
+        let error = template(&flags).expect_err(name).to_string();
+        assert!(error.contains(name), "{error}");
+    }
+}

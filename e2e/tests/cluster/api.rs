@@ -1,0 +1,56 @@
+//! What the API server refuses, in which words.
+
+use anyhow::Result;
+use kube::api::PostParams;
+use serde_json::{Value, json};
+use tunesmith_crds::FineTuneJob;
+
+use crate::tenant::Tenant;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_server_refuses_a_bad_manifest_and_says_what_to_do() -> Result<()> {
+    let team = Tenant::new("api").await?;
+    let cases: [(Value, &str); 8] = [
+        (json!({"method": "QLoRA"}), "method QLoRA needs quantization"),
+        (json!({"method": "Full", "lora": {"rank": 8}}), "method Full trains every parameter and takes no lora"),
+        (json!({"lora": {"rank": 4096}}), "should be less than or equal to 1024"),
+        (json!({"lora": {"dropout": 1.0}}), "must lie in [0, 1)"),
+        (json!({"training": {"learningRate": 0}}), "must be greater than 0"),
+        (json!({"dataset": {"evalFraction": null}}), "exactly one of eval.uri and evalFraction"),
+        (json!({"baseModel": {"uri": "gopher://models"}}), "must be s3://bucket/key or file:///path"),
+        (json!({"output": {"adapterName": "Support_Bot"}}), "must be a DNS label"),
+    ];
+    for (changes, words) in cases {
+        let error = team.apply(&team.job("refused", changes)).await.expect_err(words).to_string();
+        assert!(error.contains(words), "expected `{words}`, got `{error}`");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_misspelt_field_is_refused() -> Result<()> {
+    let team = Tenant::new("typo").await?;
+    let error = team.apply(&team.job("typo", json!({"trainnig": {}}))).await.unwrap_err().to_string();
+    assert!(error.contains("trainnig"), "{error}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_minimal_manifest_gets_every_default() -> Result<()> {
+    let team = Tenant::new("defaults").await?;
+    let minimal: FineTuneJob = serde_json::from_value(json!({
+        "apiVersion": "tunesmith.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "minimal"},
+        "spec": {
+            "baseModel": {"uri": "s3://models/m"},
+            "dataset": {"train": {"uri": "s3://datasets/t.jsonl"}, "evalFraction": 0.1},
+            "output": {"adapterName": "minimal", "uri": "s3://adapters"},
+        },
+    }))?;
+    let explained = team.cluster.kubectl().args(["explain", "finetunejob.spec.lora.rank"]).output()?;
+    assert!(String::from_utf8_lossy(&explained.stdout).contains("Inner dimension r"));
+    let dry_run = PostParams { dry_run: true, ..PostParams::default() };
+    let created = team.api::<FineTuneJob>().create(&dry_run, &minimal).await?;
+    // What the server filled in is what the types fill in.
+    assert_eq!(created.spec, minimal.spec);
+    Ok(())
+}

@@ -1,0 +1,83 @@
+//! Input that cannot be used: a Failed phase that names it, and nothing published.
+
+use anyhow::Result;
+use kube::api::PostParams;
+use k8s_openapi::api::core::v1::Secret;
+use serde_json::{Value, json};
+use tunesmith_crds::{FineTuneJobPhase, conditions};
+
+use crate::tenant::{Tenant, condition, message, rows};
+
+/// Applies a job that must fail, and returns its message.
+async fn failure(team: &Tenant, changes: Value) -> Result<String> {
+    team.apply(&team.job("doomed", changes)).await?;
+    let job = team.until_phase("doomed", FineTuneJobPhase::Failed).await?;
+    let text = message(&job).to_owned();
+    let (stalled, _, stalled_message) = condition(&job, conditions::STALLED).expect("a Stalled condition");
+    assert_eq!((stalled, stalled_message), ("True", text.as_str()));
+    assert_eq!(condition(&job, conditions::READY).map(|(status, ..)| status), Some("False"));
+    assert!(team.versions().await?.is_empty(), "a failed job must leave no AdapterVersion");
+    assert!(!team.published().await?.iter().any(|key| key.ends_with("manifest.json")), "and no manifest");
+    Ok(text)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_model_is_named() -> Result<()> {
+    let team = Tenant::new("no-model").await?;
+    let text = failure(&team, json!({"baseModel": {"uri": "s3://models/no-such-model"}})).await?;
+    assert!(text.contains("s3://models/no-such-model"), "{text}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_malformed_row_is_named_by_its_number() -> Result<()> {
+    let team = Tenant::new("bad-row").await?;
+    let mut lines = rows(40);
+    lines[16] = r#"{"messages": [{"role": "user"}]}"#.into();
+    team.write("datasets", "train.jsonl", &lines.join("\n")).await?;
+    let text = failure(&team, json!({})).await?;
+    assert!(text.contains("row 17") && text.contains("content"), "{text}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_s3_key_is_named_and_never_shown() -> Result<()> {
+    let team = Tenant::new("bad-key").await?;
+    let secret = "wrong-secret-4711";
+    let mut wrong: std::collections::BTreeMap<_, _> = team.s3.env().into_iter().collect();
+    wrong.insert("AWS_SECRET_ACCESS_KEY", secret);
+    let secret_object: Secret =
+        serde_json::from_value(json!({"metadata": {"name": "wrong"}, "stringData": wrong}))?;
+    team.api::<Secret>().create(&PostParams::default(), &secret_object).await?;
+    let text = failure(&team, json!({"output": {"secretRef": {"name": "wrong"}}})).await?;
+    assert!(text.contains("AWS_SECRET_ACCESS_KEY"), "{text}");
+    assert!(!text.contains(secret), "{text}");
+    for pod in team.pods("doomed", None).await? {
+        let name = pod.metadata.name.unwrap_or_default();
+        let logs = team.cluster.kubectl().args(["logs", "-n", &team.namespace, &name]).output()?;
+        assert!(!String::from_utf8_lossy(&logs.stdout).contains(secret));
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_runs_out_of_memory_is_tried_again_as_often_as_allowed() -> Result<()> {
+    let team = Tenant::new("oom").await?;
+    let text = failure(&team, json!({"resources": {"memory": "12Mi"}, "backoffLimit": 1})).await?;
+    assert!(text.contains("memory"), "{text}");
+    assert_eq!(team.training_jobs("doomed").await?.len(), 2);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_method_that_this_trainer_lacks_is_refused_before_it_waits_for_gpus() -> Result<()> {
+    let team = Tenant::new("full").await?;
+    let full = json!({"method": "Full", "resources": {"gpuClass": null}});
+    let text = failure(&team, full).await?;
+    assert!(text.contains("Full"), "{text}");
+    // The plan shows what it would have asked for: four A100s in one pod.
+    let job = team.until_phase("doomed", FineTuneJobPhase::Failed).await?;
+    let plan = job.status.and_then(|status| status.plan).expect("a plan");
+    assert_eq!((plan.gpu_class.as_str(), plan.pods, plan.gpus_per_pod), ("a100-80gb", 1, 4));
+    Ok(())
+}

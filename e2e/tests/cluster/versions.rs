@@ -1,0 +1,63 @@
+//! Which version a spec leads to.
+
+use anyhow::Result;
+use serde_json::json;
+use tunesmith_crds::{AdapterVersion, AdapterVersionPhase, FineTuneJobPhase, conditions};
+
+use crate::tenant::{Tenant, condition};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_inputs_are_never_trained_twice() -> Result<()> {
+    let team = Tenant::new("reuse").await?;
+    team.apply(&team.job("first", json!({}))).await?;
+    team.until_phase("first", FineTuneJobPhase::Succeeded).await?;
+
+    // A second job for the same adapter, and the first one recreated as a GitOps tool would.
+    let second = json!({"output": {"adapterName": "first"}, "training": {"loggingSteps": 2}});
+    team.apply(&team.job("second", second)).await?;
+    let job = team.until_phase("second", FineTuneJobPhase::Succeeded).await?;
+    assert_eq!(condition(&job, conditions::READY).map(|(_, reason, _)| reason), Some(conditions::reason::REUSED));
+    assert_eq!(job.status.and_then(|status| status.latest_version).as_deref(), Some("first-v1"));
+    assert!(team.training_jobs("second").await?.is_empty());
+
+    team.delete_job("first").await?;
+    team.apply(&team.job("first", json!({}))).await?;
+    team.until_phase("first", FineTuneJobPhase::Succeeded).await?;
+    assert!(team.training_jobs("first").await?.is_empty());
+    assert_eq!(team.versions().await?, ["first-v1"]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_spec_leads_to_the_next_version() -> Result<()> {
+    let team = Tenant::new("changed").await?;
+    team.apply(&team.job("bot", json!({}))).await?;
+    team.until_phase("bot", FineTuneJobPhase::Succeeded).await?;
+    team.apply(&team.job("bot", json!({"training": {"seed": 7}}))).await?;
+    let job = team.until_phase("bot", FineTuneJobPhase::Succeeded).await?;
+    let status = job.status.expect("a status");
+    assert_eq!(status.latest_version.as_deref(), Some("bot-v2"));
+    assert_eq!(status.run.map(|run| run.number), Some(2));
+    let history: Vec<_> = status.history.iter().map(|run| (run.number, run.version.as_deref())).collect();
+    assert_eq!(history, [(2, Some("bot-v2")), (1, Some("bot-v1"))]);
+    assert_eq!(team.versions().await?, ["bot-v1", "bot-v2"]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_outlives_its_job_and_never_changes() -> Result<()> {
+    let team = Tenant::new("outlives").await?;
+    team.apply(&team.job("gone", json!({}))).await?;
+    team.until_phase("gone", FineTuneJobPhase::Succeeded).await?;
+    team.delete_job("gone").await?;
+
+    let mut version: AdapterVersion = team.api().get("gone-v1").await?;
+    assert_eq!(version.metadata.owner_references, None);
+    assert_eq!(version.status.as_ref().and_then(|status| status.phase), Some(AdapterVersionPhase::Available));
+    assert!(team.published().await?.contains(&"gone/v1/manifest.json".into()));
+
+    version.spec.version = 9;
+    let error = team.api().replace("gone-v1", &Default::default(), &version).await.unwrap_err().to_string();
+    assert!(error.contains("immutable"), "{error}");
+    Ok(())
+}
