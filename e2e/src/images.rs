@@ -37,7 +37,7 @@ pub struct Images {
 }
 
 impl Images {
-    /// Builds both from the release binaries that `cargo build --release` left.
+    /// Builds both from the programs in [`programs_folder`].
     pub fn build() -> Result<Self> {
         Ok(Self {
             operator: application("operator", "operator/Containerfile")?,
@@ -96,9 +96,10 @@ pub(crate) fn load(site: &Site, image: &Image) -> Result<()> {
 fn application(name: &str, containerfile: &str) -> Result<Image> {
     let step = Step::start(format!("image tunesmith-{name}"));
     let binary = format!("tunesmith-{name}");
-    let program = release_folder().join(&binary);
-    let content = fs::read(&program)
-        .with_context(|| format!("{} is missing: `cargo build --release -p {binary}` makes it", program.display()))?;
+    let program = programs_folder().join(&binary);
+    let content = fs::read(&program).with_context(|| {
+        format!("{} is missing: `cargo build -p {binary}` in this profile makes it", program.display())
+    })?;
     let containerfile = repository().join(containerfile);
     let digest = sha256([content.as_slice(), &fs::read(&containerfile)?, BASE.as_bytes(), BASE_PACKAGES.as_bytes()]);
     let tag = format!("dev-{}", &digest[..12]);
@@ -108,7 +109,9 @@ fn application(name: &str, containerfile: &str) -> Result<Image> {
     } else {
         build_base()?;
         let context = BuildContext::new()?;
-        context.add(&program, &format!("target/release/{binary}"))?;
+        // Where both `docker build` and the Containerfile expect it, and without symbols that nobody would load.
+        let packed = context.add(&program, &format!("target/release/{binary}"))?;
+        run(Command::new("strip").arg("--strip-debug").arg(&packed))?;
         context.build(&containerfile, &image.reference)?;
         remove_archives(&format!("tunesmith-{name}-"))?;
         export(&image)?;
@@ -148,11 +151,11 @@ impl BuildContext {
         Ok(Self { folder })
     }
 
-    fn add(&self, file: &Path, name: &str) -> Result<()> {
+    fn add(&self, file: &Path, name: &str) -> Result<PathBuf> {
         let target = self.folder.join(name);
         fs::create_dir_all(target.parent().expect("it is below the folder"))?;
         fs::copy(file, &target).with_context(|| format!("cannot copy {}", file.display()))?;
-        Ok(())
+        Ok(target)
     }
 
     fn build(&self, containerfile: &Path, reference: &str) -> Result<()> {
@@ -207,8 +210,13 @@ fn folder() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Where `cargo build --release` puts programs.
-pub fn release_folder() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from);
-    repository().join(target).join("release")
+/// Where cargo puts programs of the profile that this one was built with: the demo's are release builds, the tests'
+/// are not, and neither waits for the other's.
+pub fn programs_folder() -> PathBuf {
+    let own = std::env::current_exe().unwrap_or_default();
+    let folder = own.parent().unwrap_or(Path::new("."));
+    match folder.ends_with("deps") {
+        true => folder.parent().unwrap_or(folder).to_owned(),
+        false => folder.to_owned(),
+    }
 }

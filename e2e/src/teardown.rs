@@ -36,18 +36,21 @@ const SHARED_FOLDERS: [&str; 7] = [
 /// There is nothing that a gentler signal would save: the data is thrown away, or survives a kill by design.
 pub(crate) fn end_processes(site: &Site) -> Result<()> {
     let start = Instant::now();
+    // One that is ending belongs to no namespace any more, and is not found again; but its files may still be open.
+    let mut killed = BTreeSet::new();
     loop {
-        let mut alive: BTreeSet<i32> = site.cgroup.processes()?;
-        alive.extend(site.network.processes()?);
-        alive.extend(daemon::recorded(site).into_iter().filter_map(|(_, pid)| pid));
-        alive.retain(|pid| daemon::is_alive(*pid));
-        if alive.is_empty() {
+        let mut found: BTreeSet<i32> = site.cgroup.processes()?;
+        found.extend(site.network.processes()?);
+        found.extend(daemon::recorded(site).into_iter().filter_map(|(_, pid)| pid));
+        for pid in &found {
+            daemon::signal(*pid, Signal::KILL);
+        }
+        killed.extend(found);
+        killed.retain(|pid| daemon::is_alive(*pid));
+        if killed.is_empty() {
             return Ok(());
         }
-        ensure!(start.elapsed() < PATIENCE, "these processes do not end, even when killed: {alive:?}");
-        for pid in alive {
-            daemon::signal(pid, Signal::KILL);
-        }
+        ensure!(start.elapsed() < PATIENCE, "these processes do not end, even when killed: {killed:?}");
         sleep(POLL);
     }
 }

@@ -1,8 +1,8 @@
 //! Input that cannot be used: a Failed phase that names it, and nothing published.
 
 use anyhow::Result;
-use kube::api::PostParams;
 use k8s_openapi::api::core::v1::Secret;
+use kube::api::PostParams;
 use serde_json::{Value, json};
 use tunesmith_crds::{FineTuneJobPhase, conditions};
 
@@ -46,8 +46,7 @@ async fn a_wrong_s3_key_is_named_and_never_shown() -> Result<()> {
     let secret = "wrong-secret-4711";
     let mut wrong: std::collections::BTreeMap<_, _> = team.s3.env().into_iter().collect();
     wrong.insert("AWS_SECRET_ACCESS_KEY", secret);
-    let secret_object: Secret =
-        serde_json::from_value(json!({"metadata": {"name": "wrong"}, "stringData": wrong}))?;
+    let secret_object: Secret = serde_json::from_value(json!({"metadata": {"name": "wrong"}, "stringData": wrong}))?;
     team.api::<Secret>().create(&PostParams::default(), &secret_object).await?;
     let text = failure(&team, json!({"output": {"secretRef": {"name": "wrong"}}})).await?;
     assert!(text.contains("AWS_SECRET_ACCESS_KEY"), "{text}");

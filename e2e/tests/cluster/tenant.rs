@@ -152,9 +152,8 @@ impl Tenant {
     /// The job, once it is in `phase`. A job that fails instead is an error at once.
     pub async fn until_phase(&self, name: &str, phase: FineTuneJobPhase) -> Result<FineTuneJob> {
         let ended = [FineTuneJobPhase::Failed, FineTuneJobPhase::Succeeded];
-        let there = |job: &FineTuneJob| {
-            observed(job) && phase_of(job).is_some_and(|now| now == phase || ended.contains(&now))
-        };
+        let there =
+            |job: &FineTuneJob| observed(job) && phase_of(job).is_some_and(|now| now == phase || ended.contains(&now));
         let job = self.until(name, &format!("{phase:?}"), there).await?;
         match phase_of(&job) == Some(phase) {
             true => Ok(job),

@@ -5,7 +5,6 @@ use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
-use futures::future::try_join_all;
 use object_store::{ObjectStoreExt, PutPayload, path::Path as Key};
 use tunesmith_e2e::{Cluster, Images, S3, Step, Toolchain, programs_folder, repository, run};
 
@@ -63,14 +62,10 @@ fn tiny_model() -> Result<PathBuf> {
 pub async fn upload(s3: &S3, bucket: &str, prefix: &str, folder: &Path) -> Result<()> {
     let store = s3.bucket(bucket)?;
     let files = std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    let files: Vec<_> = files.filter_map(|entry| entry.ok()).map(|entry| entry.path()).collect();
-    try_join_all(files.iter().filter(|path| path.is_file()).map(|path| async {
+    for path in files.filter_map(|entry| entry.ok()).map(|entry| entry.path()).filter(|path| path.is_file()) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let content = std::fs::read(path)?;
-        store.put(&Key::from(format!("{prefix}/{name}")), PutPayload::from(content)).await?;
-        anyhow::Ok(())
-    }))
-    .await?;
+        store.put(&Key::from(format!("{prefix}/{name}")), PutPayload::from(std::fs::read(&path)?)).await?;
+    }
     Ok(())
 }
 
