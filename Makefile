@@ -1,7 +1,6 @@
 # What there is to do. `make demo` and `make test` install all that they need.
 
 CARGO ?= cargo
-CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tunesmith
 
 # A cluster is taken from the command line only, so that an exported KUBECONFIG is never used by accident.
 ifeq ($(origin KUBECONFIG),command line)
@@ -26,9 +25,10 @@ lint: rust ## Formatting and clippy
 unit: rust ## Unit, property and fixture tests
 	$(CARGO) test --workspace --exclude tunesmith-e2e
 
-e2e: rust ## The chart, and the tests on a real cluster
+e2e: rust ## The chart, and the tests on a real cluster (KEEP=1 leaves it up)
 	$(CARGO) build --bins --examples -p tunesmith-operator -p tunesmith-trainer -p tunesmith-e2e
-	$(CARGO) test -p tunesmith-e2e -- --nocapture
+	$(CARGO) test -p tunesmith-e2e -- --nocapture --test-threads 4; status=$$?; \
+	  $(if $(KEEP),,$(CARGO) run --quiet -p tunesmith-e2e --bin cluster -- down --name tunesmith-e2e;) exit $$status
 
 generate: rust ## Write crds/yaml and the chart's CRDs from the Rust types
 	$(CARGO) run --quiet -p tunesmith-crds --bin crdgen

@@ -30,7 +30,7 @@ enum Action {
     Down,
     /// Show what runs.
     Status,
-    /// Put the release binaries of operator and trainer into images, and these into the cluster.
+    /// Put operator and trainer, as built in this profile, into images, and these into the cluster.
     Images,
     /// Print the variables with which other programs find it: `eval "$(e2e/cluster env)"`. They hold its S3 keys.
     Env,
