@@ -80,6 +80,18 @@ impl LoraOptions {
         Ok(())
     }
 
+    /// Parameters that each rank trains: the sum of in + out features over the adapted layers.
+    ///
+    /// # Errors
+    /// The options are out of range or select no layer.
+    pub fn parameters_per_rank(&self, config: &ModelConfig) -> Result<usize> {
+        self.validate()?;
+        let targets = self.target_modules.select(config)?;
+        let adapted = targets.into_iter().flat_map(|block| Projection::ALL.into_iter().zip(block));
+        let sizes = adapted.filter(|(_, adapted)| *adapted).map(|(which, _)| which.shape(config).iter().sum::<usize>());
+        Ok(sizes.sum())
+    }
+
     /// A fresh adapter: A uniform within ±1/√in (torch's kaiming_uniform with a = √5), B zero.
     pub(crate) fn init<B: Backend>(&self, backend: &B, config: &ModelConfig) -> Result<Adapter<B::Tensor>> {
         self.validate()?;

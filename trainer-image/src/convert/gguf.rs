@@ -1,0 +1,159 @@
+//! Typed reading of a GGUF file's metadata and tensors; parsing and dequantization are candle's.
+
+use std::{
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{
+    Device,
+    quantized::gguf_file::{Content, Value},
+};
+
+use super::ConvertError;
+
+/// An open GGUF file.
+pub struct Gguf {
+    path: PathBuf,
+    file: BufReader<File>,
+    content: Content,
+}
+
+impl Gguf {
+    /// Opens a file and reads its header. Lengths in it are checked against the file's size.
+    ///
+    /// # Errors
+    /// The file is missing or is no GGUF file.
+    pub fn open(path: &Path) -> Result<Self, ConvertError> {
+        let mut file = BufReader::new(File::open(path).map_err(ConvertError::io(path))?);
+        let content = Content::read(&mut file)
+            .map_err(|source| ConvertError::Damaged { path: path.to_owned(), source })?;
+        Ok(Self { path: path.to_owned(), file, content })
+    }
+
+    fn get(&self, key: &str) -> Result<&Value, ConvertError> {
+        self.content.metadata.get(key).ok_or_else(|| ConvertError::MissingKey(key.to_owned()))
+    }
+
+    /// A text.
+    pub(super) fn text(&self, key: &str) -> Result<&str, ConvertError> {
+        match self.get(key)? {
+            Value::String(text) => Ok(text),
+            other => Err(unsupported(key, other, "a string")),
+        }
+    }
+
+    /// A whole number.
+    pub(super) fn number(&self, key: &str) -> Result<usize, ConvertError> {
+        let value = self.get(key)?;
+        number(value).ok_or_else(|| unsupported(key, value, "a whole number"))
+    }
+
+    /// A whole number, or none if the key is missing.
+    pub(super) fn optional_number(&self, key: &str) -> Result<Option<usize>, ConvertError> {
+        self.has(key).then(|| self.number(key)).transpose()
+    }
+
+    /// A float as the shortest decimal that stands for it (GGUF stores 1e-5 in f32).
+    pub(super) fn float(&self, key: &str) -> Result<f64, ConvertError> {
+        match self.get(key)? {
+            Value::F32(x) => Ok(x.to_string().parse().unwrap_or(f64::from(*x))),
+            Value::F64(x) => Ok(*x),
+            other => Err(unsupported(key, other, "a number")),
+        }
+    }
+
+    /// A flag; false if the key is missing.
+    pub(super) fn flag(&self, key: &str) -> Result<bool, ConvertError> {
+        match self.content.metadata.get(key) {
+            None => Ok(false),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(other) => Err(unsupported(key, other, "true or false")),
+        }
+    }
+
+    /// A list of texts.
+    pub(super) fn texts(&self, key: &str) -> Result<Vec<&str>, ConvertError> {
+        let text = |value| match value {
+            &Value::String(ref text) => Some(text.as_str()),
+            _ => None,
+        };
+        self.list(key, text, "a list of strings")
+    }
+
+    /// A list of whole numbers.
+    pub(super) fn numbers(&self, key: &str) -> Result<Vec<usize>, ConvertError> {
+        self.list(key, number, "a list of whole numbers")
+    }
+
+    fn list<'a, T>(
+        &'a self,
+        key: &str,
+        item: impl Fn(&'a Value) -> Option<T>,
+        supported: &str,
+    ) -> Result<Vec<T>, ConvertError> {
+        match self.get(key)? {
+            Value::Array(values) => {
+                let item = |value: &'a Value| item(value).ok_or_else(|| unsupported(key, value, supported));
+                values.iter().map(item).collect()
+            }
+            other => Err(unsupported(key, other, supported)),
+        }
+    }
+
+    /// Whether the metadata has this key.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.content.metadata.contains_key(key)
+    }
+
+    /// The names of all tensors.
+    pub(super) fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.content.tensor_infos.keys().map(String::as_str)
+    }
+
+    /// Checks that a tensor is there, with this shape ([out, in]).
+    pub(super) fn check_tensor(&self, name: &str, expected: &[usize]) -> Result<(), ConvertError> {
+        let info = self.content.tensor_infos.get(name);
+        let info = info.ok_or_else(|| ConvertError::MissingTensor(name.to_owned()))?;
+        match info.shape.dims() == expected {
+            true => Ok(()),
+            false => Err(ConvertError::Shape {
+                name: name.to_owned(),
+                found: info.shape.dims().to_vec(),
+                expected: expected.to_vec(),
+            }),
+        }
+    }
+
+    /// A tensor's values in f32, row-major. [`Self::check_tensor`] comes first.
+    pub(super) fn dequantize(&mut self, name: &str) -> Result<Vec<f32>, ConvertError> {
+        let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu);
+        tensor
+            .and_then(|tensor| tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
+            .map_err(|source| ConvertError::Damaged { path: self.path.clone(), source })
+    }
+}
+
+fn number(value: &Value) -> Option<usize> {
+    match value {
+        Value::I8(n) => usize::try_from(*n).ok(),
+        Value::I16(n) => usize::try_from(*n).ok(),
+        Value::I32(n) => usize::try_from(*n).ok(),
+        Value::I64(n) => usize::try_from(*n).ok(),
+        Value::U8(n) => Some(usize::from(*n)),
+        Value::U16(n) => Some(usize::from(*n)),
+        Value::U32(n) => usize::try_from(*n).ok(),
+        Value::U64(n) => usize::try_from(*n).ok(),
+        _ => None,
+    }
+}
+
+fn unsupported(key: &str, found: &Value, supported: &str) -> ConvertError {
+    let found = match found {
+        Value::String(text) => format!("\"{text}\""),
+        Value::Array(values) => format!("a list of {}", values.len()),
+        other => format!("{other:?}"),
+    };
+    ConvertError::UnsupportedKey { key: key.to_owned(), found, supported: supported.to_owned() }
+}

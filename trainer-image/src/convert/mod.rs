@@ -1,0 +1,120 @@
+//! `convert`: a GGUF file becomes a Hugging Face folder (config.json, model.safetensors, tokenizer.json, …).
+//!
+//! Weights are dequantized to f32, because nothing smaller holds every value of a quantized block exactly.
+
+mod config;
+mod gguf;
+mod tokenizer;
+mod weights;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+pub use gguf::Gguf;
+use serde_json::Value;
+
+/// Why a GGUF file was not converted.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// A file can't be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The output folder is taken.
+    #[error("{} exists already: remove it, or choose another --out", .0.display())]
+    Exists(PathBuf),
+    /// Not a GGUF file, or a damaged one.
+    #[error("{} is no whole GGUF file: {source}; download it again", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        source: candle_core::Error,
+    },
+    /// A metadata key is missing.
+    #[error("the GGUF has no metadata key `{0}`: it is not a complete Llama model")]
+    MissingKey(String),
+    /// A metadata key holds something else than expected.
+    #[error("metadata key `{key}` is {found}; supported: {supported}")]
+    UnsupportedKey {
+        /// The key.
+        key: String,
+        /// What it holds.
+        found: String,
+        /// What would be converted.
+        supported: String,
+    },
+    /// A tensor is missing.
+    #[error("the GGUF has no tensor `{0}`: it is not a complete Llama model")]
+    MissingTensor(String),
+    /// A tensor has another shape than the metadata says.
+    #[error("tensor `{name}` has shape {found:?}; the metadata asks for {expected:?}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// What the metadata asks for.
+        expected: Vec<usize>,
+    },
+    /// A tensor that a Llama without biases and with plain rotary embeddings does not have.
+    #[error("tensor `{0}` belongs to no model that can be converted (Llama without biases or rope factors)")]
+    UnknownTensor(String),
+}
+
+impl ConvertError {
+    fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+}
+
+/// Converts the GGUF file `model` to the new folder `out`. The folder appears when it is complete, never before.
+///
+/// # Errors
+/// The file is damaged, is no Llama, or uses what is not supported; the message names the key or tensor.
+pub fn convert(model: &Path, out: &Path) -> Result<(), ConvertError> {
+    let taken = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file();
+    if taken {
+        return Err(ConvertError::Exists(out.to_owned()));
+    }
+    let mut gguf = Gguf::open(model)?;
+    let shape = config::LlamaShape::read(&gguf)?;
+    let tokenizer = tokenizer::Tokenizer::read(&gguf)?;
+
+    let partial = sibling(out);
+    fs::create_dir_all(&partial).map_err(ConvertError::io(&partial))?;
+    let written = (|| {
+        write_json(&partial.join("config.json"), &shape.config_json(&tokenizer))?;
+        write_json(&partial.join("generation_config.json"), &config::generation_config_json(&tokenizer))?;
+        write_json(&partial.join("tokenizer.json"), &tokenizer.tokenizer_json())?;
+        write_json(&partial.join("tokenizer_config.json"), &tokenizer.tokenizer_config_json(shape.context_length))?;
+        weights::write(&mut gguf, &shape, &partial.join("model.safetensors"))?;
+        if out.exists() {
+            fs::remove_dir(out).map_err(ConvertError::io(out))?;
+        }
+        fs::rename(&partial, out).map_err(ConvertError::io(out))
+    })();
+    if written.is_err() {
+        // The conversion's own error says more than a failed clean-up would.
+        let _ = fs::remove_dir_all(&partial);
+    }
+    written
+}
+
+/// A hidden folder beside `out`, so that a rename moves no data.
+fn sibling(out: &Path) -> PathBuf {
+    let name = out.file_name().unwrap_or_default().to_string_lossy();
+    out.with_file_name(format!(".{name}.{}.partial", std::process::id()))
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<(), ConvertError> {
+    let text = format!("{value:#}\n");
+    fs::write(path, text).map_err(ConvertError::io(path))
+}
