@@ -176,7 +176,7 @@ impl Drop for BuildContext {
     }
 }
 
-/// Writes an image's archive, whole or not at all.
+/// Moves an image from buildah's store into its archive, whole or not at all.
 fn export(image: &Image) -> Result<()> {
     let unfinished = image.archive.with_extension("tmp");
     if unfinished.exists() {
@@ -184,6 +184,7 @@ fn export(image: &Image) -> Result<()> {
     }
     run(buildah()?.args(["push", &image.reference]).arg(format!("docker-archive:{}", unfinished.display())))?;
     fs::rename(&unfinished, &image.archive)?;
+    run(buildah()?.args(["rmi", &image.reference]))?;
     Ok(())
 }
 
