@@ -1,0 +1,125 @@
+//! What both controllers share: the client, the trainer's image, metrics, events, and how long to wait after errors.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures::future::{BoxFuture, Shared};
+use kube::{
+    Client, Resource, ResourceExt,
+    runtime::events::{Event, EventType, Recorder},
+};
+
+use crate::{labels::OPERATOR, metrics::Metrics, trainer::Image};
+
+/// Longest note of an event, in bytes.
+const MAX_NOTE: usize = 1024;
+/// Wait after the first error of an object; it doubles with each in a row.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// Longest wait after an error.
+const LONGEST_WAIT: Duration = Duration::from_secs(120);
+
+/// Resolves when the operator is to stop.
+pub type Stop = Shared<BoxFuture<'static, ()>>;
+
+/// An error as the label of a metric.
+pub trait Outcome {
+    /// One of few words.
+    fn label(&self) -> &'static str;
+}
+
+/// What both controllers share.
+pub struct Context {
+    /// The API server.
+    pub client: Client,
+    /// The trainer's image.
+    pub image: Image,
+    /// What happens, in numbers.
+    pub metrics: Metrics,
+    /// How long to wait after errors.
+    pub backoff: Backoff,
+    recorder: Recorder,
+}
+
+impl Context {
+    /// A context for this client.
+    pub fn new(client: Client, image: Image, metrics: Metrics) -> Self {
+        let recorder = Recorder::new(client.clone(), OPERATOR.into());
+        Self { client, image, metrics, backoff: Backoff::default(), recorder }
+    }
+
+    /// Publishes an event about an object. One that is lost is logged, nothing else: the status says the same.
+    pub async fn announce<K>(&self, object: &K, warning: bool, reason: &str, action: &str, note: &str)
+    where
+        K: Resource<DynamicType = ()>,
+    {
+        let event = Event {
+            type_: if warning { EventType::Warning } else { EventType::Normal },
+            reason: reason.into(),
+            note: Some(shorten(note)),
+            action: action.into(),
+            secondary: None,
+        };
+        if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
+            tracing::warn!(%error, reason, "cannot publish an event");
+        }
+    }
+}
+
+fn shorten(note: &str) -> String {
+    let mut end = note.len().min(MAX_NOTE);
+    while !note.is_char_boundary(end) {
+        end -= 1;
+    }
+    note[..end].into()
+}
+
+/// Counts the errors of each object, to wait longer after each.
+#[derive(Default)]
+pub struct Backoff {
+    errors: Mutex<HashMap<String, u32>>,
+}
+
+impl Backoff {
+    /// Counts an error; how long to wait now.
+    pub fn next(&self, object: &impl ResourceExt) -> Duration {
+        let mut errors = self.lock();
+        let count = errors.entry(object.uid().unwrap_or_default()).or_insert(0);
+        let wait = FIRST_WAIT.saturating_mul(1 << (*count).min(16)).min(LONGEST_WAIT);
+        *count += 1;
+        wait
+    }
+
+    /// Forgets an object's errors.
+    pub fn forget(&self, object: &impl ResourceExt) {
+        self.lock().remove(&object.uid().unwrap_or_default());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, u32>> {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Pod;
+
+    use super::*;
+
+    #[test]
+    fn waits_double_up_to_a_limit_and_start_over_after_success() {
+        let (backoff, pod) = (Backoff::default(), Pod::default());
+        let waits: Vec<u64> = (0..9).map(|_| backoff.next(&pod).as_secs()).collect();
+        assert_eq!(waits, [1, 2, 4, 8, 16, 32, 64, 120, 120]);
+        backoff.forget(&pod);
+        assert_eq!(backoff.next(&pod), FIRST_WAIT);
+    }
+
+    #[test]
+    fn a_long_note_is_cut_between_characters() {
+        assert_eq!(shorten(&"é".repeat(600)).len(), 1024);
+        assert_eq!(shorten(&format!("x{}", "é".repeat(600))).len(), 1023);
+    }
+}

@@ -1,0 +1,37 @@
+//! Trainer Jobs, as both controllers make and read them: [`pod`] builds the pod, [`job`] reads Job and pods into a
+//! [`TrainerJob`], [`ending`] tells how a Job ended.
+
+pub mod ending;
+pub mod job;
+pub mod pod;
+
+pub use ending::{Cause, Ending};
+pub use job::{JobState, Pods, TrainerJob};
+pub use pod::{Image, TrainerPod};
+
+/// The trainer's subcommands that run in pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Checks model and data.
+    Preflight,
+    /// Trains and publishes.
+    Train,
+    /// Compares published files with their manifest.
+    Verify,
+}
+
+impl Stage {
+    /// The subcommand, and the value of the stage label.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Preflight => "preflight",
+            Self::Train => "train",
+            Self::Verify => "verify",
+        }
+    }
+
+    /// The stage of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Preflight, Self::Train, Self::Verify].into_iter().find(|stage| stage.name() == name)
+    }
+}

@@ -1,0 +1,207 @@
+//! The pod of a trainer Job: restricted Pod Security, no Kubernetes token, a read-only root, credentials from the
+//! tenant's Secrets by reference.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    api::batch::v1::{
+        PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyOnPodConditionsPattern,
+        PodFailurePolicyRule,
+    },
+    api::core::v1::{
+        Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource,
+        KeyToPath, PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretEnvSource,
+        SecurityContext, Toleration, Volume, VolumeMount,
+    },
+    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta},
+};
+use tunesmith_crds::{
+    fine_tune_job::SecretRef,
+    names::{REPORT_PATH, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, exit_code},
+};
+
+use super::Stage;
+
+/// Key of the ConfigMap that holds the trainer's input; the last part of [`RUN_SPEC_PATH`].
+pub const RUN_SPEC_KEY: &str = "run.json";
+/// What a pod that only checks may write to its working folder.
+pub const CHECK_WORK_LIMIT: &str = "64Gi";
+/// Time for a checkpoint after SIGTERM, in seconds.
+const GRACE_SECONDS: i64 = 120;
+/// User and group of the image.
+const NON_ROOT: i64 = 65532;
+/// CPU and memory of a pod that only checks.
+const CHECK_CPU: &str = "100m";
+const CHECK_MEMORY: &str = "2Gi";
+
+/// The trainer's image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Its reference.
+    pub name: String,
+    /// When the kubelet pulls it: Always, IfNotPresent or Never.
+    pub pull_policy: String,
+}
+
+/// What differs between the pods of trainer Jobs.
+pub struct TrainerPod<'a> {
+    /// The subcommand.
+    pub stage: Stage,
+    /// The image.
+    pub image: &'a Image,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// The ConfigMap with its input under [`RUN_SPEC_KEY`].
+    pub config_map: String,
+    /// Secrets whose keys become environment variables with this prefix.
+    pub secrets: Vec<(&'static str, &'a SecretRef)>,
+    /// ServiceAccount whose cloud identity it uses.
+    pub service_account_name: Option<&'a str>,
+    /// Requests and limits.
+    pub resources: ResourceRequirements,
+    /// Most that it may write to its working folder, as a quantity.
+    pub work_limit: String,
+    /// Where it may run.
+    pub affinity: Option<Affinity>,
+    /// Taints that it tolerates.
+    pub tolerations: Vec<Toleration>,
+    /// Its RuntimeClass.
+    pub runtime_class_name: Option<String>,
+}
+
+impl TrainerPod<'_> {
+    /// The template of a Job.
+    pub fn template(self) -> PodTemplateSpec {
+        let container = self.container();
+        let volumes = vec![
+            Volume {
+                name: "run".into(),
+                config_map: Some(ConfigMapVolumeSource {
+                    name: self.config_map,
+                    items: Some(vec![KeyToPath {
+                        key: RUN_SPEC_KEY.into(),
+                        path: RUN_SPEC_KEY.into(),
+                        ..Default::default()
+                    }]),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            },
+            empty_dir("work", &self.work_limit),
+            empty_dir("tmp", "1Gi"),
+        ];
+        PodTemplateSpec {
+            metadata: Some(ObjectMeta { labels: Some(self.labels), ..Default::default() }),
+            spec: Some(PodSpec {
+                containers: vec![container],
+                volumes: Some(volumes),
+                restart_policy: Some("Never".into()),
+                termination_grace_period_seconds: Some(GRACE_SECONDS),
+                service_account_name: self.service_account_name.map(Into::into),
+                automount_service_account_token: Some(false),
+                enable_service_links: Some(false),
+                security_context: Some(PodSecurityContext {
+                    run_as_non_root: Some(true),
+                    run_as_user: Some(NON_ROOT),
+                    run_as_group: Some(NON_ROOT),
+                    fs_group: Some(NON_ROOT),
+                    seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
+                    ..Default::default()
+                }),
+                affinity: self.affinity,
+                tolerations: (!self.tolerations.is_empty()).then_some(self.tolerations),
+                runtime_class_name: self.runtime_class_name,
+                ..Default::default()
+            }),
+        }
+    }
+
+    fn container(&self) -> Container {
+        let run_folder = RUN_SPEC_PATH.strip_suffix(RUN_SPEC_KEY).unwrap_or(RUN_SPEC_PATH).trim_end_matches('/');
+        let env_from = self.secrets.iter().map(|(prefix, secret)| EnvFromSource {
+            prefix: Some((*prefix).into()),
+            secret_ref: Some(SecretEnvSource { name: secret.name.clone(), optional: None }),
+            config_map_ref: None,
+        });
+        Container {
+            name: "trainer".into(),
+            image: Some(self.image.name.clone()),
+            image_pull_policy: Some(self.image.pull_policy.clone()),
+            args: Some(vec![self.stage.name().into()]),
+            env_from: Some(env_from.collect()),
+            ports: Some(vec![ContainerPort {
+                name: Some("http".into()),
+                container_port: i32::from(TRAINER_PORT),
+                ..Default::default()
+            }]),
+            resources: Some(self.resources.clone()),
+            volume_mounts: Some(vec![
+                VolumeMount { read_only: Some(true), ..mount("run", run_folder) },
+                mount("work", WORK_DIR),
+                mount("tmp", "/tmp"),
+            ]),
+            working_dir: Some(WORK_DIR.into()),
+            termination_message_path: Some(REPORT_PATH.into()),
+            termination_message_policy: Some("File".into()),
+            security_context: Some(SecurityContext {
+                allow_privilege_escalation: Some(false),
+                read_only_root_filesystem: Some(true),
+                capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+}
+
+/// Resources of a pod that only checks; `memory` is what the user gives it instead of the default.
+pub fn check_resources(memory: Option<&str>) -> ResourceRequirements {
+    let memory = Quantity(memory.unwrap_or(CHECK_MEMORY).into());
+    ResourceRequirements {
+        requests: Some([("cpu".into(), Quantity(CHECK_CPU.into())), ("memory".into(), memory.clone())].into()),
+        limits: Some([("memory".into(), memory)].into()),
+        claims: None,
+    }
+}
+
+/// How the Job controller retries a pod that only checks.
+pub fn retry_policy() -> PodFailurePolicy {
+    let on_exit = |action: &str, codes: &[i32]| PodFailurePolicyRule {
+        action: action.into(),
+        on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
+            operator: "In".into(),
+            values: codes.to_vec(),
+            container_name: None,
+        }),
+        ..Default::default()
+    };
+    let disrupted =
+        PodFailurePolicyOnPodConditionsPattern { type_: "DisruptionTarget".into(), status: Some("True".into()) };
+    PodFailurePolicy {
+        rules: vec![
+            on_exit("FailJob", &[exit_code::BAD_SPEC, exit_code::BAD_INPUT]),
+            on_exit("Ignore", &[exit_code::PREEMPTED]),
+            PodFailurePolicyRule {
+                action: "Ignore".into(),
+                on_pod_conditions: Some(vec![disrupted]),
+                ..Default::default()
+            },
+        ],
+    }
+}
+
+fn empty_dir(name: &str, limit: &str) -> Volume {
+    Volume {
+        name: name.into(),
+        empty_dir: Some(EmptyDirVolumeSource {
+            size_limit: Some(Quantity(limit.into())),
+            medium: None,
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn mount(name: &str, path: &str) -> VolumeMount {
+    VolumeMount { name: name.into(), mount_path: path.into(), ..Default::default() }
+}

@@ -1,0 +1,99 @@
+//! The objects that verify a version.
+
+use k8s_openapi::{
+    api::{
+        batch::v1::{Job, JobSpec},
+        core::v1::ConfigMap,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use kube::{Resource, ResourceExt};
+use tunesmith_crds::{
+    AdapterVersion,
+    names::{ADAPTER_LABEL, env_prefix},
+    run::{SCHEMA_VERSION, VerifySpec},
+};
+
+use super::decide::Step;
+use crate::{
+    apply::Change,
+    labels,
+    trainer::{
+        Image, Stage, TrainerPod,
+        pod::{CHECK_WORK_LIMIT, RUN_SPEC_KEY, check_resources, retry_policy},
+    },
+};
+
+/// Failed pods that are followed by another one before the Job fails.
+const RETRIES: i32 = 3;
+
+/// The changes that a step means.
+pub fn build(step: &Step, version: &AdapterVersion, image: &Image) -> Vec<Change> {
+    match step {
+        Step::Start => vec![
+            Change::CreateConfigMap(Box::new(config_map(version))),
+            Change::CreateJob(Box::new(verify_job(version, image))),
+        ],
+        Step::Remove { uid } => vec![
+            Change::DeleteJob { name: verify_name(version), uid: uid.clone() },
+            Change::DeleteConfigMap { name: verify_name(version) },
+        ],
+    }
+}
+
+/// Name of the Job that verifies a version, and of its ConfigMap.
+pub fn verify_name(version: &AdapterVersion) -> String {
+    format!("{}-verify", version.name_any())
+}
+
+fn config_map(version: &AdapterVersion) -> ConfigMap {
+    let spec = VerifySpec { schema_version: SCHEMA_VERSION, artifact: version.spec.artifact.clone() };
+    let json = serde_json::to_string(&spec).unwrap_or_default();
+    ConfigMap {
+        metadata: metadata(version),
+        data: Some([(RUN_SPEC_KEY.into(), json)].into()),
+        immutable: Some(true),
+        binary_data: None,
+    }
+}
+
+fn verify_job(version: &AdapterVersion, image: &Image) -> Job {
+    let artifact = &version.spec.artifact;
+    let metadata = metadata(version);
+    let pod = TrainerPod {
+        stage: Stage::Verify,
+        image,
+        labels: metadata.labels.clone().unwrap_or_default(),
+        config_map: verify_name(version),
+        secrets: artifact.secret_ref.iter().map(|secret| (env_prefix::OUTPUT, secret)).collect(),
+        service_account_name: artifact.service_account_name.as_deref(),
+        resources: check_resources(None),
+        work_limit: CHECK_WORK_LIMIT.into(),
+        affinity: None,
+        tolerations: Vec::new(),
+        runtime_class_name: None,
+    };
+    Job {
+        metadata,
+        spec: Some(JobSpec {
+            backoff_limit: Some(RETRIES),
+            pod_failure_policy: Some(retry_policy()),
+            template: pod.template(),
+            ..Default::default()
+        }),
+        status: None,
+    }
+}
+
+/// They go with the version.
+fn metadata(version: &AdapterVersion) -> ObjectMeta {
+    let mut labels = labels::trainer(&version.name_any(), Stage::Verify);
+    labels.insert(ADAPTER_LABEL.into(), version.spec.adapter_name.clone());
+    ObjectMeta {
+        name: Some(verify_name(version)),
+        namespace: version.namespace(),
+        labels: Some(labels),
+        owner_references: version.controller_owner_ref(&()).map(|owner| vec![owner]),
+        ..Default::default()
+    }
+}

@@ -1,0 +1,154 @@
+//! What to do next for an AdapterVersion: a state machine without a client.
+
+use std::time::Duration;
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use tunesmith_crds::{
+    AdapterVersion, AdapterVersionPhase as Phase,
+    conditions::reason,
+    run::{Outcome, Verdict},
+};
+
+use crate::{
+    refusal::Refusal,
+    trainer::{Cause, JobState, Pods, TrainerJob},
+};
+
+/// A verification that failed (storage down, say) is tried again after this.
+const TRY_AGAIN: SignedDuration = SignedDuration::from_mins(5);
+/// A pod that waits is looked at this often.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
+/// What a decision is made from.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    /// The version, as the API server has it now.
+    pub version: AdapterVersion,
+    /// The Job that verifies it.
+    pub job: Option<TrainerJob>,
+    /// Why that has no pod.
+    pub refusal: Option<Refusal>,
+}
+
+/// What to do, and what the version is then.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// What to do.
+    pub steps: Vec<Step>,
+    /// What the status says.
+    pub state: State,
+}
+
+/// One change to the cluster.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Create the verify Job and its ConfigMap.
+    Start,
+    /// Delete them.
+    Remove {
+        /// UID of the Job.
+        uid: String,
+    },
+}
+
+/// What a version is, for its status.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// One word.
+    pub phase: Phase,
+    /// Reason of the conditions.
+    pub reason: &'static str,
+    /// One sentence.
+    pub message: String,
+    /// When to look again without an event.
+    pub requeue: Option<Duration>,
+}
+
+impl State {
+    fn verifying(message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self { phase: Phase::Verifying, reason: reason::PUBLISHING, message, requeue: Some(LOOK_AGAIN) }
+    }
+
+    fn verdict(phase: Phase, message: &str) -> Self {
+        let (reason, words) = match phase {
+            Phase::Verifying | Phase::Available => (reason::VERIFIED, "every file is as the manifest says"),
+            Phase::Rejected => (reason::REJECTED, "a file differs from the manifest"),
+            Phase::Missing => (reason::MISSING, "the manifest or a file is gone"),
+        };
+        let message = if message.is_empty() { words } else { message };
+        Self { phase, reason, message: message.into(), requeue: None }
+    }
+
+    /// The same, after the cluster has refused the Job.
+    pub fn refused(self, refusal: &Refusal) -> Self {
+        Self { reason: refusal.reason, message: refusal.message.clone(), ..self }
+    }
+
+    /// Whether it is settled.
+    pub fn is_verdict(&self) -> bool {
+        self.phase != Phase::Verifying
+    }
+
+    /// Whether the version can't be served.
+    pub fn is_bad(&self) -> bool {
+        matches!(self.phase, Phase::Rejected | Phase::Missing)
+    }
+}
+
+/// Decides what to do next.
+pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
+    let remove = |job: &TrainerJob| match job.deleting {
+        true => Vec::new(),
+        false => vec![Step::Remove { uid: job.uid.clone() }],
+    };
+    if let Some(state) = settled(&observed.version) {
+        return Decision { steps: observed.job.as_ref().map(remove).unwrap_or_default(), state };
+    }
+    let Some(job) = &observed.job else {
+        return Decision { steps: vec![Step::Start], state: State::verifying("creates the verify Job") };
+    };
+    let (steps, state) = match &job.state {
+        _ if job.deleting => (Vec::new(), State::verifying("starts again")),
+        JobState::Active { pods, last_failure } => (Vec::new(), waits(observed, pods, last_failure.as_deref())),
+        JobState::Ended { ending, .. } => match &ending.cause {
+            Cause::Done { outcome: Outcome::Verified(report) } => {
+                let phase = match report.verdict {
+                    Verdict::Intact => Phase::Available,
+                    Verdict::Corrupt => Phase::Rejected,
+                    Verdict::Missing => Phase::Missing,
+                };
+                (remove(job), State::verdict(phase, &report.message))
+            }
+            Cause::Disrupted { message } => (remove(job), State::verifying(format!("starts again: {message}"))),
+            cause => {
+                let left = (ending.finished.0 + TRY_AGAIN).duration_since(now);
+                let steps = if left.is_positive() { Vec::new() } else { remove(job) };
+                let words = cause.complaint().unwrap_or("the pod left the report of another subcommand");
+                let state = State { reason: reason::RETRYING, ..State::verifying(words) };
+                (steps, State { requeue: Some(left.unsigned_abs().max(LOOK_AGAIN)), ..state })
+            }
+        },
+    };
+    Decision { steps, state }
+}
+
+/// The verdict that the status holds already.
+fn settled(version: &AdapterVersion) -> Option<State> {
+    let status = version.status.as_ref()?;
+    let phase = status.phase.filter(|phase| *phase != Phase::Verifying)?;
+    let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready");
+    Some(State::verdict(phase, ready.map_or("", |condition| &condition.message)))
+}
+
+fn waits(observed: &Observed, pods: &Pods, last_failure: Option<&str>) -> State {
+    match (pods, &observed.refusal, last_failure) {
+        (Pods::Missing, Some(refusal), _) => State::verifying("").refused(refusal),
+        (_, _, Some(failure)) => State { reason: reason::RETRYING, ..State::verifying(failure) },
+        (Pods::Unschedulable(words), ..) => {
+            State { reason: reason::UNSCHEDULABLE, ..State::verifying(format!("no node takes the pod: {words}")) }
+        }
+        (Pods::Starting(words), ..) => State::verifying(format!("verify pod {words}")),
+        _ => State::verifying("compares the files with the manifest"),
+    }
+}

@@ -1,0 +1,143 @@
+//! The controller of AdapterVersions: a pod in the version's namespace compares its files with their manifest, once.
+
+mod build;
+mod decide;
+mod status;
+
+use std::sync::Arc;
+
+use futures::{StreamExt, future::ready};
+use k8s_openapi::{api::batch::v1::Job, jiff::Timestamp};
+use kube::{
+    Api, ResourceExt,
+    runtime::{Controller, controller::Action, watcher},
+};
+use tunesmith_crds::{AdapterVersion, names::STAGE_LABEL};
+
+use self::decide::{Observed, Step, decide};
+use crate::{
+    apply::{ApplyError, Change, apply, apply_status},
+    context::{Context, Outcome, Stop},
+    refusal,
+    trainer::{Stage, TrainerJob, job::fresh_pods},
+};
+
+/// Name of the controller in metrics and logs.
+const NAME: &str = "adapterversion";
+
+/// A reconcile that failed; the next one starts over.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something could not be read.
+    #[error("cannot read {what}: {source}")]
+    Observe {
+        /// What.
+        what: &'static str,
+        /// Why.
+        source: kube::Error,
+    },
+    /// A change failed.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// The status could not be written.
+    #[error("cannot write the status: {0}")]
+    Status(#[source] kube::Error),
+}
+
+impl Outcome for Error {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Observe { .. } => "observe_error",
+            Self::Apply(_) => "apply_error",
+            Self::Status(_) => "status_error",
+        }
+    }
+}
+
+/// Runs the controller until `stop`.
+pub async fn run(context: Arc<Context>, stop: Stop) {
+    let verifications = watcher::Config::default().labels(&format!("{STAGE_LABEL}={}", Stage::Verify.name()));
+    Controller::new(Api::<AdapterVersion>::all(context.client.clone()), watcher::Config::default())
+        .owns(Api::<Job>::all(context.client.clone()), verifications)
+        .graceful_shutdown_on(stop)
+        .run(reconcile, retry, context)
+        .for_each(|result| {
+            if let Err(error) = result {
+                tracing::warn!(controller = NAME, %error, "reconcile failed");
+            }
+            ready(())
+        })
+        .await;
+}
+
+async fn reconcile(version: Arc<AdapterVersion>, context: Arc<Context>) -> Result<Action, Error> {
+    let _timer = context.metrics.time(NAME);
+    let result = reconcile_once(&version, &context).await;
+    context.metrics.count(NAME, result.as_ref().map_or_else(Outcome::label, |_| "ok"));
+    result
+}
+
+async fn reconcile_once(version: &AdapterVersion, context: &Context) -> Result<Action, Error> {
+    let Some(observed) = observe(version, context).await? else {
+        context.backoff.forget(version);
+        return Ok(Action::await_change());
+    };
+    let decision = decide(&observed, Timestamp::now());
+    let (before, after): (Vec<Step>, Vec<Step>) = decision.steps.into_iter().partition(|step| *step == Step::Start);
+    let namespace = version.namespace().unwrap_or_default();
+    let changes = |steps: Vec<Step>| -> Vec<Change> {
+        steps.iter().flat_map(|step| build::build(step, &observed.version, &context.image)).collect()
+    };
+    let refusal = apply(&context.client, &namespace, changes(before)).await?;
+    let state = match &refusal {
+        Some(refusal) => decision.state.refused(refusal),
+        None => decision.state,
+    };
+    let status = status::status(&observed.version, &state, Timestamp::now());
+    if observed.version.status.as_ref() != Some(&status) {
+        apply_status(&context.client, &observed.version, &status).await.map_err(Error::Status)?;
+        if state.is_verdict() {
+            let version = version.name_any();
+            tracing::info!(version, namespace, phase = ?state.phase, message = state.message);
+            let action = format!("{:?}", state.phase);
+            context.announce(&observed.version, state.is_bad(), state.reason, &action, &state.message).await;
+        }
+    }
+    // What the verdict came from goes only when the verdict is written.
+    apply(&context.client, &namespace, changes(after)).await?;
+    Ok(match (refusal, state.requeue) {
+        (Some(_), _) => Action::requeue(context.backoff.next(version)),
+        (None, Some(wait)) => Action::requeue(wait),
+        (None, None) => Action::await_change(),
+    })
+}
+
+/// Reads a version and the Job that verifies it; None if it is gone or going.
+async fn observe(version: &AdapterVersion, context: &Context) -> Result<Option<Observed>, Error> {
+    let failed = |what| move |source| Error::Observe { what, source };
+    let (name, namespace) = (version.name_any(), version.namespace().unwrap_or_default());
+    let version = Api::<AdapterVersion>::namespaced(context.client.clone(), &namespace).get_opt(&name).await;
+    let Some(version) = version.map_err(failed("the AdapterVersion"))? else { return Ok(None) };
+    if version.metadata.deletion_timestamp.is_some() {
+        return Ok(None);
+    }
+    let jobs = Api::<Job>::namespaced(context.client.clone(), &namespace);
+    let job = match jobs.get_opt(&build::verify_name(&version)).await.map_err(failed("the verify Job"))? {
+        Some(job) => {
+            let pods = fresh_pods(&context.client, &job).await.map_err(failed("the pods of a Job"))?;
+            TrainerJob::read(&job, &pods)
+        }
+        None => None,
+    };
+    let refusal = match &job {
+        Some(job) => {
+            refusal::of_job(&context.client, &namespace, job).await.map_err(failed("why a Job has no pods"))?
+        }
+        None => None,
+    };
+    Ok(Some(Observed { version, job, refusal }))
+}
+
+fn retry(version: Arc<AdapterVersion>, _: &Error, context: Arc<Context>) -> Action {
+    Action::requeue(context.backoff.next(&*version))
+}
