@@ -21,7 +21,7 @@ pub const BUCKETS: [&str; 3] = ["models", "datasets", "adapters"];
 /// A restart reads its store anew, which takes up to 20 s on two idle cores.
 const READY: Duration = Duration::from_secs(120);
 const PORT: u16 = 8333;
-const REGION: &str = "us-east-1";
+const DEFAULT_REGION: &str = "us-east-1";
 
 /// How to reach an S3 store: the same values for the host and for pods.
 #[derive(Clone, Deserialize, Serialize)]
@@ -32,6 +32,8 @@ pub struct S3 {
     pub access_key_id: String,
     /// The user's password.
     pub secret_access_key: String,
+    /// `us-east-1`, unless the store cares.
+    pub region: String,
 }
 
 impl S3 {
@@ -42,6 +44,7 @@ impl S3 {
             endpoint: variable("AWS_ENDPOINT_URL")?,
             access_key_id: variable("AWS_ACCESS_KEY_ID")?,
             secret_access_key: variable("AWS_SECRET_ACCESS_KEY")?,
+            region: std::env::var("AWS_REGION").unwrap_or_else(|_| DEFAULT_REGION.into()),
         })
     }
 
@@ -51,7 +54,7 @@ impl S3 {
             ("AWS_ENDPOINT_URL", &self.endpoint),
             ("AWS_ACCESS_KEY_ID", &self.access_key_id),
             ("AWS_SECRET_ACCESS_KEY", &self.secret_access_key),
-            ("AWS_REGION", REGION),
+            ("AWS_REGION", &self.region),
             ("AWS_ALLOW_HTTP", "true"),
         ]
     }
@@ -62,7 +65,7 @@ impl S3 {
             .with_endpoint(&self.endpoint)
             .with_access_key_id(&self.access_key_id)
             .with_secret_access_key(&self.secret_access_key)
-            .with_region(REGION)
+            .with_region(&self.region)
             .with_allow_http(true)
             .with_bucket_name(name)
             .build()
@@ -86,6 +89,7 @@ pub(crate) fn start(site: &Site) -> Result<()> {
             endpoint: format!("http://{}:{PORT}", site.network.node_ip()),
             access_key_id: random_hex(10)?,
             secret_access_key: random_hex(20)?,
+            region: DEFAULT_REGION.into(),
         };
         write_secret(&identities, &server_identities(&user))?;
         write_secret(&site.pki("s3-client.json"), &serde_json::to_string(&user)?)?;

@@ -19,11 +19,17 @@ pub struct Step {
 impl Step {
     /// Begins a step. `title` names the result, not the work: "etcd 3.7.3", "cluster up".
     pub fn start(title: impl Into<String>) -> Self {
+        let step = Self::without_spinner(title);
+        step.spinner.enable_steady_tick(Duration::from_millis(100));
+        step
+    }
+
+    /// Begins a step that shows by itself how far it is.
+    pub fn without_spinner(title: impl Into<String>) -> Self {
         let title = title.into();
         let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
             .with_style(ProgressStyle::with_template("{spinner} {msg} ({elapsed})").expect("a valid template"))
             .with_message(title.clone());
-        spinner.enable_steady_tick(Duration::from_millis(100));
         Self { title, start: Instant::now(), spinner, ended: false }
     }
 

