@@ -33,6 +33,14 @@ impl Step {
         Self { title, start: Instant::now(), spinner, ended: false }
     }
 
+    /// Says something about the work that is about to be done, such as that it takes long.
+    pub fn note(&self, note: &str) {
+        self.spinner.set_message(format!("{}, {note}", self.title));
+        if self.spinner.is_hidden() {
+            eprintln!("  {}, {note}", self.title);
+        }
+    }
+
     /// Ends a step that did its work.
     pub fn done(self) {
         self.end("✓", None);

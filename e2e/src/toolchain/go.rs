@@ -125,10 +125,7 @@ impl Go {
             .with_context(|| format!("{}/go.mod does not require {}", folder.display(), module.source))?;
         let link = link_flags(module, version);
 
-        let step = Step::start(match module.cold {
-            "" => format!("{} {version}", module.name),
-            cold => format!("{} {version}, {cold}", module.name),
-        });
+        let step = Step::start(format!("{} {version}", module.name));
         let stamp = Stamp::new(
             bin,
             module.name,
@@ -137,6 +134,9 @@ impl Go {
         if stamp.is_current() && module.programs.iter().all(|(name, _)| bin.join(name).exists()) {
             step.skipped("already there");
             return Ok(());
+        }
+        if !module.cold.is_empty() {
+            step.note(module.cold);
         }
         for (name, package) in module.programs {
             // A running program cannot be written over, but it can be replaced.

@@ -113,6 +113,7 @@ fn how_to_push(name: &str, variable: &str) -> String {
 /// Builds programs in the profile of this one, beside it.
 fn build_programs(packages: &[&str]) -> Result<()> {
     let step = Step::start(packages.join(" and "));
+    step.note("some minutes the first time");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(repository()).args(["build", "--quiet", "--bins"]);
     if programs_folder().ends_with("release") {
