@@ -171,20 +171,20 @@ fn current_plan(observed: &Observed, run: Option<&Run>) -> Option<Plan> {
 fn history(run: Option<&Run>, state: &State, previous: &FineTuneJobStatus, now: Timestamp) -> Vec<RunRecord> {
     let number = run.map(|run| run.number);
     let mut history = previous.history.clone();
-    if let Some(before) = previous.run.as_ref().filter(|before| Some(before.number) != number) {
-        if !history.iter().any(|record| record.number == before.number) {
-            history.insert(
-                0,
-                RunRecord {
-                    number: before.number,
-                    phase: Phase::Failed,
-                    attempts: before.attempt,
-                    version: None,
-                    message: Some("ended by a change of the spec".into()),
-                    completion_time: Some(Time(now)),
-                },
-            );
-        }
+    if let Some(before) = previous.run.as_ref().filter(|before| Some(before.number) != number)
+        && !history.iter().any(|record| record.number == before.number)
+    {
+        history.insert(
+            0,
+            RunRecord {
+                number: before.number,
+                phase: Phase::Failed,
+                attempts: before.attempt,
+                version: None,
+                message: Some("ended by a change of the spec".into()),
+                completion_time: Some(Time(now)),
+            },
+        );
     }
     if let Some(run) = run {
         let known = history.iter().position(|record| record.number == run.number).map(|at| history.remove(at));
