@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
+use object_store::ObjectStoreExt;
 use object_store::aws::AmazonS3;
 use object_store::buffered::BufWriter;
 use object_store::path::Path as Key;
-use object_store::{ObjectStore, ObjectStoreExt};
+use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tunesmith_e2e::{Step, cache, model, programs_folder, repository, run};
 
@@ -19,13 +21,16 @@ const DATA: &str = "telecom-support";
 /// The part size of an upload.
 const BUFFER: usize = 16 << 20;
 
-/// The base model, by the name that the job knows.
-pub(crate) fn model_uri() -> String {
-    format!("s3://models/{MODEL}")
+/// What the demo trains with, as it lies on this machine.
+pub(crate) struct Inputs {
+    /// The base model's folder.
+    pub(crate) model: PathBuf,
+    /// What the system turn of every row says.
+    pub(crate) system: String,
 }
 
 /// Fetches and converts the model, and uploads it with the data.
-pub(crate) async fn provide(target: &Target) -> Result<()> {
+pub(crate) async fn provide(target: &Target) -> Result<Inputs> {
     let model = converted(target, &model::fetch()?)?;
     let data = repository().join("examples").join(DATA);
 
@@ -43,7 +48,14 @@ pub(crate) async fn provide(target: &Target) -> Result<()> {
         0 => step.skipped("already there"),
         _ => step.done(),
     }
-    Ok(())
+    Ok(Inputs { model, system: system_turn(&data.join("train.jsonl"))? })
+}
+
+/// The system turn of the first row.
+fn system_turn(rows: &Path) -> Result<String> {
+    let rows = fs::read_to_string(rows).with_context(|| format!("cannot read {}", rows.display()))?;
+    let row: Value = serde_json::from_str(rows.lines().next().unwrap_or_default())?;
+    Ok(row["messages"][0]["content"].as_str().context("the first row has no system turn")?.to_owned())
 }
 
 /// The model's Hugging Face folder, converted again when the GGUF or the trainer is newer.
@@ -81,8 +93,7 @@ async fn upload(bucket: &AmazonS3, prefix: &str, file: &Path) -> Result<bool> {
         Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
         Err(error) => return Err(error).context("the S3 store refuses to be read"),
     }
-    let store: std::sync::Arc<dyn ObjectStore> = std::sync::Arc::new(bucket.clone());
-    let mut writer = BufWriter::with_capacity(store, key.clone(), BUFFER);
+    let mut writer = BufWriter::with_capacity(Arc::new(bucket.clone()), key.clone(), BUFFER);
     let mut reader = tokio::fs::File::open(file).await?;
     tokio::io::copy(&mut reader, &mut writer).await.with_context(|| format!("cannot upload {key}"))?;
     writer.shutdown().await.with_context(|| format!("cannot upload {key}"))?;

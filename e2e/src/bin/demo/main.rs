@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::Parser;
-use tunesmith_e2e::human;
+use tunesmith_e2e::{DEFAULT_NAME, human};
 
 use crate::target::Target;
 
@@ -25,6 +25,12 @@ struct Arguments {
     /// The kubeconfig of a cluster that you have; left out, the demo makes one on this machine.
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
+    /// Name of the cluster on this machine.
+    #[arg(long, default_value = DEFAULT_NAME)]
+    name: String,
+    /// Which /19 of 198.18.0.0/15 that cluster takes: 0 to 15.
+    #[arg(long, default_value_t = 0)]
+    subnet: u8,
 }
 
 #[tokio::main]
@@ -41,14 +47,14 @@ async fn main() -> ExitCode {
 async fn demo(arguments: Arguments) -> Result<()> {
     let start = Instant::now();
     let target = match arguments.kubeconfig {
-        None => Target::local()?,
+        None => Target::local(&arguments.name, arguments.subnet)?,
         Some(kubeconfig) => Target::existing(kubeconfig)?,
     };
     target.install_chart()?;
-    inputs::provide(&target).await?;
+    let inputs = inputs::provide(&target).await?;
     job::apply(&target)?;
     let version = follow::to_version(&target).await?;
-    report::print(&target, &version).await?;
+    report::print(&target, &inputs, &version).await?;
     println!("\nAll of it took {}.", human(start.elapsed()));
     Ok(())
 }

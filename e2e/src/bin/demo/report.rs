@@ -11,7 +11,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use tunesmith_crds::{AdapterVersion, Uri};
 use tunesmith_e2e::run;
 
-use crate::inputs::model_uri;
+use crate::inputs::Inputs;
 use crate::target::Target;
 
 /// What customers ask, in words that the training data does not have.
@@ -22,7 +22,7 @@ const QUESTIONS: [&str; 3] = [
 ];
 
 /// Prints the version, its files, its losses, where the loss curve is, and the answers of both models.
-pub(crate) async fn print(target: &Target, version: &AdapterVersion) -> Result<()> {
+pub(crate) async fn print(target: &Target, inputs: &Inputs, version: &AdapterVersion) -> Result<()> {
     let Uri::S3 { bucket, key } = &version.spec.artifact.uri else { bail!("the demo publishes to S3") };
     let store = target.s3.bucket(bucket)?;
 
@@ -46,15 +46,15 @@ pub(crate) async fn print(target: &Target, version: &AdapterVersion) -> Result<(
 
     for question in QUESTIONS {
         println!("\n“{question}”");
-        println!("  base   {}", answer(target, None, question)?);
-        println!("  tuned  {}", answer(target, Some(&version.spec.artifact.uri), question)?);
+        println!("  base   {}", answer(target, inputs, None, question)?);
+        println!("  tuned  {}", answer(target, inputs, Some(&version.spec.artifact.uri), question)?);
     }
     Ok(())
 }
 
-fn answer(target: &Target, adapter: Option<&Uri>, question: &str) -> Result<String> {
+fn answer(target: &Target, inputs: &Inputs, adapter: Option<&Uri>, question: &str) -> Result<String> {
     let mut generate = target.trainer();
-    generate.args(["generate", "--model", &model_uri(), "--prompt", question]);
+    generate.args(["generate", "--system", &inputs.system, "--prompt", question, "--model"]).arg(&inputs.model);
     if let Some(adapter) = adapter {
         generate.args(["--adapter", &adapter.to_string()]);
     }

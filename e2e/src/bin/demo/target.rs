@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use tunesmith_e2e::{Cluster, DEFAULT_NAME, Images, S3, Step, Toolchain, programs_folder, repository, run};
+use tunesmith_e2e::{Cluster, Images, S3, Step, Toolchain, programs_folder, repository, run};
 
 const NAMESPACE: &str = "tunesmith-system";
 
@@ -22,12 +22,12 @@ pub(crate) struct Target {
 
 impl Target {
     /// A cluster on this machine: installs what it is made of, builds the images, brings it up.
-    pub(crate) fn local() -> Result<Self> {
+    pub(crate) fn local(name: &str, subnet: u8) -> Result<Self> {
         let toolchain = Toolchain::new()?;
         toolchain.install()?;
         build_programs(&["tunesmith-operator", "tunesmith-trainer"])?;
         let images = Images::build()?;
-        let cluster = Cluster::new(DEFAULT_NAME, 0)?;
+        let cluster = Cluster::new(name, subnet)?;
         cluster.up()?;
         let step = Step::start("images in the cluster");
         cluster.load(&[&images.operator, &images.trainer])?;
