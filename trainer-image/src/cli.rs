@@ -1,13 +1,34 @@
 //! The command line: subcommands, and how an error becomes a message and an exit code.
 
 use std::{
-    path::PathBuf,
+    io::IsTerminal,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
+use tokio::runtime::Runtime;
+use tracing_subscriber::EnvFilter;
+use tunesmith_crds::{
+    RunSpec,
+    names::{REPORT_PATH, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, exit_code},
+    run::{Outcome, VerifySpec},
+};
+use tunesmith_engine::Sampling;
 
-use crate::{convert::convert, error::Error};
+use crate::{
+    convert::convert,
+    error::Error,
+    generate::Writer,
+    local,
+    pod::{read_spec, report_to},
+    preflight::preflight,
+    progress::{Progress, serve},
+    store::{Role, Stores},
+    train::{Context, Stop, train},
+    verify::verify,
+};
 
 #[derive(Parser)]
 #[command(name = "tunesmith-trainer", version, about)]
@@ -18,6 +39,35 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Read the FineTuneJob in a manifest, train it here and publish the result
+    Run {
+        /// The manifest, as kubectl apply takes it
+        manifest: PathBuf,
+        #[command(flatten)]
+        local: Local,
+    },
+    /// Let a model answer, with or without an adapter
+    Generate {
+        /// The model: a folder, or a URI
+        #[arg(long)]
+        model: String,
+        /// A LoRA adapter over it: a folder, or a URI
+        #[arg(long)]
+        adapter: Option<String>,
+        /// What the user says; give it several times for several answers
+        #[arg(long, required = true)]
+        prompt: Vec<String>,
+        /// What the system turn says
+        #[arg(long)]
+        system: Option<String>,
+        /// Tokens of an answer at most
+        #[arg(long, default_value_t = 120)]
+        max_new_tokens: usize,
+        #[command(flatten)]
+        sampling: SamplingArgs,
+        #[command(flatten)]
+        local: Local,
+    },
     /// Turn a GGUF file into a Hugging Face model folder
     Convert {
         /// The GGUF file: Llama architecture, byte-level BPE tokenizer
@@ -26,26 +76,173 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// In a pod: check model, data and output folder
+    Preflight {
+        #[command(flatten)]
+        pod: Pod,
+    },
+    /// In a pod: train, checkpoint and publish
+    Train {
+        #[command(flatten)]
+        pod: Pod,
+        /// Where /progress, /metrics and /healthz answer
+        #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, TRAINER_PORT)))]
+        listen: SocketAddr,
+    },
+    /// In a pod: compare a version's files with its manifest
+    Verify {
+        #[command(flatten)]
+        pod: Pod,
+    },
+}
+
+/// Where a pod finds its spec and leaves its report.
+#[derive(Args)]
+struct Pod {
+    /// What to do: a RunSpec or VerifySpec in JSON
+    #[arg(long, default_value = RUN_SPEC_PATH)]
+    run_spec: PathBuf,
+    /// Where the RunReport goes
+    #[arg(long, default_value = REPORT_PATH)]
+    report: PathBuf,
+    /// Folder for downloads
+    #[arg(long, default_value = WORK_DIR)]
+    work_dir: PathBuf,
+}
+
+/// Where a process outside a cluster keeps things.
+#[derive(Args)]
+struct Local {
+    /// Stands in for S3 where the environment names none: s3://bucket/key is <STORE>/bucket/key
+    #[arg(long, default_value = "tunesmith-store")]
+    store: PathBuf,
+    /// Folder for downloads
+    #[arg(long, default_value_os_t = std::env::temp_dir().join("tunesmith-trainer"))]
+    work_dir: PathBuf,
+}
+
+/// How the next token is chosen.
+#[derive(Args)]
+struct SamplingArgs {
+    /// Above 1 makes tokens that were said less likely; small models loop without
+    #[arg(long, default_value_t = 1.15)]
+    repetition_penalty: f64,
+    /// 0 takes the likeliest token
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    /// Draw from the smallest set of tokens whose probability reaches this
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
 }
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let Cli { command } = Cli::parse();
-    match run(command) {
-        Ok(()) => ExitCode::SUCCESS,
+    start_logs();
+    let runtime = match Runtime::new() {
+        Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(error.exit_code() as u8)
+            eprintln!("error: no threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = run(command, &runtime);
+    runtime.shutdown_background();
+    ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
+}
+
+/// JSON lines on standard error; in a terminal, warnings alone, as bars and notes say the rest.
+fn start_logs() {
+    let terminal = std::io::stderr().is_terminal();
+    let default = if terminal { "warn" } else { "info" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match terminal {
+        true => logs.init(),
+        false => logs.json().flatten_event(true).init(),
+    }
+}
+
+fn run(command: Command, runtime: &Runtime) -> i32 {
+    let stores = Stores::from_environment(runtime.handle().clone());
+    match command {
+        Command::Preflight { pod } => preflight_pod(&pod, &stores, runtime),
+        Command::Train { pod, listen } => train_pod(&pod, listen, &stores, runtime),
+        Command::Verify { pod } => verify_pod(&pod, &stores, runtime),
+        Command::Run { manifest, local } => exit(run_here(&manifest, &local, &stores, runtime)),
+        Command::Convert { model, out } => exit(convert(&model, &out).map_err(Error::from).map(|()| {
+            println!("{}", out.display());
+            0
+        })),
+        Command::Generate { model, adapter, prompt, system, max_new_tokens, sampling, local } => {
+            let stores = stores.or_local(&local.store);
+            let SamplingArgs { repetition_penalty, temperature, top_p, seed } = sampling;
+            let sampling = Sampling { repetition_penalty, temperature, top_p, seed };
+            exit(Writer::load(&model, adapter.as_deref(), &stores, &local.work_dir).and_then(|writer| {
+                for prompt in &prompt {
+                    println!("{}", writer.answer(system.as_deref(), prompt, sampling, max_new_tokens)?);
+                }
+                Ok(0)
+            }))
         }
     }
 }
 
-fn run(command: Command) -> Result<(), Error> {
-    match command {
-        Command::Convert { model, out } => {
-            convert(&model, &out)?;
-            println!("{}", out.display());
+fn exit(result: Result<i32, Error>) -> i32 {
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        error.exit_code()
+    })
+}
+
+fn run_here(manifest: &Path, local: &Local, stores: &Stores, runtime: &Runtime) -> Result<i32, Error> {
+    let stores = stores.clone().or_local(&local.store);
+    let (stop, progress) = (Stop::on_signals(runtime.handle()).map_err(no_signals)?, Progress::new());
+    let context = Context { stores: &stores, work: &local.work_dir, progress: &progress, stop: &stop };
+    let outcome = local::run(manifest, context);
+    progress.finish();
+    let outcome = outcome?;
+    println!("{}", local::summary(&outcome, &stores)?);
+    Ok(match outcome {
+        Outcome::Preempted { .. } => exit_code::PREEMPTED,
+        _ => 0,
+    })
+}
+
+fn preflight_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
+    report_to(&pod.report, || {
+        Stop::exit_on_signals(runtime.handle()).map_err(no_signals)?;
+        let (stop, progress) = (Stop::default(), Progress::new());
+        let context = Context { stores, work: &pod.work_dir, progress: &progress, stop: &stop };
+        Ok(Outcome::Preflight(preflight(&read_spec::<RunSpec>(&pod.run_spec)?, context)?))
+    })
+}
+
+fn train_pod(pod: &Pod, listen: SocketAddr, stores: &Stores, runtime: &Runtime) -> i32 {
+    report_to(&pod.report, || {
+        let (stop, progress) = (Stop::on_signals(runtime.handle()).map_err(no_signals)?, Progress::new());
+        let spec: RunSpec = read_spec(&pod.run_spec)?;
+        match serve(runtime.handle(), listen, &progress) {
+            Ok(address) => tracing::info!(%address, "serving /progress"),
+            // Training goes on unseen rather than not at all.
+            Err(error) => tracing::warn!(%listen, %error, "/progress is not served"),
         }
-    }
-    Ok(())
+        train(&spec, Context { stores, work: &pod.work_dir, progress: &progress, stop: &stop })
+    })
+}
+
+fn verify_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
+    report_to(&pod.report, || {
+        Stop::exit_on_signals(runtime.handle()).map_err(no_signals)?;
+        let spec: VerifySpec = read_spec(&pod.run_spec)?;
+        let folder = stores.open(Role::Output, &spec.artifact.uri)?;
+        Ok(Outcome::Verified(verify(&spec.artifact, &folder)?))
+    })
+}
+
+fn no_signals(error: std::io::Error) -> Error {
+    Error::Internal(format!("signals can't be listened to: {error}"))
 }

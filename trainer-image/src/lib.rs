@@ -1,5 +1,22 @@
 //! Checks, trains, publishes and verifies what a FineTuneJob asks for.
+//!
+//! The way of one run: [`preflight`] reads the [`inputs`] (the base [`model`] and the [`data`]) from the [`store`];
+//! [`train`] makes the steps and checkpoints, [`publish`] the version, [`verify`] compares it with its manifest.
+//! [`pod`] is the frame of these in a cluster, [`local`] that of all of them on a laptop.
 
 pub mod cli;
 pub mod convert;
+pub mod data;
+pub mod digest;
 pub mod error;
+pub mod generate;
+pub mod inputs;
+pub mod local;
+pub mod model;
+pub mod pod;
+pub mod preflight;
+pub mod progress;
+pub mod publish;
+pub mod store;
+pub mod train;
+pub mod verify;

@@ -27,8 +27,8 @@ impl Gguf {
     /// The file is missing or is no GGUF file.
     pub fn open(path: &Path) -> Result<Self, ConvertError> {
         let mut file = BufReader::new(File::open(path).map_err(ConvertError::io(path))?);
-        let content = Content::read(&mut file)
-            .map_err(|source| ConvertError::Damaged { path: path.to_owned(), source })?;
+        let content =
+            Content::read(&mut file).map_err(|source| ConvertError::Damaged { path: path.to_owned(), source })?;
         Ok(Self { path: path.to_owned(), file, content })
     }
 

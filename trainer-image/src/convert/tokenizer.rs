@@ -39,9 +39,11 @@ impl Tokenizer {
         let tokens: Vec<String> = gguf.texts("tokenizer.ggml.tokens")?.into_iter().map(str::to_owned).collect();
         let id = |key: &str| -> Result<Option<usize>, ConvertError> {
             match gguf.optional_number(key)? {
-                Some(id) if id >= tokens.len() => {
-                    Err(unsupported(key, &id.to_string(), &format!("below {}, the size of the vocabulary", tokens.len())))
-                }
+                Some(id) if id >= tokens.len() => Err(unsupported(
+                    key,
+                    &id.to_string(),
+                    &format!("below {}, the size of the vocabulary", tokens.len()),
+                )),
                 id => Ok(id),
             }
         };

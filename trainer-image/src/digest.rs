@@ -1,0 +1,47 @@
+//! Digests of groups of files: what `sha256sum FILE… | sha256sum` prints, so that anyone can check one.
+
+use std::{fs::File, io, path::Path};
+
+use sha2::{Digest, Sha256};
+use tunesmith_crds::adapter_version::ArtifactFile;
+
+/// Digest (`sha256:…`) of files by name and content, whatever order they come in.
+pub fn of_files(files: &[ArtifactFile]) -> String {
+    let mut lines: Vec<String> = files.iter().map(|file| format!("{}  {}\n", file.sha256, file.path)).collect();
+    lines.sort_by(|a, b| a[64..].cmp(&b[64..]));
+    of_bytes(lines.concat().as_bytes())
+}
+
+/// Digest (`sha256:…`) of bytes.
+pub fn of_bytes(bytes: &[u8]) -> String {
+    format!("sha256:{:x}", Sha256::digest(bytes))
+}
+
+/// Name, digest and size of some bytes.
+pub fn file_of_bytes(path: &str, bytes: &[u8]) -> ArtifactFile {
+    ArtifactFile { path: path.to_owned(), sha256: format!("{:x}", Sha256::digest(bytes)), size: bytes.len() as u64 }
+}
+
+/// Name, digest and size of a file on disk.
+///
+/// # Errors
+/// It can't be read.
+pub fn file_on_disk(path: &Path, name: &str) -> io::Result<ArtifactFile> {
+    let mut hash = Sha256::new();
+    let size = io::copy(&mut File::open(path)?, &mut hash)?;
+    Ok(ArtifactFile { path: name.to_owned(), sha256: format!("{:x}", hash.finalize()), size })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_order_of_files_does_not_matter_and_their_names_do() {
+        let (a, b) = (file_of_bytes("a", b"1"), file_of_bytes("b", b"2"));
+        let digest = of_files(&[a.clone(), b.clone()]);
+        assert_eq!(digest, of_files(&[b.clone(), a.clone()]));
+        assert_eq!(digest.len(), "sha256:".len() + 64);
+        assert_ne!(digest, of_files(&[a, ArtifactFile { path: "c".into(), ..b }]));
+    }
+}

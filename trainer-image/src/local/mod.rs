@@ -1,0 +1,148 @@
+//! `run`: the same manifest without Kubernetes. Preflight, training and publishing happen in this process.
+
+mod manifest;
+
+use std::path::Path;
+
+use tunesmith_crds::{
+    FineTuneJob, Method, RunSpec, Uri,
+    digest::input_digest,
+    fine_tune_job::{DataSource, MethodName},
+    run::{Outcome, PreflightReport, TrainReport, TrainTask},
+};
+
+use crate::{
+    error::Error,
+    preflight::{highest_version, preflight},
+    publish::published,
+    store::{Location, Role, StoreError, Stores},
+    train::{Context, train},
+};
+
+/// Reads the FineTuneJob in a manifest, trains it here and publishes the result.
+///
+/// # Errors
+/// What the API server, preflight or training would refuse.
+pub fn run(manifest: &Path, context: Context<'_>) -> Result<Outcome, Error> {
+    let mut job = manifest::read(manifest)?;
+    if job.spec.suspend {
+        return Err(Error::Spec("spec.suspend is true: set it to false to run the job".into()));
+    }
+    let progress = context.progress;
+    if let Some(folder) = context.stores.local_folder() {
+        progress.note(&format!("no S3 in the environment (AWS_…): s3:// is {}", folder.display()));
+        let beside = manifest.parent().unwrap_or(Path::new(""));
+        stand_in(&mut job, beside, context)?;
+    }
+    let method = method(&job)?;
+    if job.spec.method == MethodName::Auto {
+        progress.note("method Auto is LoRA here");
+    }
+    let spec = RunSpec { method: Some(method.clone()), ..RunSpec::preflight(&job, 1) };
+
+    let report = preflight(&spec, context).map_err(|error| explain_missing_model(error, &job, context.stores))?;
+    progress.note(&describe(&report));
+    let digest = input_digest(&spec, &method, &report);
+    let adapter = context.stores.open(Role::Output, &spec.adapter_uri())?;
+    if let Some(report) = same_inputs(&adapter, &digest)? {
+        progress.note(&format!("these inputs were trained before: {} serves, nothing to do", report.uri));
+        return Ok(Outcome::Trained(report));
+    }
+    let task = TrainTask {
+        version: report.highest_version + 1,
+        input_digest: digest,
+        base_digest: report.base_digest,
+        dataset_digest: report.dataset.digest,
+        trainer_image: format!("tunesmith-trainer {} (standalone)", env!("CARGO_PKG_VERSION")),
+    };
+    train(&spec.with_training(method, task), context)
+}
+
+/// The method with its options; Auto is LoRA.
+fn method(job: &FineTuneJob) -> Result<Method, Error> {
+    let name = match job.spec.method {
+        MethodName::Auto => MethodName::LoRA,
+        name => name,
+    };
+    job.spec.method_as(name).ok_or_else(|| Error::Spec("method QLoRA needs quantization".into()))
+}
+
+/// Data files beside the manifest stand in for objects of the same name that the local store does not have.
+fn stand_in(job: &mut FineTuneJob, beside: &Path, context: Context<'_>) -> Result<(), Error> {
+    let dataset = &mut job.spec.dataset;
+    for source in [Some(&mut dataset.train), dataset.eval.as_mut()].into_iter().flatten() {
+        let object = context.stores.open(Role::Dataset, &source.uri)?;
+        let file = beside.join(source.uri.file_name());
+        if object.on_disk().is_some_and(|path| !path.exists()) && file.is_file() {
+            let path = std::path::absolute(&file).map_err(|source| Error::File { path: file.clone(), source })?;
+            context.progress.note(&format!("{} is not there: {} stands in", source.uri, file.display()));
+            let uri: Result<Uri, _> = format!("file://{}", path.display()).parse();
+            *source = DataSource { uri: uri.map_err(|error| Error::Spec(error.to_string()))? };
+        }
+    }
+    Ok(())
+}
+
+/// A model that is not in the local store can be put there; the message says how.
+fn explain_missing_model(error: Error, job: &FineTuneJob, stores: &Stores) -> Error {
+    let (uri, folder) = (&job.spec.base_model.uri, stores.local_folder());
+    match (&error, uri, folder) {
+        (Error::Model(crate::model::ModelError::Empty { .. }), Uri::S3 { bucket, key }, Some(folder)) => {
+            let place = folder.join(bucket).join(key);
+            Error::Input(format!(
+                "{uri} (base model) is not in the local store: put the Hugging Face folder at {place}, e.g. \
+                 `tunesmith-trainer convert MODEL.gguf --out {place}`; or set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and \
+                 AWS_SECRET_ACCESS_KEY to use S3",
+                place = place.display()
+            ))
+        }
+        _ => error,
+    }
+}
+
+fn describe(report: &PreflightReport) -> String {
+    let PreflightReport { dataset, eval_rows, truncated_rows, total_steps, .. } = report;
+    let truncated = match truncated_rows {
+        0 => String::new(),
+        rows => format!(", {rows} of them truncated to maxLength"),
+    };
+    format!(
+        "{} training rows with {} tokens{truncated}, {eval_rows} evaluation rows, {total_steps} steps",
+        dataset.rows, dataset.tokens
+    )
+}
+
+/// The newest version with these inputs.
+fn same_inputs(adapter: &Location, digest: &str) -> Result<Option<TrainReport>, Error> {
+    for version in (1..=highest_version(adapter)?).rev() {
+        // Other inputs are what most versions have, and no conflict here.
+        match published(&adapter.join(&format!("v{version}")), digest) {
+            Ok(Some(report)) => return Ok(Some(report)),
+            Ok(None) | Err(crate::publish::PublishError::Conflict { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
+}
+
+/// What a person reads at the end.
+pub fn summary(outcome: &Outcome, stores: &Stores) -> Result<String, StoreError> {
+    let report = match outcome {
+        Outcome::Trained(report) => report,
+        Outcome::Preempted { step } => {
+            return Ok(format!("stopped after step {step}; run the same command again to go on"));
+        }
+        other => return Ok(format!("{other:?}")),
+    };
+    let folder = stores.open(Role::Output, &report.uri)?;
+    let place = folder.on_disk().map_or(report.uri.to_string(), |path| path.display().to_string());
+    let loss = |loss: Option<f64>| loss.map_or("not measured".into(), |loss| format!("{loss:.4}"));
+    let metrics = &report.metrics;
+    Ok(format!(
+        "version {}: {place}\neval loss: {} before, {} after {} steps\nloss curve: {place}/loss_curve.svg",
+        report.version,
+        loss(metrics.base_eval_loss),
+        loss(metrics.eval_loss),
+        metrics.steps,
+    ))
+}

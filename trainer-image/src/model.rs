@@ -1,0 +1,249 @@
+//! The base model's folder: which of its files are used, their digest, and whether they fit together.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use safetensors::{
+    Dtype,
+    tensor::{Metadata, TensorInfo},
+};
+use serde_json::Value;
+use tunesmith_crds::{Uri, adapter_version::ArtifactFile, run::ModelShape};
+use tunesmith_engine::ModelConfig;
+
+use crate::{
+    digest,
+    store::{Location, StoreError},
+};
+
+/// The weights in one file.
+const WEIGHTS: &str = "model.safetensors";
+/// Names the files of sharded weights.
+const INDEX: &str = "model.safetensors.index.json";
+/// What every model folder needs besides weights.
+const REQUIRED: [&str; 3] = ["config.json", "tokenizer.json", "tokenizer_config.json"];
+/// What is used where it is there.
+const OPTIONAL: [&str; 2] = ["generation_config.json", "chat_template.jinja"];
+/// The longest header of a safetensors file, as the format defines it.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// A base model on this machine.
+pub struct ModelFolder {
+    /// Where its files are.
+    pub folder: PathBuf,
+    /// Digest (`sha256:…`) of the files that are used.
+    pub digest: String,
+    /// Its dimensions.
+    pub config: ModelConfig,
+    /// The same for the planner, with the number of stored parameters.
+    pub shape: ModelShape,
+}
+
+/// Why a model folder can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The store failed, or a file is gone.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Nothing is there.
+    #[error(
+        "no files under {uri} (base model): check baseModel.uri, and that the model was uploaded; \
+         it must hold config.json, model.safetensors, tokenizer.json and tokenizer_config.json"
+    )]
+    Empty {
+        /// Where the model should be.
+        uri: Uri,
+    },
+    /// A file is missing.
+    #[error("{uri} (base model) has no {file}{hint}")]
+    MissingFile {
+        /// Where the model is.
+        uri: Uri,
+        /// What is missing.
+        file: &'static str,
+        /// What to do about it.
+        hint: &'static str,
+    },
+    /// A file holds what can't be used.
+    #[error("{uri}: {problem}")]
+    Unusable {
+        /// Which file.
+        uri: Uri,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl ModelFolder {
+    /// Brings the model at `location` to this machine (into `work`, unless it is on a disk already) and checks it.
+    ///
+    /// # Errors
+    /// A file is missing or damaged, or the model is not supported.
+    pub fn fetch(location: &Location, work: &Path) -> Result<Self, ModelError> {
+        let present: BTreeSet<String> = location.list()?.into_iter().collect();
+        if present.is_empty() {
+            return Err(ModelError::Empty { uri: location.uri().clone() });
+        }
+        let missing = |file, hint| ModelError::MissingFile { uri: location.uri().clone(), file, hint };
+        if let Some(file) = REQUIRED.into_iter().find(|file| !present.contains(*file)) {
+            return Err(missing(file, hint(&present)));
+        }
+        let folder = location.on_disk().unwrap_or(work).to_owned();
+        let fetch = |name: &str| fetch(location, &folder, name);
+
+        let mut files = Vec::new();
+        for name in REQUIRED.into_iter().chain(OPTIONAL.into_iter().filter(|name| present.contains(*name))) {
+            files.push(fetch(name)?);
+        }
+        let weights = match (present.contains(WEIGHTS), present.contains(INDEX)) {
+            (true, _) => vec![WEIGHTS.to_owned()],
+            (false, true) => {
+                files.push(fetch(INDEX)?);
+                shards(&folder.join(INDEX)).map_err(|problem| unusable(location, INDEX, problem))?
+            }
+            (false, false) => return Err(missing(WEIGHTS, hint(&present))),
+        };
+        let mut tensors = BTreeMap::new();
+        for name in &weights {
+            files.push(fetch(name)?);
+            let header = header(&folder.join(name)).map_err(|problem| unusable(location, name, problem))?;
+            tensors.extend(header);
+        }
+
+        let config = fs::read_to_string(folder.join("config.json")).map_err(|error| error.to_string());
+        let config = config.and_then(|text| ModelConfig::parse(&text));
+        let config = config.map_err(|problem| unusable(location, "config.json", problem))?;
+        check_tensors(&config, &tensors).map_err(|problem| unusable(location, &weights[0], problem))?;
+        Ok(Self { digest: digest::of_files(&files), shape: shape(&config, &tensors), folder, config })
+    }
+}
+
+fn unusable(location: &Location, file: &str, problem: String) -> ModelError {
+    ModelError::Unusable { uri: location.uri().join(file), problem }
+}
+
+/// What to tell the owner of a folder in which a file is missing.
+fn hint(present: &BTreeSet<String>) -> &'static str {
+    match present {
+        files if files.iter().any(|name| name.ends_with(".gguf")) => {
+            ", but a GGUF file: turn it into a Hugging Face folder with `tunesmith-trainer convert`"
+        }
+        files if files.iter().any(|name| name.ends_with(".bin") || name.ends_with(".pt")) => {
+            ", but pickled weights: save the model as safetensors"
+        }
+        _ => ": baseModel.uri must be a whole Hugging Face model folder",
+    }
+}
+
+/// Brings one file into `folder`, where it may be already, and tells its digest.
+fn fetch(location: &Location, folder: &Path, name: &str) -> Result<ArtifactFile, StoreError> {
+    let path = folder.join(name);
+    let object = location.join(name);
+    match object.on_disk() {
+        Some(_) => digest::file_on_disk(&path, name).map_err(|source| StoreError::Disk { path: path.clone(), source }),
+        None => {
+            let file = object.download(&path)?;
+            tracing::info!(uri = %object.uri(), bytes = file.size, "downloaded");
+            Ok(file)
+        }
+    }
+}
+
+/// The files that an index names.
+fn shards(index: &Path) -> Result<Vec<String>, String> {
+    let text = fs::read(index).map_err(|error| error.to_string())?;
+    let index: Value = serde_json::from_slice(&text).map_err(|error| format!("not valid JSON: {error}"))?;
+    let map = index["weight_map"].as_object().ok_or("has no weight_map")?;
+    let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
+    match names.iter().find(|name| name.contains('/') || !name.ends_with(".safetensors")) {
+        Some(name) => Err(format!("weight_map names {name:?}, which is no safetensors file of this folder")),
+        None if names.is_empty() => Err("weight_map is empty".into()),
+        None => Ok(names.into_iter().map(str::to_owned).collect()),
+    }
+}
+
+/// A stored tensor.
+struct Tensor {
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+/// The tensors of a safetensors file, by name. Only its header is read.
+fn header(path: &Path) -> Result<BTreeMap<String, Tensor>, String> {
+    let io = |error: std::io::Error| error.to_string();
+    let mut file = File::open(path).map_err(io)?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).map_err(|_| "too short for a safetensors file; upload it again")?;
+    let header_bytes = u64::from_le_bytes(length);
+    if header_bytes > MAX_HEADER_BYTES {
+        return Err("not a safetensors file: its header would be too long".into());
+    }
+    let mut header = Vec::new();
+    (&mut file).take(header_bytes).read_to_end(&mut header).map_err(io)?;
+    let metadata: Metadata =
+        serde_json::from_slice(&header).map_err(|error| format!("not a whole safetensors file: {error}"))?;
+    let expected = 8 + header_bytes + metadata.data_len() as u64;
+    let found = file.metadata().map_err(io)?.len();
+    if found != expected {
+        return Err(format!(
+            "has {found} bytes, its header says {expected}: the upload was cut short; upload it again"
+        ));
+    }
+    let tensor = |info: &TensorInfo| Tensor { dtype: info.dtype, shape: info.shape.clone() };
+    Ok(metadata.tensors().into_iter().map(|(name, info)| (name, tensor(info))).collect())
+}
+
+/// Checks that every weight that the configuration asks for is there, in its shape.
+fn check_tensors(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> Result<(), String> {
+    let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
+    let (query, key_value) = (config.query_size(), config.key_value_size());
+    let table = vec![config.vocab_size, hidden];
+    let mut expected = vec![("model.embed_tokens".to_owned(), table.clone()), ("model.norm".to_owned(), vec![hidden])];
+    if !config.tie_word_embeddings {
+        expected.push(("lm_head".to_owned(), table));
+    }
+    for layer in 0..config.num_hidden_layers {
+        let parts = [
+            ("input_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![query, hidden]),
+            ("self_attn.k_proj", vec![key_value, hidden]),
+            ("self_attn.v_proj", vec![key_value, hidden]),
+            ("self_attn.o_proj", vec![hidden, query]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("mlp.gate_proj", vec![mlp, hidden]),
+            ("mlp.up_proj", vec![mlp, hidden]),
+            ("mlp.down_proj", vec![hidden, mlp]),
+        ];
+        expected.extend(parts.map(|(part, shape)| (format!("model.layers.{layer}.{part}"), shape)));
+    }
+    for (name, shape) in expected {
+        let name = format!("{name}.weight");
+        match tensors.get(&name) {
+            None => return Err(format!("{name} is missing; config.json asks for shape {shape:?}")),
+            Some(tensor) if tensor.shape != shape => {
+                return Err(format!("{name} has shape {:?}; config.json asks for {shape:?}", tensor.shape));
+            }
+            Some(Tensor { dtype: Dtype::F32 | Dtype::F16 | Dtype::BF16, .. }) => {}
+            Some(tensor) => return Err(format!("{name} is stored as {:?}; supported: F32, F16, BF16", tensor.dtype)),
+        }
+    }
+    Ok(())
+}
+
+fn shape(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> ModelShape {
+    let size = |tensor: &Tensor| tensor.shape.iter().product::<usize>() as u64;
+    let parameters = tensors.values().map(size).sum();
+    let bits: u64 = tensors.values().map(|tensor| size(tensor) * tensor.dtype.bitsize() as u64).sum();
+    ModelShape {
+        parameters,
+        layers: config.num_hidden_layers as u64,
+        hidden_size: config.hidden_size as u64,
+        intermediate_size: config.intermediate_size as u64,
+        vocab_size: config.vocab_size as u64,
+        bytes_per_parameter: (bits / 8).div_ceil(parameters.max(1)),
+    }
+}

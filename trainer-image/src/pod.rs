@@ -1,0 +1,72 @@
+//! A pod's frame: a spec from a file, a report to a file, and an exit code.
+
+use std::{
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
+
+use serde::de::DeserializeOwned;
+use tunesmith_crds::{
+    RunReport, RunSpec,
+    names::exit_code,
+    run::{Outcome, SCHEMA_VERSION, VerifySpec},
+};
+
+use crate::error::Error;
+
+/// A spec with a version.
+pub trait Spec: DeserializeOwned {
+    /// The version that it was written in.
+    fn schema_version(&self) -> u32;
+}
+
+impl Spec for RunSpec {
+    fn schema_version(&self) -> u32 {
+        self.schema_version
+    }
+}
+
+impl Spec for VerifySpec {
+    fn schema_version(&self) -> u32 {
+        self.schema_version
+    }
+}
+
+/// Reads a spec.
+///
+/// # Errors
+/// The file is missing, or is no spec of this version.
+pub fn read_spec<T: Spec>(path: &Path) -> Result<T, Error> {
+    let text = fs::read(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    let advice = "operator and trainer must be of one release";
+    // The version first: a spec of another one may have other fields.
+    let version =
+        serde_json::from_slice::<serde_json::Value>(&text).ok().and_then(|json| json["schemaVersion"].as_u64());
+    if let Some(version) = version.filter(|&version| version != u64::from(SCHEMA_VERSION)) {
+        let message =
+            format!("{} has schemaVersion {version}, this trainer reads {SCHEMA_VERSION}: {advice}", path.display());
+        return Err(Error::Spec(message));
+    }
+    serde_json::from_slice(&text).map_err(|error| Error::Spec(format!("{}: {error}; {advice}", path.display())))
+}
+
+/// Does the work, leaves its report at `path`, and tells the exit code. A panic is reported like an error.
+pub fn report_to(path: &Path, work: impl FnOnce() -> Result<Outcome, Error>) -> i32 {
+    let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        Err(Error::Internal(text.unwrap_or("panic").to_owned()))
+    });
+    let (outcome, code) = match result {
+        Ok(outcome @ Outcome::Preempted { .. }) => (outcome, exit_code::PREEMPTED),
+        Ok(outcome) => (outcome, 0),
+        Err(error) => {
+            tracing::error!("{error}");
+            (Outcome::Failed { message: error.to_string() }, error.exit_code())
+        }
+    };
+    if let Err(error) = fs::write(path, RunReport::new(outcome).to_termination_message()) {
+        tracing::error!(path = %path.display(), %error, "the report can't be written");
+    }
+    code
+}

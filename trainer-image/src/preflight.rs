@@ -1,0 +1,56 @@
+//! `preflight`: reads and checks all inputs before anything expensive is asked for.
+
+use tunesmith_crds::{Method, RunSpec, fine_tune_job::Lora, run::PreflightReport};
+use tunesmith_engine::NUMERICS_VERSION;
+
+use crate::{
+    error::Error,
+    inputs::Inputs,
+    publish::MANIFEST,
+    store::{Location, Role, StoreError},
+    train::{Context, lora_of, lora_options},
+};
+
+/// Checks model, data and output folder.
+///
+/// # Errors
+/// One of them can't be used; the message names it and says what to do.
+pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<PreflightReport, Error> {
+    // Auto becomes LoRA, which is what this release trains.
+    let auto = Method::LoRA { lora: Lora::default() };
+    let lora = lora_of(spec.method.as_ref().or(Some(&auto)))?;
+    let output = context.stores.open(Role::Output, &spec.adapter_uri())?;
+    check_writable(&output)?;
+    let highest_version = highest_version(&output)?;
+
+    let inputs = Inputs::load(spec, context.stores, context.work)?;
+    let per_rank = lora_options(lora, &spec.training).parameters_per_rank(&inputs.model.config)?;
+    let truncated = inputs.train.iter().filter(|row| row.truncated).count();
+    Ok(PreflightReport {
+        base_digest: inputs.model.digest,
+        dataset: inputs.dataset,
+        eval_rows: inputs.eval.len() as u64,
+        truncated_rows: truncated as u64,
+        total_steps: inputs.batches.total_steps(),
+        model: inputs.model.shape,
+        lora_parameters_per_rank: per_rank as u64,
+        numerics_version: NUMERICS_VERSION,
+        highest_version,
+    })
+}
+
+/// A run that can't write would notice after its first hundred steps.
+fn check_writable(output: &Location) -> Result<(), StoreError> {
+    let probe = output.join(".tunesmith-preflight");
+    probe.write("Written and deleted by a preflight, to see that it can be.\n")?;
+    probe.delete()
+}
+
+/// The highest published version in an adapter's folder; 0 if there is none.
+pub fn highest_version(output: &Location) -> Result<u32, StoreError> {
+    let version = |object: String| {
+        let (folder, file) = object.split_once('/')?;
+        (file == MANIFEST).then_some(folder.strip_prefix('v')?.parse().ok()?)
+    };
+    Ok(output.list()?.into_iter().filter_map(version).max().unwrap_or(0))
+}

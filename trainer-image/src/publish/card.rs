@@ -1,0 +1,75 @@
+//! `README.md`: the model card, with the front matter that Hugging Face tools read.
+
+use tunesmith_crds::adapter_version::Metrics;
+
+use super::Trained;
+
+pub(super) fn render(trained: &Trained<'_>) -> String {
+    let Trained { spec, task, lora, history, manifest, .. } = trained;
+    let (name, version, base) = (&spec.adapter_name, task.version, &spec.base_model);
+    let training = &spec.training;
+    let Metrics { steps, tokens, train_seconds, .. } = manifest.metrics;
+    let loss = |loss: Option<f64>| loss.map_or("not measured".to_owned(), |loss| format!("{loss:.4}"));
+    format!(
+        "---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, tunesmith]
+---
+
+# {name} v{version}
+
+A LoRA adapter for `{base}`, fine-tuned by the FineTuneJob `{job}` with Tunesmith. `manifest.json` lists every file
+with its digest, and all that the result depends on.
+
+| loss (nats a token) | |
+|---|---|
+| evaluation, base model | {before} |
+| evaluation, this adapter | {after} |
+| training, last logged steps | {train} |
+
+![Loss curve](loss_curve.svg)
+
+## Training
+
+| | |
+|---|---|
+| rank, alpha, dropout | {rank}, {alpha}, {dropout} |
+| target modules | {targets} |
+| steps, epochs | {steps}, {epochs:.2} |
+| batch | {batch} rows × {accumulation} |
+| learning rate | {rate}, {schedule:?} |
+| tokens | {tokens} in {train_seconds:.0} s |
+| base model | `{base_digest}` |
+| dataset | `{dataset_digest}` |
+| inputs | `{input_digest}` |
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(\"path/to/base/model\")
+model = PeftModel.from_pretrained(model, \"path/to/this/folder\")
+```
+",
+        job = spec.job.name,
+        before = loss(history.base_eval_loss()),
+        after = loss(history.eval_loss()),
+        train = loss(history.train_loss()),
+        rank = lora.rank,
+        alpha = lora.alpha,
+        dropout = lora.dropout,
+        targets = lora.target_modules.join(", "),
+        epochs = trained.epochs,
+        batch = training.per_device_train_batch_size,
+        accumulation = training.gradient_accumulation_steps,
+        rate = training.learning_rate,
+        schedule = training.lr_scheduler_type,
+        base_digest = task.base_digest,
+        dataset_digest = task.dataset_digest,
+        input_digest = task.input_digest,
+    )
+}

@@ -1,0 +1,102 @@
+//! `manifest.json`: what a version consists of, and where it comes from.
+
+use serde::{Deserialize, Serialize};
+use tunesmith_crds::{
+    Method, RunSpec, Uri,
+    adapter_version::{ArtifactFile, ArtifactType, BaseModelRecord, DatasetRecord, Metrics, Source},
+    fine_tune_job::MethodName,
+    run::{TrainReport, TrainTask},
+};
+
+use crate::digest;
+
+/// Name of the manifest in a version's folder.
+pub const MANIFEST: &str = "manifest.json";
+/// Version of its format.
+const SCHEMA_VERSION: u32 = 1;
+
+/// A version's files and lineage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    schema_version: u32,
+    adapter_name: String,
+    version: u32,
+    #[serde(rename = "type")]
+    kind: ArtifactType,
+    base_model: BaseModelRecord,
+    dataset: DatasetRecord,
+    method: MethodName,
+    hyperparameters: serde_json::Value,
+    /// What made it.
+    pub source: Source,
+    /// What was measured.
+    pub metrics: Metrics,
+    /// Every file but this one.
+    pub files: Vec<ArtifactFile>,
+}
+
+impl Manifest {
+    /// The manifest of a run's version, still without files.
+    pub fn new(spec: &RunSpec, task: &TrainTask, method: &Method, dataset: DatasetRecord, metrics: Metrics) -> Self {
+        let mut hyperparameters = serde_json::json!({"training": spec.training});
+        match method {
+            Method::Full => {}
+            Method::LoRA { lora } => hyperparameters["lora"] = serde_json::json!(lora),
+            Method::QLoRA { lora, quantization } => {
+                hyperparameters["lora"] = serde_json::json!(lora);
+                hyperparameters["quantization"] = serde_json::json!(quantization);
+            }
+        }
+        Self {
+            schema_version: SCHEMA_VERSION,
+            adapter_name: spec.adapter_name.clone(),
+            version: task.version,
+            kind: method.artifact_type(),
+            base_model: BaseModelRecord { uri: spec.base_model.clone(), digest: task.base_digest.clone() },
+            dataset,
+            method: method.name(),
+            hyperparameters,
+            source: Source {
+                job: spec.job.name.clone(),
+                uid: spec.job.uid.clone(),
+                generation: spec.job.generation,
+                run: spec.job.run,
+                input_digest: task.input_digest.clone(),
+                trainer_image: task.trainer_image.clone(),
+            },
+            metrics,
+            files: Vec::new(),
+        }
+    }
+
+    /// Reads a manifest.
+    ///
+    /// # Errors
+    /// It is none, or one of another release.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let manifest: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        match manifest.schema_version {
+            SCHEMA_VERSION => Ok(manifest),
+            other => Err(format!("schemaVersion is {other}, this release reads {SCHEMA_VERSION}")),
+        }
+    }
+
+    /// The file's content.
+    pub fn to_json(&self) -> Vec<u8> {
+        let json = serde_json::to_value(self).unwrap_or_default();
+        format!("{json:#}\n").into_bytes()
+    }
+
+    /// What the trainer reports of a version with this manifest, whose file holds `bytes`.
+    pub fn report(&self, folder: &Uri, bytes: &[u8]) -> TrainReport {
+        TrainReport {
+            version: self.version,
+            uri: folder.clone(),
+            manifest_digest: digest::of_bytes(bytes),
+            files: self.files.clone(),
+            dataset: self.dataset.clone(),
+            metrics: self.metrics.clone(),
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! From trained weights to a published version: its files first, `manifest.json` last. Whoever sees the manifest sees
+//! everything.
+
+mod card;
+mod curve;
+mod manifest;
+mod peft;
+mod trainer_state;
+
+use tunesmith_crds::{
+    Uri,
+    adapter_version::ArtifactFile,
+    fine_tune_job::Lora,
+    names::exit_code,
+    run::{RunSpec, TrainReport, TrainTask},
+};
+use tunesmith_engine::NamedTensor;
+
+pub use self::manifest::{MANIFEST, Manifest};
+pub(crate) use self::peft::weights as safetensors_of;
+use crate::{
+    digest,
+    store::{Created, Location, StoreError},
+    train::History,
+};
+
+/// Why a result was not published.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The version is another run's.
+    #[error(
+        "version conflict: {uri} was already published from other inputs ({found}, this run has {expected}); \
+         nothing was overwritten. Use another output.adapterName, or another output.uri"
+    )]
+    Conflict {
+        /// Folder of the version.
+        uri: Uri,
+        /// Input digest of what is there.
+        found: String,
+        /// Input digest of this run.
+        expected: String,
+    },
+    /// The manifest that is there can't be read.
+    #[error("{uri} is no manifest of this release: {problem}; move it away, or use another output.adapterName")]
+    Manifest {
+        /// The manifest.
+        uri: Uri,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The adapter would do nothing.
+    #[error(
+        "every lora_B is zero after training: the adapter would change nothing, so it is not published. \
+         Was the learning rate 0 in every step? Set training.warmupSteps to 0, or train for more steps"
+    )]
+    ZeroAdapter,
+    /// What was read back differs from what was written.
+    #[error("{uri} was read back with other content than was written: the store lost or mixed up a write")]
+    ReadBack {
+        /// The file.
+        uri: Uri,
+    },
+}
+
+impl PublishError {
+    /// One of [`exit_code`].
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Store(error) => error.exit_code(),
+            Self::Conflict { .. } | Self::Manifest { .. } => exit_code::BAD_SPEC,
+            Self::ZeroAdapter => exit_code::BAD_INPUT,
+            Self::ReadBack { .. } => exit_code::STORAGE,
+        }
+    }
+}
+
+/// What was trained.
+pub struct Trained<'a> {
+    /// The job.
+    pub spec: &'a RunSpec,
+    /// The version to publish.
+    pub task: &'a TrainTask,
+    /// The adapter's options.
+    pub lora: &'a Lora,
+    /// The adapter, under PEFT's names.
+    pub adapter: Vec<NamedTensor>,
+    /// What was measured.
+    pub history: &'a History,
+    /// The data and the metrics, for the record.
+    pub manifest: Manifest,
+    /// Optimizer steps of a pass over the data.
+    pub epochs: f64,
+}
+
+/// What is published in a version's folder, if it is this run's.
+///
+/// # Errors
+/// It is another run's, or the store fails.
+pub fn published(folder: &Location, input_digest: &str) -> Result<Option<TrainReport>, PublishError> {
+    let object = folder.join(MANIFEST);
+    let Some(bytes) = object.read_if_exists()? else { return Ok(None) };
+    let manifest =
+        Manifest::parse(&bytes).map_err(|problem| PublishError::Manifest { uri: object.uri().clone(), problem })?;
+    match manifest.source.input_digest == input_digest {
+        true => Ok(Some(manifest.report(folder.uri(), &bytes))),
+        false => Err(PublishError::Conflict {
+            uri: folder.uri().clone(),
+            found: manifest.source.input_digest,
+            expected: input_digest.to_owned(),
+        }),
+    }
+}
+
+/// Writes the version's files to its folder, then the manifest, and reads all of it back.
+///
+/// # Errors
+/// The adapter is zero, the version is another run's, or the store fails. Without a manifest nothing is published.
+pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, PublishError> {
+    if peft::is_zero(&trained.adapter) {
+        return Err(PublishError::ZeroAdapter);
+    }
+    let files = files(&trained);
+    for (name, bytes) in &files {
+        folder.join(name).write(bytes.clone())?;
+    }
+    let mut manifest = trained.manifest;
+    manifest.files = files.iter().map(|(name, bytes)| digest::file_of_bytes(name, bytes)).collect();
+    read_back(folder, &manifest.files)?;
+
+    let bytes = manifest.to_json();
+    if folder.join(MANIFEST).create(bytes.clone())? == Created::New {
+        return Ok(manifest.report(folder.uri(), &bytes));
+    }
+    // Ours, if an answer was lost on the way, or another attempt's: then what counts is what its manifest says.
+    let report = published(folder, &trained.task.input_digest)?;
+    let report = report.ok_or_else(|| PublishError::ReadBack { uri: folder.join(MANIFEST).uri().clone() })?;
+    read_back(folder, &report.files)?;
+    Ok(report)
+}
+
+fn files(trained: &Trained<'_>) -> Vec<(&'static str, Vec<u8>)> {
+    let base = trained.spec.base_model.to_string();
+    vec![
+        ("README.md", card::render(trained).into_bytes()),
+        ("adapter_config.json", peft::config(trained.lora, &trained.adapter, &base).into_bytes()),
+        ("adapter_model.safetensors", peft::weights(&trained.adapter)),
+        ("loss_curve.svg", curve::render(trained.history).into_bytes()),
+        ("trainer_state.json", trainer_state::render(trained).into_bytes()),
+    ]
+}
+
+fn read_back(folder: &Location, files: &[ArtifactFile]) -> Result<(), PublishError> {
+    for file in files {
+        let object = folder.join(&file.path);
+        let found = object.digest()?;
+        if (found.sha256, found.size) != (file.sha256.clone(), file.size) {
+            return Err(PublishError::ReadBack { uri: object.uri().clone() });
+        }
+    }
+    Ok(())
+}

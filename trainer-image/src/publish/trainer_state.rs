@@ -1,0 +1,47 @@
+//! `trainer_state.json` as transformers' Trainer writes it, which reads it back with `TrainerState(**json)`: a key
+//! that it does not know is an error there.
+
+use serde_json::json;
+
+use super::Trained;
+
+pub(super) fn render(trained: &Trained<'_>) -> String {
+    let (history, training) = (trained.history, &trained.spec.training);
+    let train = history.logs.iter().map(|log| {
+        let entry = json!({
+            "epoch": log.epoch, "grad_norm": log.grad_norm, "learning_rate": log.learning_rate, "loss": log.loss,
+            "step": log.step,
+        });
+        (log.step, entry)
+    });
+    let eval = history
+        .evals
+        .iter()
+        .map(|eval| (eval.step, json!({"epoch": eval.epoch, "eval_loss": eval.loss, "step": eval.step})));
+    let mut log: Vec<_> = train.chain(eval).collect();
+    log.sort_by_key(|(step, _)| *step);
+    let log: Vec<_> = log.into_iter().map(|(_, entry)| entry).collect();
+    let state = json!({
+        "best_global_step": null,
+        "best_metric": null,
+        "best_model_checkpoint": null,
+        "epoch": trained.epochs,
+        "eval_steps": training.eval_steps.unwrap_or(history.step),
+        "global_step": history.step,
+        "is_hyper_param_search": false,
+        "is_local_process_zero": true,
+        "is_world_process_zero": true,
+        "log_history": log,
+        "logging_steps": training.logging_steps,
+        "max_steps": history.step,
+        "num_input_tokens_seen": history.tokens,
+        "num_train_epochs": trained.epochs.ceil() as u64,
+        "save_steps": training.save_steps,
+        "stateful_callbacks": {},
+        "total_flos": 0.0,
+        "train_batch_size": training.per_device_train_batch_size,
+        "trial_name": null,
+        "trial_params": null,
+    });
+    format!("{state:#}\n")
+}

@@ -1,0 +1,143 @@
+//! What went wrong in a store, in words that name the object and what to change, and never a credential.
+
+use std::{error::Error, path::PathBuf};
+
+use tunesmith_crds::{Uri, names::exit_code};
+
+use super::Role;
+
+/// Why an object was not read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The environment's settings or the URI can't be used.
+    #[error(
+        "{role} {uri}: {problem}; correct the AWS_… keys of the Secret that {} names, or the environment ({}AWS_…, AWS_…)",
+        role.secret_field(), role.env_prefix()
+    )]
+    Settings {
+        /// What it was opened for.
+        role: Role,
+        /// What was opened.
+        uri: Uri,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// No such object, folder or bucket.
+    #[error("no such object {uri} ({role}): check the URI, and that it was uploaded")]
+    Missing {
+        /// What it was opened for.
+        role: Role,
+        /// What is missing.
+        uri: Uri,
+    },
+    /// The store does not accept the credentials, or they are not allowed to do this.
+    #[error(
+        "access to {uri} ({role}) was refused: {answer}; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the \
+         Secret that {} names, and what this key may do",
+        role.secret_field()
+    )]
+    Refused {
+        /// What it was opened for.
+        role: Role,
+        /// What was asked for.
+        uri: Uri,
+        /// What the store answered.
+        answer: String,
+    },
+    /// The store can't be reached, or fails.
+    #[error("the store of {uri} ({role}) failed: {answer}; check AWS_ENDPOINT_URL, AWS_REGION and the network")]
+    Unavailable {
+        /// What it was opened for.
+        role: Role,
+        /// What was asked for.
+        uri: Uri,
+        /// What happened.
+        answer: String,
+    },
+    /// A file on this machine can't be written.
+    #[error("{}: {source}; is the disk full?", path.display())]
+    Disk {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+impl StoreError {
+    pub(super) fn new(role: Role, uri: &Uri, error: &object_store::Error, secrets: &[String]) -> Self {
+        use object_store::Error as E;
+        let uri = uri.clone();
+        match error {
+            E::NotFound { .. } => Self::Missing { role, uri },
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
+                Self::Refused { role, uri, answer: answer(error, secrets) }
+            }
+            other => Self::Unavailable { role, uri, answer: answer(other, secrets) },
+        }
+    }
+
+    /// One of [`tunesmith_crds::names::exit_code`]: another try helps only against a failing store or disk.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Settings { .. } => exit_code::BAD_SPEC,
+            Self::Missing { .. } | Self::Refused { .. } => exit_code::BAD_INPUT,
+            Self::Unavailable { .. } | Self::Disk { .. } => exit_code::STORAGE,
+        }
+    }
+}
+
+/// S3's own code and message where there are some, else the innermost causes; without credentials.
+fn answer(error: &object_store::Error, secrets: &[String]) -> String {
+    let causes = std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source());
+    let causes: Vec<String> = causes.map(ToString::to_string).collect();
+    let whole = causes.join(": ");
+    let element = |name: &str| {
+        let (_, rest) = whole.split_once(&format!("<{name}>"))?;
+        Some(rest.split_once("</")?.0)
+    };
+    let mut answer = match (element("Code"), element("Message")) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        (Some(code), None) => code.to_owned(),
+        // Each layer's text usually repeats the next one's.
+        _ => causes.iter().skip(causes.len().saturating_sub(2)).cloned().collect::<Vec<_>>().join(": "),
+    };
+    for secret in secrets {
+        answer = answer.replace(secret, "[redacted]");
+    }
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Answer(&'static str);
+
+    fn uri() -> Uri {
+        "s3://models/m/config.json".parse().unwrap()
+    }
+
+    #[test]
+    fn a_wrong_key_is_final_and_names_the_secret_but_no_credential() {
+        let body = "<Error><Code>InvalidAccessKeyId</Code><Message>The key AKIAKEY does not exist.</Message>\
+            <AWSAccessKeyId>AKIAKEY</AWSAccessKeyId></Error>";
+        let error = object_store::Error::PermissionDenied { path: "m".into(), source: Box::new(Answer(body)) };
+        let error = StoreError::new(Role::Model, &uri(), &error, &["AKIAKEY".into()]);
+        assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
+        let text = error.to_string();
+        assert!(text.contains("InvalidAccessKeyId: The key [redacted] does not exist."), "{text}");
+        assert!(text.contains("baseModel.secretRef") && text.contains("s3://models/m/config.json"), "{text}");
+        assert!(!text.contains("AKIAKEY"), "{text}");
+    }
+
+    #[test]
+    fn a_failing_store_is_worth_another_try() {
+        let error = object_store::Error::Generic { store: "S3", source: Box::new(Answer("connection refused")) };
+        let error = StoreError::new(Role::Output, &uri(), &error, &[]);
+        assert_eq!(error.exit_code(), exit_code::STORAGE);
+        assert!(error.to_string().contains("connection refused"), "{error}");
+    }
+}

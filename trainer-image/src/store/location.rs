@@ -1,0 +1,197 @@
+//! Reading, writing and listing at one place of a store.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    path::{Path as FilePath, PathBuf},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::{
+    Error as ObjectError, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart, path::Path,
+};
+use sha2::{Digest, Sha256};
+use tokio::runtime::Handle;
+use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
+
+use super::{Role, StoreError};
+
+/// Objects above this go up in parts.
+const MULTIPART_BYTES: usize = 16 << 20;
+/// Size of a part.
+const PART_BYTES: usize = 8 << 20;
+/// Parts that are under way at once.
+const CONCURRENT_PARTS: usize = 4;
+
+/// An object or a folder in a store.
+#[derive(Clone)]
+pub struct Location {
+    pub(super) runtime: Handle,
+    pub(super) store: Arc<dyn ObjectStore>,
+    pub(super) path: Path,
+    pub(super) uri: Uri,
+    pub(super) role: Role,
+    pub(super) on_disk: Option<PathBuf>,
+    /// Never to be shown in a message.
+    pub(super) secrets: Arc<[String]>,
+}
+
+/// What came of writing an object that must not be there yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Created {
+    /// It is written.
+    New,
+    /// There is one already; it is untouched. (Perhaps our own: a retried request may have succeeded before.)
+    Exists,
+}
+
+impl Location {
+    /// The object or folder `name` inside this one; `name` may have several parts.
+    pub fn join(&self, name: &str) -> Self {
+        let parts = name.split('/').filter(|part| !part.is_empty());
+        let path = parts.clone().fold(self.path.clone(), |path, part| path.join(part));
+        let on_disk = self.on_disk.as_ref().map(|folder| parts.fold(folder.clone(), |path, part| path.join(part)));
+        Self { path, on_disk, uri: self.uri.join(name), ..self.clone() }
+    }
+
+    /// Where this is, as the user knows it.
+    pub fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// Where this is on this machine's disks, if it is.
+    pub fn on_disk(&self) -> Option<&FilePath> {
+        self.on_disk.as_deref()
+    }
+
+    /// A whole object.
+    ///
+    /// # Errors
+    /// It is missing, or the store fails.
+    pub fn read(&self) -> Result<Bytes, StoreError> {
+        self.run(async { self.store.get(&self.path).await?.bytes().await })
+    }
+
+    /// A whole object, or none if it is missing.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub fn read_if_exists(&self) -> Result<Option<Bytes>, StoreError> {
+        match self.read() {
+            Err(StoreError::Missing { .. }) => Ok(None),
+            read => read.map(Some),
+        }
+    }
+
+    /// Copies an object to a file, and tells its digest. The file appears when it is whole.
+    ///
+    /// # Errors
+    /// The object is missing, or the store or the disk fails.
+    pub fn download(&self, to: &FilePath) -> Result<ArtifactFile, StoreError> {
+        let disk = |source| StoreError::Disk { path: to.to_owned(), source };
+        if let Some(folder) = to.parent() {
+            fs::create_dir_all(folder).map_err(disk)?;
+        }
+        let partial = to.with_added_extension("partial");
+        let mut file = BufWriter::new(File::create(&partial).map_err(disk)?);
+        let digest = self.stream(&mut file)?;
+        file.flush().map_err(disk)?;
+        fs::rename(&partial, to).map_err(disk)?;
+        Ok(digest)
+    }
+
+    /// Reads an object for its digest alone.
+    ///
+    /// # Errors
+    /// It is missing, or the store fails.
+    pub fn digest(&self) -> Result<ArtifactFile, StoreError> {
+        self.stream(&mut io::sink())
+    }
+
+    fn stream(&self, to: &mut impl Write) -> Result<ArtifactFile, StoreError> {
+        let mut hash = Sha256::new();
+        let mut size = 0;
+        let mut stream = self.run(async { Ok(self.store.get(&self.path).await?.into_stream()) })?;
+        while let Some(chunk) = self.run(stream.try_next())? {
+            hash.update(&chunk);
+            size += chunk.len() as u64;
+            to.write_all(&chunk).map_err(|source| StoreError::Disk { path: self.local_name(), source })?;
+        }
+        Ok(ArtifactFile { path: self.uri.file_name().to_owned(), sha256: format!("{:x}", hash.finalize()), size })
+    }
+
+    fn local_name(&self) -> PathBuf {
+        PathBuf::from(self.uri.file_name())
+    }
+
+    /// Every object in this folder and below, by its path in the folder, sorted.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub fn list(&self) -> Result<Vec<String>, StoreError> {
+        let objects: Vec<_> = self.run(self.store.list(Some(&self.path)).try_collect())?;
+        let name = |path: &Path| {
+            let parts: Vec<_> = path.prefix_match(&self.path)?.collect();
+            let parts: Vec<&str> = parts.iter().map(AsRef::as_ref).collect();
+            Some(parts.join("/"))
+        };
+        let mut names: Vec<String> = objects.iter().filter_map(|object| name(&object.location)).collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Writes an object, in place of any other.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub fn write(&self, bytes: impl Into<Bytes>) -> Result<(), StoreError> {
+        let bytes = bytes.into();
+        self.run(async {
+            if bytes.len() <= MULTIPART_BYTES {
+                self.store.put(&self.path, bytes.into()).await?;
+                return Ok(());
+            }
+            let upload = self.store.put_multipart(&self.path).await?;
+            let mut upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
+            for start in (0..bytes.len()).step_by(PART_BYTES) {
+                upload.wait_for_capacity(CONCURRENT_PARTS).await?;
+                upload.put(bytes.slice(start..bytes.len().min(start + PART_BYTES)));
+            }
+            upload.finish().await?;
+            Ok(())
+        })
+    }
+
+    /// Writes an object unless there is one.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub fn create(&self, bytes: impl Into<Bytes>) -> Result<Created, StoreError> {
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        let payload = PutPayload::from(bytes.into());
+        self.run(async {
+            match self.store.put_opts(&self.path, payload, options).await {
+                Ok(_) => Ok(Created::New),
+                Err(ObjectError::AlreadyExists { .. } | ObjectError::Precondition { .. }) => Ok(Created::Exists),
+                Err(error) => Err(error),
+            }
+        })
+    }
+
+    /// Deletes an object; a missing one is fine.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub fn delete(&self) -> Result<(), StoreError> {
+        match self.run(self.store.delete(&self.path)) {
+            Err(StoreError::Missing { .. }) => Ok(()),
+            deleted => deleted,
+        }
+    }
+
+    fn run<T>(&self, work: impl Future<Output = object_store::Result<T>>) -> Result<T, StoreError> {
+        self.runtime.block_on(work).map_err(|error| StoreError::new(self.role, &self.uri, &error, &self.secrets))
+    }
+}

@@ -1,0 +1,131 @@
+//! Objects in S3 and in folders, behind one type: a [`Location`] is a URI that was opened for a [`Role`].
+//!
+//! Calls block: the trainer's work is one thread, and neither a signal nor an HTTP request waits for it.
+
+mod error;
+mod location;
+mod s3;
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path as FilePath, PathBuf, absolute},
+    sync::Arc,
+};
+
+pub use error::StoreError;
+pub use location::{Created, Location};
+use object_store::{ObjectStore, local::LocalFileSystem, path::Path};
+use tokio::runtime::Handle;
+use tunesmith_crds::{Uri, names::env_prefix};
+
+/// What a store is used for; each role has credentials of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Reads the base model.
+    Model,
+    /// Reads the data set.
+    Dataset,
+    /// Reads and writes artifacts and checkpoints.
+    Output,
+}
+
+impl Role {
+    /// What the names of this role's environment variables begin with.
+    pub fn env_prefix(self) -> &'static str {
+        match self {
+            Self::Model => env_prefix::MODEL,
+            Self::Dataset => env_prefix::DATASET,
+            Self::Output => env_prefix::OUTPUT,
+        }
+    }
+
+    /// The field of the job that names this role's Secret.
+    fn secret_field(self) -> &'static str {
+        match self {
+            Self::Model => "baseModel.secretRef (or else output.secretRef)",
+            Self::Dataset => "dataset.secretRef (or else output.secretRef)",
+            Self::Output => "output.secretRef",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Model => "base model",
+            Self::Dataset => "dataset",
+            Self::Output => "output",
+        })
+    }
+}
+
+/// Environment variables by name.
+type Environment = BTreeMap<String, String>;
+
+/// Opens URIs with the credentials of this process.
+#[derive(Clone)]
+pub struct Stores {
+    runtime: Handle,
+    environment: Arc<Environment>,
+    /// Stands in for S3 where the environment names no S3.
+    local: Option<PathBuf>,
+}
+
+impl Stores {
+    /// Stores as the environment says: what a pod uses.
+    pub fn from_environment(runtime: Handle) -> Self {
+        // A variable that is not UTF-8 is none of ours.
+        let environment = std::env::vars_os()
+            .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        Self { runtime, environment: Arc::new(environment), local: None }
+    }
+
+    /// The same; but where the environment has neither credentials nor an endpoint, `s3://bucket/key` is
+    /// `<folder>/bucket/key`.
+    pub fn or_local(self, folder: &FilePath) -> Self {
+        let local = (!s3::is_configured(&self.environment)).then(|| folder.to_owned());
+        Self { local, ..self }
+    }
+
+    /// The folder that stands in for S3, if one does.
+    pub fn local_folder(&self) -> Option<&FilePath> {
+        self.local.as_deref()
+    }
+
+    /// Opens an object or a folder. Nothing is read yet.
+    ///
+    /// # Errors
+    /// The environment's settings or the path can't be used.
+    pub fn open(&self, role: Role, uri: &Uri) -> Result<Location, StoreError> {
+        self.connect(role, uri).map_err(|problem| StoreError::Settings { role, uri: uri.clone(), problem })
+    }
+
+    fn connect(&self, role: Role, uri: &Uri) -> Result<Location, String> {
+        let on_disk = match (uri, &self.local) {
+            (Uri::File { path }, _) => absolute(path),
+            (Uri::S3 { bucket, key }, Some(folder)) => absolute(folder.join(bucket).join(key)),
+            (Uri::S3 { bucket, key }, None) => {
+                let store: Arc<dyn ObjectStore> = Arc::new(s3::connect(&self.environment, role, bucket)?);
+                let path = Path::parse(key).map_err(|error| error.to_string())?;
+                return Ok(self.location(role, uri, store, path, None));
+            }
+        };
+        let on_disk = on_disk.map_err(|error| error.to_string())?;
+        let path = Path::from_absolute_path(&on_disk).map_err(|error| error.to_string())?;
+        Ok(self.location(role, uri, Arc::new(LocalFileSystem::new()), path, Some(on_disk)))
+    }
+
+    fn location(
+        &self,
+        role: Role,
+        uri: &Uri,
+        store: Arc<dyn ObjectStore>,
+        path: Path,
+        on_disk: Option<PathBuf>,
+    ) -> Location {
+        let secrets = s3::secrets(&self.environment).into();
+        Location { runtime: self.runtime.clone(), store, path, uri: uri.clone(), role, on_disk, secrets }
+    }
+}

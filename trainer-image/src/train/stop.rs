@@ -1,0 +1,80 @@
+//! SIGTERM and Ctrl-C: a request to end at the next micro-batch, with a checkpoint.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use tokio::{
+    runtime::Handle,
+    signal::unix::{Signal, SignalKind, signal},
+};
+use tunesmith_crds::names::exit_code;
+
+/// Whether the run was asked to end.
+#[derive(Clone, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// For work that has nothing to save: the first SIGTERM or SIGINT ends the process. (The kernel's own default
+    /// does not: the trainer is process 1 of its container.)
+    ///
+    /// # Errors
+    /// Signals can't be listened to.
+    pub fn exit_on_signals(runtime: &Handle) -> std::io::Result<()> {
+        let mut signals = Signals::new(runtime)?;
+        runtime.spawn(async move {
+            signals.next().await;
+            std::process::exit(exit_code::PREEMPTED);
+        });
+        Ok(())
+    }
+
+    /// Asked for by the first SIGTERM or SIGINT; the second ends the process at once.
+    ///
+    /// # Errors
+    /// Signals can't be listened to.
+    pub fn on_signals(runtime: &Handle) -> std::io::Result<Self> {
+        let stop = Self::default();
+        let requested = stop.clone();
+        let mut signals = Signals::new(runtime)?;
+        runtime.spawn(async move {
+            signals.next().await;
+            tracing::info!("asked to stop: the run ends after a checkpoint");
+            requested.request();
+            signals.next().await;
+            std::process::exit(exit_code::PREEMPTED);
+        });
+        Ok(stop)
+    }
+
+    /// Asks for the end.
+    pub fn request(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the end was asked for.
+    pub fn is_requested(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The two ways in which a process is asked to end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new(runtime: &Handle) -> std::io::Result<Self> {
+        let _inside = runtime.enter();
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
