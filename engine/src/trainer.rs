@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
+
 use crate::backend::Backend;
 use crate::block::{DropoutSource, Kept, Pass};
 use crate::cpu::Cpu;
@@ -16,7 +18,7 @@ use crate::random;
 pub const IGNORE: u32 = u32::MAX;
 
 /// Rows of tokens one after the other, without padding.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MicroBatch {
     /// All rows' tokens.
     pub tokens: Vec<u32>,

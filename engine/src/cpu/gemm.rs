@@ -207,31 +207,35 @@ impl Block<'_, '_> {
             }
             let mut i = 0;
             while i < rows {
-                let (tile_rows, kernel): (usize, Kernel<S>) = match rows - i {
-                    left if left >= TILE_ROWS => (TILE_ROWS, tile::<S, TILE_ROWS>),
-                    left if left >= 4 => (4, tile::<S, 4>),
-                    left if left >= 2 => (2, tile::<S, 2>),
-                    _ => (1, tile::<S, 1>),
+                let tile_rows = match rows - i {
+                    left if left >= TILE_ROWS => TILE_ROWS,
+                    left if left >= 4 => 4,
+                    left if left >= 2 => 2,
+                    _ => 1,
                 };
                 for (j, panel) in panel_starts.clone().zip(panels.chunks_exact(width * depth)) {
                     // SAFETY: rows row+i .. row+i+tile_rows and columns k0 .. k0+depth are inside A, the columns of
                     // C end at col+cols, and no other task touches this block of C.
                     unsafe {
-                        kernel(
-                            simd,
-                            Tile {
-                                depth,
-                                a: p.a.data.as_ptr().add((row + i) * p.a.row_stride + k0 * p.a.col_stride),
-                                a_row: p.a.row_stride,
-                                a_col: p.a.col_stride,
-                                b: panel,
-                                c: p.c.add((row + i) * p.c_stride + col + j),
-                                c_row: p.c_stride,
-                                cols: width.min(cols - j),
-                                alpha: p.alpha,
-                                output,
-                            },
-                        );
+                        let t = Tile {
+                            depth,
+                            a: p.a.data.as_ptr().add((row + i) * p.a.row_stride + k0 * p.a.col_stride),
+                            a_row: p.a.row_stride,
+                            a_col: p.a.col_stride,
+                            b: panel,
+                            c: p.c.add((row + i) * p.c_stride + col + j),
+                            c_row: p.c_stride,
+                            cols: width.min(cols - j),
+                            alpha: p.alpha,
+                            output,
+                        };
+                        // Called by name: a function pointer would be compiled without this CPU's instructions.
+                        match tile_rows {
+                            4 => tile::<S, 4>(simd, t),
+                            2 => tile::<S, 2>(simd, t),
+                            1 => tile::<S, 1>(simd, t),
+                            _ => tile::<S, TILE_ROWS>(simd, t),
+                        }
                     }
                 }
                 i += tile_rows;
@@ -291,8 +295,6 @@ struct Tile<'p> {
     alpha: f32,
     output: Output,
 }
-
-type Kernel<S> = unsafe fn(S, Tile<'_>);
 
 /// The micro-kernel.
 ///

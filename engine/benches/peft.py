@@ -1,0 +1,56 @@
+"""Times PEFT on the work of benches/trainer.rs; prints one line of JSON.
+
+usage: peft.py STEPS [MODEL]     without MODEL, SmolLM2-135M's shape with random weights
+"""
+
+import json
+import resource
+import sys
+import time
+
+import peft
+import torch
+import transformers
+
+ROWS, LENGTH = 2, 256
+steps = int(sys.argv[1])
+torch.manual_seed(0)
+
+if len(sys.argv) > 2:
+    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32)
+else:
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+        )
+    )
+lora = peft.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+model = peft.get_peft_model(model, lora).train()
+params = [p for p in model.parameters() if p.requires_grad]
+adamw = torch.optim.AdamW(params, lr=2e-4)
+
+times, losses = [], []
+for step in range(steps):
+    # The tokens of benches/trainer.rs: each row predicts its own next token, and one more at its end.
+    flat = [(7919 * i + 31 * step) % 4000 + 20 for i in range(ROWS * (LENGTH + 1))]
+    ids = torch.tensor(flat).reshape(ROWS, LENGTH + 1)
+    start = time.perf_counter()
+    logits = model(input_ids=ids[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    adamw.step()
+    adamw.zero_grad()
+    times.append(time.perf_counter() - start)
+    losses.append(loss.item())
+
+rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": times, "peak_rss_bytes": rss, "losses": losses, "threads": torch.get_num_threads()}))

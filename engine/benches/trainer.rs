@@ -1,0 +1,247 @@
+//! `cargo bench -p tunesmith-engine`: LoRA r = 8 on q and v of SmolLM2-135M, 2 rows of 256 tokens, f32, all tokens
+//! trained; this engine and PEFT in turn, each in processes of its own. Prints a table and writes
+//! `target/bench/trainer.json`. `TUNESMITH_MODEL` names a model folder (random weights without), `TUNESMITH_PYTHON` a
+//! Python that has peft (by default the oracle's; without one, ours alone is measured).
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use tunesmith_engine::backend::Backend;
+use tunesmith_engine::cpu::Cpu;
+use tunesmith_engine::weights::HostTensor;
+use tunesmith_engine::{
+    AdamWOptions, LoraOptions, MicroBatch, Model, ModelConfig, Recompute, RopeScaling, TargetModules, Trainer,
+};
+
+const ROWS: usize = 2;
+const LENGTH: usize = 256;
+/// Steps of one process; the first warms up.
+const STEPS: usize = 5;
+/// Processes of each side, in turn.
+const ROUNDS: usize = 2;
+
+/// What a measured process prints.
+#[derive(Deserialize, Serialize)]
+struct Measured {
+    seconds: Vec<f64>,
+    peak_rss_bytes: u64,
+    losses: Vec<f64>,
+    threads: usize,
+}
+
+#[derive(Serialize)]
+struct Figures {
+    tokens_per_second: f64,
+    peak_rss_bytes: u64,
+    threads: usize,
+    first_loss: f64,
+}
+
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    gemm_gflops: f64,
+    gemm_ceiling_tokens_per_second: f64,
+    tunesmith: Figures,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tunesmith_recompute: Option<Figures>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peft: Option<Figures>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    speed_ratio: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_ratio: Option<f64>,
+}
+
+fn main() {
+    let recompute = match std::env::var("TUNESMITH_BENCH_CHILD").as_deref() {
+        Err(_) => return compare(),
+        Ok("recompute") => Recompute::Full,
+        Ok(_) => Recompute::None,
+    };
+    println!("{}", serde_json::to_string(&measure(recompute)).expect("plain numbers"));
+}
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 49152,
+        hidden_size: 576,
+        intermediate_size: 1536,
+        num_hidden_layers: 30,
+        num_attention_heads: 9,
+        num_key_value_heads: 3,
+        head_dim: 64,
+        max_position_embeddings: 8192,
+        rms_norm_eps: 1e-5,
+        rope_theta: 100_000.0,
+        rope_scaling: RopeScaling::None,
+        tie_word_embeddings: true,
+    }
+}
+
+fn model_dir() -> Option<PathBuf> {
+    std::env::var_os("TUNESMITH_MODEL").map(PathBuf::from)
+}
+
+fn batch(step: usize) -> MicroBatch {
+    let mut batch = MicroBatch::default();
+    for row in 0..ROWS {
+        let token = |i: usize| ((7919 * (row * (LENGTH + 1) + i) + 31 * step) % 4000 + 20) as u32;
+        batch.tokens.extend((0..LENGTH).map(token));
+        batch.targets.extend((1..=LENGTH).map(token));
+        batch.row_lengths.push(LENGTH);
+    }
+    batch
+}
+
+fn measure(recompute: Recompute) -> Measured {
+    let model = match model_dir() {
+        Some(dir) => Model::load(&dir).expect("TUNESMITH_MODEL is a model folder"),
+        None => Model::random(config(), 1),
+    };
+    let lora = LoraOptions {
+        rank: 8,
+        alpha: 32.0,
+        dropout: 0.0,
+        target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
+        use_rslora: false,
+        seed: 0,
+    };
+    let mut trainer = Trainer::new(model, &lora, AdamWOptions::default(), recompute).expect("valid options");
+    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    for step in 0..STEPS {
+        let batch = batch(step);
+        let start = Instant::now();
+        let loss = trainer.accumulate(&batch, 1.0 / (ROWS * LENGTH) as f32).expect("a valid batch");
+        trainer.step(2e-4, Some(1.0)).expect("finite gradients");
+        seconds.push(start.elapsed().as_secs_f64());
+        losses.push(loss.sum / loss.tokens as f64);
+    }
+    let threads = rayon::current_num_threads();
+    Measured { seconds, peak_rss_bytes: peak_rss(), losses, threads }
+}
+
+/// VmHWM of this process.
+fn peak_rss() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+/// GFLOP/s of the engine's own products at the MLP's shape, best of some.
+fn gemm_gflops() -> f64 {
+    let cpu = Cpu::default();
+    let (tokens, input, output) = (ROWS * LENGTH, 576, 1536);
+    let x = cpu.upload(&vec![0.5; tokens * input], tokens, input);
+    let w = cpu.weight(HostTensor::new(vec![0.25; output * input], vec![output, input]));
+    let best = (0..40).map(|_| {
+        let start = Instant::now();
+        std::hint::black_box(cpu.linear(&x, &w));
+        start.elapsed().as_secs_f64()
+    });
+    2e-9 * (tokens * input * output) as f64 / best.fold(f64::MAX, f64::min)
+}
+
+fn compare() {
+    let python = std::env::var_os("TUNESMITH_PYTHON").map(PathBuf::from).or_else(oracle_python);
+    let (mut ours, mut lean, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        ours.push(child("keep"));
+        if let Some(python) = &python {
+            theirs.extend(peft(python));
+        }
+        lean.push(child("recompute"));
+    }
+    let gemm_gflops = gemm_gflops();
+    let config = config();
+    let matrices = config.num_hidden_layers
+        * config.hidden_size
+        * (2 * config.query_size() + 2 * config.key_value_size() + 3 * config.intermediate_size)
+        + config.vocab_size * config.hidden_size;
+    let tunesmith = figures(&ours).expect("ours was measured");
+    let peft = figures(&theirs);
+    let report = Report {
+        model: model_dir().map_or("random weights".into(), |dir| dir.display().to_string()),
+        gemm_gflops,
+        gemm_ceiling_tokens_per_second: gemm_gflops * 1e9 / (4 * matrices) as f64,
+        speed_ratio: peft.as_ref().map(|peft| tunesmith.tokens_per_second / peft.tokens_per_second),
+        memory_ratio: peft.as_ref().map(|peft| tunesmith.peak_rss_bytes as f64 / peft.peak_rss_bytes as f64),
+        tunesmith,
+        tunesmith_recompute: figures(&lean),
+        peft,
+    };
+    print(&report);
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    let target = target.unwrap_or(Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"));
+    let folder = target.join("bench");
+    let json = serde_json::to_string_pretty(&report).expect("plain numbers");
+    std::fs::create_dir_all(&folder)
+        .and_then(|()| std::fs::write(folder.join("trainer.json"), json + "\n"))
+        .unwrap_or_else(|e| eprintln!("{}: {e}", folder.display()));
+}
+
+fn print(report: &Report) {
+    println!("\nLoRA r=8 q,v, SmolLM2-135M ({}), {ROWS}×{LENGTH} tokens, f32", report.model);
+    println!("{:<34}{:>10}{:>12}{:>9}{:>12}", "", "tokens/s", "peak RSS", "threads", "first loss");
+    let rows = [
+        ("tunesmith", Some(&report.tunesmith)),
+        ("tunesmith, gradient checkpointing", report.tunesmith_recompute.as_ref()),
+        ("PEFT", report.peft.as_ref()),
+    ];
+    for (name, figures) in rows {
+        if let Some(f) = figures {
+            let gib = f.peak_rss_bytes as f64 / f64::from(1 << 30);
+            println!("{name:<34}{:>10.1}{gib:>8.2} GiB{:>9}{:>12.4}", f.tokens_per_second, f.threads, f.first_loss);
+        }
+    }
+    match (report.speed_ratio, report.memory_ratio) {
+        (Some(speed), Some(memory)) => println!("{speed:.2}× PEFT's speed, {memory:.2}× its memory"),
+        _ => println!("PEFT was not measured: no Python with peft (make oracle installs one)"),
+    }
+    println!(
+        "products alone: {:.0} GFLOP/s, a ceiling of {:.0} tokens/s; reached {:.0} %",
+        report.gemm_gflops,
+        report.gemm_ceiling_tokens_per_second,
+        100.0 * report.tunesmith.tokens_per_second / report.gemm_ceiling_tokens_per_second
+    );
+}
+
+/// The fastest step of all rounds (other processes only ever slow one down) and the largest memory.
+fn figures(rounds: &[Measured]) -> Option<Figures> {
+    let steps = rounds.iter().flat_map(|round| &round.seconds[1..]);
+    let best = steps.copied().reduce(f64::min)?;
+    Some(Figures {
+        tokens_per_second: (ROWS * LENGTH) as f64 / best,
+        peak_rss_bytes: rounds.iter().map(|round| round.peak_rss_bytes).max()?,
+        threads: rounds[0].threads,
+        first_loss: rounds[0].losses[0],
+    })
+}
+
+fn child(mode: &str) -> Measured {
+    let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
+    parse(command.env("TUNESMITH_BENCH_CHILD", mode)).expect("the engine runs")
+}
+
+fn oracle_python() -> Option<PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
+    Some(cache.join("tunesmith/oracle/venv/bin/python")).filter(|python| python.exists())
+}
+
+fn peft(python: &Path) -> Option<Measured> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peft.py");
+    let mut command = Command::new(python);
+    command.args(["-W", "ignore"]).arg(script).arg(STEPS.to_string()).args(model_dir());
+    parse(&mut command)
+}
+
+/// Runs a process and reads the last line that it prints.
+fn parse(command: &mut Command) -> Option<Measured> {
+    let output = command.output().ok().filter(|output| output.status.success())?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    serde_json::from_str(text.lines().last()?).ok()
+}

@@ -1,0 +1,315 @@
+//! Every operation of the CPU backend against candle: its output, and its gradients against candle's autograd.
+//!
+//! candle's fused rms_norm, rope and softmax have no backward pass, so all is composed of plain operations here.
+
+use candle_core::{D, DType, Device, Tensor as Candle, Var};
+use tunesmith_engine::backend::{AttentionForward, Backend, Dropout, Heads, LoraGrads, LoraRef};
+use tunesmith_engine::cpu::{Cpu, Tensor};
+use tunesmith_engine::weights::HostTensor;
+
+/// Reproducible numbers in [−1, 1).
+fn numbers(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+/// The same matrix for the engine and, as a variable, for candle.
+fn pair(cpu: &Cpu, rows: usize, cols: usize, seed: u64) -> (Tensor, Var) {
+    let values = numbers(rows * cols, seed);
+    let var = Var::from_slice(&values, (rows, cols), &Device::Cpu).unwrap();
+    (cpu.upload(&values, rows, cols), var)
+}
+
+fn values(x: &Candle) -> Vec<f32> {
+    x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// ‖ours − theirs‖ ≤ 10⁻⁵ · ‖theirs‖.
+fn same(what: &str, ours: &[f32], theirs: &[f32]) {
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    let norm = |x: &[f32]| x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let difference: Vec<f32> = ours.iter().zip(theirs).map(|(a, b)| a - b).collect();
+    assert!(norm(theirs) > 0.0, "{what} is zero: nothing would be compared");
+    let relative = norm(&difference) / norm(theirs);
+    assert!(relative < 1e-5, "{what} differs by {relative:.1e}");
+}
+
+/// The gradients of Σ y·dy by each variable.
+fn autograd<const N: usize>(y: &Candle, dy: &Tensor, variables: [&Var; N]) -> [Vec<f32>; N] {
+    let dy = Candle::from_slice(dy.values(), y.shape(), &Device::Cpu).unwrap();
+    let grads = (y * dy).unwrap().sum_all().unwrap().backward().unwrap();
+    variables.map(|v| values(grads.get(v).expect("candle has a backward for all of these")))
+}
+
+fn rms_norm(x: &Candle, w: &Candle, eps: f64) -> Candle {
+    let mean = x.sqr().unwrap().mean_keepdim(D::Minus1).unwrap();
+    let root = (mean + eps).unwrap().sqrt().unwrap();
+    x.broadcast_div(&root).unwrap().broadcast_mul(w).unwrap()
+}
+
+#[test]
+fn rms_norm_and_its_gradient() {
+    let cpu = Cpu::default();
+    for (rows, n) in [(5, 7), (33, 64), (1, 576)] {
+        let ((x, cx), (w, cw)) = (pair(&cpu, rows, n, 1), pair(&cpu, 1, n, 2));
+        let (dy, _) = pair(&cpu, rows, n, 3);
+        let theirs = rms_norm(&cx, &cw, 1e-3);
+        same("y", cpu.rms_norm(&x, &w, 1e-3).values(), &values(&theirs));
+        let (mut dx, start) = pair(&cpu, rows, n, 4);
+        cpu.rms_norm_backward(&x, &w, 1e-3, &dy, &mut dx);
+        let [expected] = autograd(&theirs, &dy, [&cx]);
+        let expected: Vec<f32> = expected.iter().zip(values(&start)).map(|(a, b)| a + b).collect();
+        same("dx", dx.values(), &expected);
+    }
+}
+
+#[test]
+fn linear_and_its_gradient() {
+    let cpu = Cpu::default();
+    let (tokens, input, output) = (19, 30, 70);
+    let ((x, cx), (w, cw)) = (pair(&cpu, tokens, input, 1), pair(&cpu, output, input, 2));
+    let weight = cpu.weight(HostTensor::new(w.values().to_vec(), vec![output, input]));
+    let (dy, _) = pair(&cpu, tokens, output, 3);
+    let theirs = cx.matmul(&cw.t().unwrap()).unwrap();
+    let mut y = cpu.linear(&x, &weight);
+    same("y", y.values(), &values(&theirs));
+    cpu.linear_add(&x, &weight, &mut y);
+    same("y + y", y.values(), &values(&(&theirs * 2.0).unwrap()));
+
+    let [expected] = autograd(&theirs, &dy, [&cx]);
+    let mut dx = cpu.linear_backward(&dy, &weight);
+    same("dx", dx.values(), &expected);
+    cpu.linear_backward_add(&dy, &weight, &mut dx);
+    same("dx + dx", dx.values(), &expected.iter().map(|x| 2.0 * x).collect::<Vec<_>>());
+}
+
+#[test]
+fn one_row_goes_through_the_linear_layer_as_many_do() {
+    let cpu = Cpu::default();
+    let ((x, cx), (w, cw)) = (pair(&cpu, 1, 45, 1), pair(&cpu, 130, 45, 2));
+    let weight = cpu.weight(HostTensor::new(w.values().to_vec(), vec![130, 45]));
+    same("y", cpu.linear(&x, &weight).values(), &values(&cx.matmul(&cw.t().unwrap()).unwrap()));
+}
+
+#[test]
+fn lora_and_its_gradients() {
+    let cpu = Cpu::default();
+    let (tokens, input, output, rank, scale) = (23, 40, 50, 6, 1.5);
+    let (x, cx) = pair(&cpu, tokens, input, 1);
+    let (a, ca) = pair(&cpu, rank, input, 2);
+    let (b, cb) = pair(&cpu, output, rank, 3);
+    let (dy, _) = pair(&cpu, tokens, output, 4);
+    let product = cx.matmul(&ca.t().unwrap()).unwrap().matmul(&cb.t().unwrap()).unwrap();
+    let theirs = (product * scale).unwrap();
+
+    let lora = LoraRef { a: &a, b: &b, scale: scale as f32, dropout: None };
+    let mut y = cpu.zeros(tokens, output);
+    let hidden = cpu.lora(&x, &lora, &mut y);
+    same("y", y.values(), &values(&theirs));
+
+    let [mut d_x, mut d_a, mut d_b] =
+        [(tokens, input), (rank, input), (output, rank)].map(|(rows, cols)| cpu.zeros(rows, cols));
+    let grads = LoraGrads { a: &mut d_a, b: &mut d_b };
+    cpu.lora_backward(&x, &hidden, &lora, &dy, grads, Some(&mut d_x));
+    let [ex, ea, eb] = autograd(&theirs, &dy, [&cx, &ca, &cb]);
+    same("dx", d_x.values(), &ex);
+    same("dA", d_a.values(), &ea);
+    same("dB", d_b.values(), &eb);
+    let grads = LoraGrads { a: &mut d_a, b: &mut d_b };
+    cpu.lora_backward(&x, &hidden, &lora, &dy, grads, None);
+    same("dA + dA", d_a.values(), &ea.iter().map(|x| 2.0 * x).collect::<Vec<_>>());
+    same("dB + dB", d_b.values(), &eb.iter().map(|x| 2.0 * x).collect::<Vec<_>>());
+}
+
+#[test]
+fn dropout_has_the_same_mask_forward_and_backward() {
+    let cpu = Cpu::default();
+    let (tokens, width) = (9, 16);
+    // With A and B the identity, y = scale · dropout(x), and the gradient of x is the mask's factor.
+    let mut identity = vec![0.0; width * width];
+    (0..width).for_each(|i| identity[i * width + i] = 1.0);
+    let (a, b) = (cpu.upload(&identity, width, width), cpu.upload(&identity, width, width));
+    let (x, cx) = pair(&cpu, tokens, width, 1);
+    let (dy, cdy) = pair(&cpu, tokens, width, 2);
+    let lora = LoraRef { a: &a, b: &b, scale: 2.0, dropout: Some(Dropout { p: 0.4, key: 11 }) };
+    let mut y = cpu.zeros(tokens, width);
+    let hidden = cpu.lora(&x, &lora, &mut y);
+    let factor: Vec<f32> = y.values().iter().zip(values(&cx)).map(|(y, x)| y / x).collect();
+    assert!(factor.contains(&0.0) && factor.iter().any(|f| (f - 2.0 / 0.6).abs() < 1e-5));
+
+    let [mut d_x, mut d_a, mut d_b] =
+        [(tokens, width), (width, width), (width, width)].map(|(rows, cols)| cpu.zeros(rows, cols));
+    let grads = LoraGrads { a: &mut d_a, b: &mut d_b };
+    cpu.lora_backward(&x, &hidden, &lora, &dy, grads, Some(&mut d_x));
+    let product = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).collect::<Vec<_>>();
+    same("dx", d_x.values(), &product(&values(&cdy), &factor));
+    let dropped = Candle::from_slice(y.values(), (tokens, width), &Device::Cpu).unwrap();
+    let expected = cdy.t().unwrap().matmul(&dropped).unwrap();
+    same("dA", d_a.values(), &values(&expected));
+    same("dB", d_b.values(), &values(&expected));
+}
+
+/// Rotates [tokens, heads · dim] as transformers does, with the positions of these rows.
+fn rope(x: &Candle, dim: usize, lengths: &[usize], frequencies: &[f32]) -> Candle {
+    let (tokens, width) = x.dims2().unwrap();
+    let positions = lengths.iter().flat_map(|&len| 0..len);
+    let angles: Vec<f32> = positions.flat_map(|p| frequencies.iter().map(move |f| p as f32 * f)).collect();
+    let angles = Candle::from_vec(angles, (tokens, 1, dim / 2), &Device::Cpu).unwrap();
+    let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
+    let x = x.reshape((tokens, width / dim, dim)).unwrap();
+    let (a, b) = (x.narrow(2, 0, dim / 2).unwrap(), x.narrow(2, dim / 2, dim / 2).unwrap());
+    let times = |x: &Candle, y: &Candle| x.broadcast_mul(y).unwrap();
+    let first = (times(&a, &cos) - times(&b, &sin)).unwrap();
+    let second = (times(&b, &cos) + times(&a, &sin)).unwrap();
+    Candle::cat(&[first, second], 2).unwrap().reshape((tokens, width)).unwrap()
+}
+
+#[test]
+fn rope_and_its_gradient() {
+    let cpu = Cpu::default();
+    let (dim, lengths, frequencies) = (8, [5, 1, 9], [1.0, 0.3, 0.1, 0.02]);
+    let rows = cpu.rows(&lengths, 0, &frequencies);
+    let ((mut x, cx), (mut dy, _)) = (pair(&cpu, 15, 24, 1), pair(&cpu, 15, 24, 2));
+    let theirs = rope(&cx, dim, &lengths, &frequencies);
+    let [expected] = autograd(&theirs, &dy, [&cx]);
+    cpu.rope(&mut x, dim, &rows);
+    same("y", x.values(), &values(&theirs));
+    cpu.rope_backward(&mut dy, dim, &rows);
+    same("dx", dy.values(), &expected);
+}
+
+/// Attention of one row as the paper writes it.
+fn attention_of_row(q: &Candle, k: &Candle, v: &Candle, heads: Heads) -> Candle {
+    let tokens = q.dim(0).unwrap();
+    let hidden_future: Vec<f32> =
+        (0..tokens * tokens).map(|i| if i % tokens > i / tokens { -1e9 } else { 0.0 }).collect();
+    let mask = Candle::from_vec(hidden_future, (tokens, tokens), &Device::Cpu).unwrap();
+    let outputs: Vec<Candle> = (0..heads.query)
+        .map(|head| {
+            let of = |x: &Candle, head: usize| x.narrow(1, head * heads.dim, heads.dim).unwrap();
+            let kv = head / (heads.query / heads.key_value);
+            let scores = of(q, head).matmul(&of(k, kv).t().unwrap()).unwrap();
+            let scores = ((scores / (heads.dim as f64).sqrt()).unwrap() + &mask).unwrap();
+            let largest = scores.max_keepdim(1).unwrap().detach();
+            let weights = scores.broadcast_sub(&largest).unwrap().exp().unwrap();
+            let sums = weights.sum_keepdim(1).unwrap();
+            weights.broadcast_div(&sums).unwrap().matmul(&of(v, kv)).unwrap()
+        })
+        .collect();
+    Candle::cat(&outputs, 1).unwrap()
+}
+
+#[test]
+fn attention_and_its_gradients_in_packed_rows() {
+    let cpu = Cpu::default();
+    // Rows shorter and longer than a block of queries, and one of one token.
+    let lengths = [3, 70, 1, 130];
+    let tokens = lengths.iter().sum();
+    for (query, key_value) in [(4, 2), (2, 2), (3, 1)] {
+        let heads = Heads { query, key_value, dim: 16 };
+        let (q, cq) = pair(&cpu, tokens, query * 16, 1);
+        let (k, ck) = pair(&cpu, tokens, key_value * 16, 2);
+        let (v, cv) = pair(&cpu, tokens, key_value * 16, 3);
+        let (dy, _) = pair(&cpu, tokens, query * 16, 4);
+        let mut start = 0;
+        let theirs: Vec<Candle> = lengths
+            .iter()
+            .map(|&len| {
+                let of = |x: &Candle| x.narrow(0, start, len).unwrap();
+                let y = attention_of_row(&of(&cq), &of(&ck), &of(&cv), heads);
+                start += len;
+                y
+            })
+            .collect();
+        let theirs = Candle::cat(&theirs, 0).unwrap();
+        let rows = cpu.rows(&lengths, 0, &[]);
+        let (y, log_sums) = cpu.attention(&q, &k, &v, heads, &rows);
+        same("y", y.values(), &values(&theirs));
+        let forward = AttentionForward { q: &q, k: &k, v: &v, out: &y, log_sums: &log_sums };
+        let [dq, dk, dv] = cpu.attention_backward(forward, &dy, heads, &rows);
+        let [eq, ek, ev] = autograd(&theirs, &dy, [&cq, &ck, &cv]);
+        same("dq", dq.values(), &eq);
+        same("dk", dk.values(), &ek);
+        same("dv", dv.values(), &ev);
+    }
+}
+
+#[test]
+fn attention_over_a_cache_is_the_end_of_attention_over_the_row() {
+    let cpu = Cpu::default();
+    let heads = Heads { query: 4, key_value: 2, dim: 8 };
+    let ((q, _), (k, _), (v, _)) = (pair(&cpu, 12, 32, 1), pair(&cpu, 12, 16, 2), pair(&cpu, 12, 16, 3));
+    let (whole, _) = cpu.attention(&q, &k, &v, heads, &cpu.rows(&[12], 0, &[]));
+    let mut caches = [cpu.zeros(20, 16), cpu.zeros(20, 16)];
+    cpu.write_rows(&mut caches[0], &k, 0);
+    cpu.write_rows(&mut caches[1], &v, 0);
+    let last = cpu.upload(&q.values()[9 * 32..], 3, 32);
+    let y = cpu.attention_cached(&last, &caches[0], &caches[1], heads, 9);
+    same("y", y.values(), &whole.values()[9 * 32..]);
+}
+
+#[test]
+fn swiglu_and_its_gradients() {
+    let cpu = Cpu::default();
+    let (gate, cg) = pair(&cpu, 11, 37, 1);
+    let (up, cu) = pair(&cpu, 11, 37, 2);
+    let (dy, _) = pair(&cpu, 11, 37, 3);
+    let sigmoid = (cg.neg().unwrap().exp().unwrap() + 1.0).unwrap().recip().unwrap();
+    let theirs = ((cg.as_tensor() * sigmoid).unwrap() * cu.as_tensor()).unwrap();
+    same("y", cpu.swiglu(&gate, &up).values(), &values(&theirs));
+    let (d_gate, d_up) = cpu.swiglu_backward(&gate, &up, &dy);
+    let [eg, eu] = autograd(&theirs, &dy, [&cg, &cu]);
+    same("d gate", d_gate.values(), &eg);
+    same("d up", d_up.values(), &eu);
+}
+
+#[test]
+fn cross_entropy_and_its_gradient_over_several_chunks_of_the_vocabulary() {
+    let cpu = Cpu::default();
+    for vocabulary in [5, 2048, 5000] {
+        let (tokens, hidden) = (7, 12);
+        let ((x, cx), (w, cw)) = (pair(&cpu, tokens, hidden, 1), pair(&cpu, vocabulary, hidden, 2));
+        let weight = cpu.weight(HostTensor::new(w.values().to_vec(), vec![vocabulary, hidden]));
+        let last = vocabulary as u32 - 1;
+        let targets = [0, last, 1, last / 2, last, 3, 2];
+        let logits = cx.matmul(&cw.t().unwrap()).unwrap();
+        let log_sums = logits.exp().unwrap().sum_keepdim(1).unwrap().log().unwrap();
+        let indices = Candle::from_slice(&targets, (tokens, 1), &Device::Cpu).unwrap();
+        let theirs = (log_sums - logits.gather(&indices, 1).unwrap()).unwrap();
+
+        let (losses, none) = cpu.linear_cross_entropy(&x, &weight, &targets, None);
+        assert!(none.is_none());
+        same("losses", &losses, &values(&theirs));
+        let (again, dx) = cpu.linear_cross_entropy(&x, &weight, &targets, Some(0.25));
+        assert_eq!(losses, again);
+        let dy = cpu.upload(&[0.25; 7], tokens, 1);
+        let [expected] = autograd(&theirs, &dy, [&cx]);
+        same("dx", dx.unwrap().values(), &expected);
+    }
+}
+
+#[test]
+fn cross_entropy_survives_logits_that_overflow_exp() {
+    let cpu = Cpu::default();
+    let x = cpu.upload(&[1000.0, -1000.0], 2, 1);
+    let table: Vec<f32> = (0..3000).map(|i| i as f32 / 3000.0).collect();
+    let weight = cpu.weight(HostTensor::new(table, vec![3000, 1]));
+    let (losses, dx) = cpu.linear_cross_entropy(&x, &weight, &[2999, 0], Some(1.0));
+    // ln Σ e^(−i/3) = −ln(1 − e^(−1/3)), from either end.
+    let expected = -(1.0 - (-1.0f64 / 3.0).exp()).ln();
+    assert!(losses.iter().all(|&loss| (f64::from(loss) - expected).abs() < 1e-3), "{losses:?}");
+    assert!(dx.unwrap().values().iter().all(|dx| dx.is_finite()));
+}
+
+#[test]
+fn gathering_and_scattering_rows() {
+    let cpu = Cpu::default();
+    let x = cpu.upload(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 2);
+    assert_eq!(cpu.gather_rows(&x, &[2, 0]).values(), [5.0, 6.0, 1.0, 2.0]);
+    assert_eq!(cpu.scatter_rows(&x, &[3, 0, 1], 4).values(), [3.0, 4.0, 5.0, 6.0, 0.0, 0.0, 1.0, 2.0]);
+}

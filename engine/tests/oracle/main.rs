@@ -1,0 +1,100 @@
+//! The engine against torch, transformers and PEFT, whose results `e2e/oracle/fixtures.py` wrote into `tests/fixtures`.
+
+mod run;
+
+use std::path::{Path, PathBuf};
+
+use run::{Run, accumulate, read_json, read_tensors, train, trainer};
+use serde::Deserialize;
+use tunesmith_engine::{Model, NamedTensor, Recompute};
+
+#[derive(Deserialize)]
+struct Expected {
+    losses: Vec<f64>,
+    grad_norms: Vec<f64>,
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// Largest absolute difference of two lists of the same length.
+fn difference<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(&a, &b)| (a.into() - b.into()).abs()).fold(0.0, f64::max)
+}
+
+/// ‖a − b‖ / ‖b‖, per tensor; the worst of all, which must be the same set on both sides.
+fn relative_difference(ours: &[NamedTensor], theirs: &[NamedTensor]) -> f64 {
+    assert_eq!(ours.len(), theirs.len());
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let mut worst: f64 = 0.0;
+    for theirs in theirs {
+        let ours = ours.iter().find(|t| t.name == theirs.name);
+        let ours = ours.unwrap_or_else(|| panic!("{} is missing", theirs.name));
+        assert_eq!(ours.shape, theirs.shape, "{}", theirs.name);
+        let mut pairs = ours.data.iter().zip(&theirs.data).map(|(a, b)| f64::from(a - b));
+        let size = norm(&mut theirs.data.iter().map(|&x| f64::from(x)));
+        assert!(size > 0.0, "{} is zero: nothing would be compared", theirs.name);
+        worst = worst.max(norm(&mut pairs) / size);
+    }
+    worst
+}
+
+fn logits_equal(name: &str) {
+    let dir = fixture(name);
+    let expected = read_tensors(&dir.join("logits.safetensors"));
+    let expected = |which: &str| &expected.iter().find(|t| t.name == which).unwrap().data;
+    let tokens: Vec<u32> = read_json(&dir.join("tokens.json"));
+
+    let mut model = Model::load(&dir.join("model")).unwrap();
+    let base = difference(&model.logits(&tokens).unwrap(), expected("base"));
+    model.load_adapter(&dir.join("adapter")).unwrap();
+    let adapted = difference(&model.logits(&tokens).unwrap(), expected("adapter"));
+    assert!(base < 1e-4 && adapted < 1e-4, "logits differ by {base:.1e} and {adapted:.1e}");
+    assert!(difference(expected("base"), expected("adapter")) > 0.1, "the adapter does nothing");
+}
+
+fn gradients_equal(name: &str, recompute: Recompute) {
+    let dir = fixture(name);
+    let run: Run = read_json(&dir.join("run.json"));
+    let mut trainer = trainer(&dir.join("model"), &dir.join("adapter"), &run, recompute);
+    accumulate(&mut trainer, &run.steps[0]);
+    let expected = read_tensors(&dir.join("gradients.safetensors"));
+    let worst = relative_difference(&trainer.gradients(), &expected);
+    assert!(worst < 1e-5, "gradients differ by {worst:.1e}");
+}
+
+fn curves_equal(name: &str) {
+    let dir = fixture(name);
+    let run: Run = read_json(&dir.join("run.json"));
+    let mut trainer = trainer(&dir.join("model"), &dir.join("adapter"), &run, Recompute::None);
+    let curve = train(&mut trainer, &run);
+    let expected: Expected = read_json(&dir.join("curve.json"));
+    assert!(curve.losses.len() == 20);
+    let losses = difference(&curve.losses, &expected.losses);
+    let norms = difference(&curve.grad_norms, &expected.grad_norms);
+    assert!(losses < 1e-4 && norms < 1e-3, "losses differ by {losses:.1e}, norms by {norms:.1e}");
+    let adapter = relative_difference(&trainer.adapter(), &read_tensors(&dir.join("final.safetensors")));
+    assert!(adapter < 1e-4, "adapters differ by {adapter:.1e}");
+}
+
+#[test]
+fn logits_of_base_and_adapter_equal_transformers() {
+    logits_equal("tied");
+    logits_equal("sharded");
+}
+
+#[test]
+fn gradients_equal_peft() {
+    for recompute in [Recompute::None, Recompute::Full] {
+        gradients_equal("tied", recompute);
+        gradients_equal("sharded", recompute);
+    }
+}
+
+#[test]
+fn twenty_steps_equal_peft() {
+    curves_equal("tied");
+    curves_equal("sharded");
+}
