@@ -1,7 +1,7 @@
 //! The local cluster as a whole: up, down, and what others need to use it.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -20,6 +20,15 @@ use crate::{control_plane, daemon, dns, node, pki, teardown};
 
 /// The name of the cluster that is meant where none is given.
 pub const DEFAULT_NAME: &str = "tunesmith";
+
+/// A client of the cluster that a kubeconfig names.
+pub async fn client_of(kubeconfig: &Path) -> Result<kube::Client> {
+    // kube and object_store bring a TLS provider each, and rustls takes neither by itself. Fails where one is chosen.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(kube::Client::try_from(config)?)
+}
 
 /// A real Kubernetes cluster of one node on this machine, with an S3 server beside it.
 #[derive(Clone, Debug)]
@@ -97,10 +106,7 @@ impl Cluster {
 
     /// A client with the administrator's rights.
     pub async fn client(&self) -> Result<kube::Client> {
-        let kubeconfig = Kubeconfig::read_from(self.kubeconfig())
-            .with_context(|| format!("is the cluster {} up?", self.site.name))?;
-        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-        Ok(kube::Client::try_from(config)?)
+        client_of(&self.kubeconfig()).await.with_context(|| format!("is the cluster {} up?", self.site.name))
     }
 
     /// kubectl, speaking to this cluster.

@@ -22,7 +22,7 @@ mod steps;
 mod teardown;
 mod toolchain;
 
-pub use cluster::{Cluster, DEFAULT_NAME};
+pub use cluster::{Cluster, DEFAULT_NAME, client_of};
 pub use command::{run, run_with_input, succeeds};
 pub use images::{Image, Images, programs_folder};
 pub use paths::{cache, repository};

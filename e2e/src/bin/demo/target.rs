@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use tunesmith_e2e::{Cluster, Images, S3, Step, Toolchain, programs_folder, repository, run};
+use tunesmith_e2e::{Cluster, Images, S3, Step, Toolchain, client_of, programs_folder, repository, run};
 
 const NAMESPACE: &str = "tunesmith-system";
 
@@ -25,7 +24,8 @@ impl Target {
     pub(crate) fn local(name: &str, subnet: u8) -> Result<Self> {
         let toolchain = Toolchain::new()?;
         toolchain.install()?;
-        build_programs(&["tunesmith-operator", "tunesmith-trainer"])?;
+        build_program("tunesmith-operator")?;
+        build_program("tunesmith-trainer")?;
         let images = Images::build()?;
         let cluster = Cluster::new(name, subnet)?;
         cluster.up()?;
@@ -44,7 +44,7 @@ impl Target {
 
     /// A cluster that the user has, with images that it can pull and a store that it can reach.
     pub(crate) fn existing(kubeconfig: PathBuf) -> Result<Self> {
-        build_programs(&["tunesmith-trainer"])?;
+        build_program("tunesmith-trainer")?;
         let image = |name: &str, variable: &str| std::env::var(variable).with_context(|| how_to_push(name, variable));
         Ok(Self {
             kubeconfig,
@@ -66,9 +66,7 @@ impl Target {
 
     /// A client of the API server.
     pub(crate) async fn client(&self) -> Result<kube::Client> {
-        let kubeconfig = Kubeconfig::read_from(&self.kubeconfig)?;
-        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-        Ok(kube::Client::try_from(config)?)
+        client_of(&self.kubeconfig).await
     }
 
     /// The trainer on this machine, with the keys to the store.
@@ -110,17 +108,14 @@ fn how_to_push(name: &str, variable: &str) -> String {
     )
 }
 
-/// Builds programs in the profile of this one, beside it.
-fn build_programs(packages: &[&str]) -> Result<()> {
-    let step = Step::start(packages.join(" and "));
+/// Builds a program in the profile of this one, beside it; by itself, as its Containerfile says.
+fn build_program(package: &str) -> Result<()> {
+    let step = Step::start(package);
     step.note("some minutes the first time");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(repository()).args(["build", "--quiet", "--bins"]);
+    cargo.current_dir(repository()).args(["build", "--quiet", "--bins", "--package", package]);
     if programs_folder().ends_with("release") {
         cargo.arg("--release");
-    }
-    for package in packages {
-        cargo.args(["--package", package]);
     }
     run(&mut cargo)?;
     step.done();
