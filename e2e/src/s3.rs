@@ -21,6 +21,13 @@ pub const BUCKETS: [&str; 3] = ["models", "datasets", "adapters"];
 /// A restart reads its store anew, which takes up to 20 s on two idle cores.
 const READY: Duration = Duration::from_secs(120);
 const PORT: u16 = 8333;
+/// The first ports of the server's parts, which listen on the namespace's loopback; see [`InnerPorts`].
+const MASTER_PORT: u16 = 9400;
+const VOLUME_PORT: u16 = 9420;
+const FILER_PORT: u16 = 9440;
+const GATEWAY_PORT: u16 = 9460;
+/// What SeaweedFS adds to a port for its gRPC.
+const GRPC_OFFSET: u16 = 10_000;
 const DEFAULT_REGION: &str = "us-east-1";
 
 /// How to reach an S3 store: the same values for the host and for pods.
@@ -81,6 +88,38 @@ impl S3 {
     }
 }
 
+/// The ports of the server's parts, other ones in each cluster.
+///
+/// Network namespaces alone do not keep two servers apart: the parts of one find each other by Unix sockets in /tmp that
+/// are named after their gRPC ports. With equal ports, one cluster's objects would end up in the store of another.
+struct InnerPorts {
+    master: u16,
+    volume: u16,
+    filer: u16,
+    gateway: u16,
+}
+
+impl InnerPorts {
+    fn of(site: &Site) -> Self {
+        let subnet = u16::from(site.network.subnet());
+        Self {
+            master: MASTER_PORT + subnet,
+            volume: VOLUME_PORT + subnet,
+            filer: FILER_PORT + subnet,
+            gateway: GATEWAY_PORT + subnet,
+        }
+    }
+}
+
+/// Removes the sockets that a killed server leaves in /tmp.
+pub(crate) fn remove_sockets(site: &Site) {
+    let InnerPorts { master, volume, filer, gateway } = InnerPorts::of(site);
+    for (part, port) in [("master", master), ("volume", volume), ("filer", filer), ("s3", gateway)] {
+        // A server that was never started, or ended by itself, leaves none.
+        let _ = fs::remove_file(format!("/tmp/seaweedfs-{part}-grpc-{}.sock", port + GRPC_OFFSET));
+    }
+}
+
 /// Starts the S3 server. It takes its time: [`wait_ready`] comes last.
 pub(crate) fn start(site: &Site) -> Result<()> {
     let identities = site.pki("s3-server.json");
@@ -96,15 +135,22 @@ pub(crate) fn start(site: &Site) -> Result<()> {
     }
     let data = site.data("s3");
     fs::create_dir_all(&data).with_context(|| format!("cannot create {}", data.display()))?;
+    let ports = InnerPorts::of(site);
     let arguments = [
         "server".into(),
         format!("-dir={}", data.display()),
         // Only S3 itself asks for keys, so only S3 is open to pods.
         "-ip=127.0.0.1".into(),
         "-ip.bind=127.0.0.1".into(),
+        format!("-master.port={}", ports.master),
+        format!("-volume.port={}", ports.volume),
+        format!("-filer.port={}", ports.filer),
+        format!("-filer.localSocket={}", site.run("filer.sock").display()),
         "-s3".into(),
         format!("-s3.ip.bind={}", site.network.node_ip()),
         format!("-s3.port={PORT}"),
+        format!("-s3.port.grpc={}", ports.gateway + GRPC_OFFSET),
+        format!("-s3.localSocket={}", site.run("s3.sock").display()),
         format!("-s3.config={}", identities.display()),
         "-s3.autoCreateBucket=false".into(),
         "-s3.port.iceberg=0".into(),
@@ -127,9 +173,11 @@ pub(crate) fn wait_ready(site: &Site) -> Result<()> {
 
 /// Makes the buckets that are missing, through the server's own shell: object_store has no call for it.
 fn make_buckets(site: &Site) -> Result<()> {
+    let ports = InnerPorts::of(site);
     let shell = || {
         let mut command = site.network.enter(site.tools.program("weed"));
-        command.args(["shell", "-master=127.0.0.1:9333", "-filer=127.0.0.1:8888"]).current_dir(&site.folder);
+        command.arg("shell").arg(format!("-master=127.0.0.1:{}", ports.master));
+        command.arg(format!("-filer=127.0.0.1:{}", ports.filer)).current_dir(&site.folder);
         command
     };
     let listed = run_with_input(&mut shell(), "s3.bucket.list\n")?;

@@ -15,6 +15,7 @@ use serde::Deserialize;
 
 use crate::daemon;
 use crate::node::pod_network_name;
+use crate::s3;
 use crate::site::Site;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -60,6 +61,7 @@ pub(crate) fn end_processes(site: &Site) -> Result<()> {
 pub(crate) fn remove_traces(site: &Site) -> Result<()> {
     remove_shim_sockets(site);
     remove_device_plugin_socket();
+    s3::remove_sockets(site);
     remove_cni_results(&pod_network_name(site));
     remove_log_links(site);
     for folder in SHARED_FOLDERS {
