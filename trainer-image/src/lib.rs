@@ -20,3 +20,8 @@ pub mod publish;
 pub mod store;
 pub mod train;
 pub mod verify;
+
+#[cfg(test)]
+#[allow(dead_code, missing_docs)]
+#[path = "../examples/tiny_model.rs"]
+mod tiny_model;

@@ -4,6 +4,8 @@
 
 mod config;
 mod gguf;
+#[cfg(test)]
+mod tests;
 mod tokenizer;
 mod weights;
 

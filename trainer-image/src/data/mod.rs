@@ -6,6 +6,8 @@ pub mod encode;
 pub mod packing;
 pub mod rows;
 pub mod shuffle;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 

@@ -1,6 +1,8 @@
 //! `run`: the same manifest without Kubernetes. Preflight, training and publishing happen in this process.
 
 mod manifest;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 

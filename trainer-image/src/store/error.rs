@@ -73,7 +73,11 @@ impl StoreError {
             E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
                 Self::Refused { role, uri, answer: answer(error, secrets) }
             }
-            other => Self::Unavailable { role, uri, answer: answer(other, secrets) },
+            other => match status(other) {
+                Some(401 | 403) => Self::Refused { role, uri, answer: answer(error, secrets) },
+                Some(404) => Self::Missing { role, uri },
+                _ => Self::Unavailable { role, uri, answer: answer(other, secrets) },
+            },
         }
     }
 
@@ -87,10 +91,19 @@ impl StoreError {
     }
 }
 
+/// The HTTP status of a refused listing, which object_store has in its words alone.
+fn status(error: &object_store::Error) -> Option<u16> {
+    causes(error).iter().find_map(|cause| cause.split_once("status code: ")?.1.get(..3)?.parse().ok())
+}
+
+fn causes(error: &object_store::Error) -> Vec<String> {
+    let causes = std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source());
+    causes.map(ToString::to_string).collect()
+}
+
 /// S3's own code and message where there are some, else the innermost causes; without credentials.
 fn answer(error: &object_store::Error, secrets: &[String]) -> String {
-    let causes = std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source());
-    let causes: Vec<String> = causes.map(ToString::to_string).collect();
+    let causes = causes(error);
     let whole = causes.join(": ");
     let element = |name: &str| {
         let (_, rest) = whole.split_once(&format!("<{name}>"))?;
@@ -131,6 +144,18 @@ mod tests {
         assert!(text.contains("InvalidAccessKeyId: The key [redacted] does not exist."), "{text}");
         assert!(text.contains("baseModel.secretRef") && text.contains("s3://models/m/config.json"), "{text}");
         assert!(!text.contains("AKIAKEY"), "{text}");
+    }
+
+    #[test]
+    fn a_refused_listing_is_told_from_a_failing_store() {
+        let listing = |status: &'static str| {
+            let error = object_store::Error::Generic { store: "S3", source: Box::new(Answer(status)) };
+            StoreError::new(Role::Model, &uri(), &error, &[])
+        };
+        let refused = "Server returned non-2xx status code: 403 Forbidden: <Error><Code>AccessDenied</Code></Error>";
+        assert!(matches!(listing(refused), StoreError::Refused { answer, .. } if answer == "AccessDenied"));
+        let no_bucket = "Server returned non-2xx status code: 404 Not Found: ";
+        assert!(matches!(listing(no_bucket), StoreError::Missing { .. }));
     }
 
     #[test]

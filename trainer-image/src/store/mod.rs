@@ -114,7 +114,7 @@ impl Stores {
         };
         let on_disk = on_disk.map_err(|error| error.to_string())?;
         let path = Path::from_absolute_path(&on_disk).map_err(|error| error.to_string())?;
-        Ok(self.location(role, uri, Arc::new(LocalFileSystem::new()), path, Some(on_disk)))
+        Ok(self.location(role, uri, Arc::new(LocalFileSystem::new().with_automatic_cleanup(true)), path, Some(on_disk)))
     }
 
     fn location(

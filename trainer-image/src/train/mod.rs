@@ -3,6 +3,8 @@
 mod checkpoint;
 mod history;
 mod stop;
+#[cfg(test)]
+mod tests;
 
 use std::{
     ops::ControlFlow::{self, Break, Continue},
@@ -207,30 +209,31 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Steps until all are done, or until the run is stopped.
+    /// Steps and evaluations until all are done, or until the run is stopped.
     fn to_the_end(&mut self) -> Result<ControlFlow<()>, Error> {
         let total = self.inputs.batches.total_steps();
-        if self.history.evals.is_empty() && self.evaluate()?.is_break() {
-            return Ok(Break(()));
-        }
-        self.show();
-        while self.history.step < total {
-            if self.step()?.is_break() {
-                return Ok(Break(()));
-            }
-            let step = self.history.step;
-            if step.is_multiple_of(self.training.save_steps) && step < total {
-                self.checkpoint()?;
-            }
-            if self.training.eval_steps.is_some_and(|every| step.is_multiple_of(every)) && self.evaluate()?.is_break() {
+        loop {
+            if self.is_evaluation_due() && self.evaluate()?.is_break() {
                 return Ok(Break(()));
             }
             self.show();
+            if self.history.step >= total {
+                return Ok(Continue(()));
+            }
+            if self.step()?.is_break() {
+                return Ok(Break(()));
+            }
+            if self.history.step.is_multiple_of(self.training.save_steps) {
+                self.checkpoint()?;
+            }
         }
-        if !self.history.is_evaluated() {
-            return self.evaluate();
-        }
-        Ok(Continue(()))
+    }
+
+    /// Before the first step, after the last, and every `evalSteps`; not twice, if the run was resumed after one.
+    fn is_evaluation_due(&self) -> bool {
+        let (step, total) = (self.history.step, self.inputs.batches.total_steps());
+        let due = step == 0 || step == total || self.training.eval_steps.is_some_and(|n| step.is_multiple_of(n));
+        due && !self.history.is_evaluated()
     }
 
     /// One optimizer step. Stopped between two micro-batches, it leaves no trace: the step begins anew on resume.

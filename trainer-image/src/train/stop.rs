@@ -13,7 +13,12 @@ use tunesmith_crds::names::exit_code;
 
 /// Whether the run was asked to end.
 #[derive(Clone, Default)]
-pub struct Stop(Arc<AtomicBool>);
+pub struct Stop {
+    requested: Arc<AtomicBool>,
+    /// Checks after which a test's run is stopped.
+    #[cfg(test)]
+    countdown: Option<Arc<std::sync::atomic::AtomicI64>>,
+}
 
 impl Stop {
     /// For work that has nothing to save: the first SIGTERM or SIGINT ends the process. (The kernel's own default
@@ -50,12 +55,22 @@ impl Stop {
 
     /// Asks for the end.
     pub fn request(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.requested.store(true, Ordering::Relaxed);
     }
 
     /// Whether the end was asked for.
     pub fn is_requested(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        #[cfg(test)]
+        if self.countdown.as_ref().is_some_and(|left| left.fetch_sub(1, Ordering::Relaxed) <= 0) {
+            self.request();
+        }
+        self.requested.load(Ordering::Relaxed)
+    }
+
+    /// Asks for the end by itself after this many checks.
+    #[cfg(test)]
+    pub(super) fn after(checks: i64) -> Self {
+        Self { countdown: Some(Arc::new(checks.into())), ..Self::default() }
     }
 }
 

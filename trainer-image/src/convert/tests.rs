@@ -1,0 +1,128 @@
+//! A small GGUF file, written with candle, goes through the whole conversion.
+
+use std::{fs, io::Cursor, path::Path};
+
+use candle_core::{
+    Device, Tensor,
+    quantized::{
+        GgmlDType, QTensor,
+        gguf_file::{Value, write},
+    },
+};
+use tunesmith_engine::Model;
+
+use super::convert;
+use crate::data::encode::Vocabulary;
+
+const HIDDEN: usize = 32;
+
+fn metadata() -> Vec<(&'static str, Value)> {
+    let texts = |texts: &[&str]| Value::Array(texts.iter().map(|text| Value::String((*text).into())).collect());
+    let tokens = ["<|eos|>", "a", "b", "ab", "1"];
+    vec![
+        ("general.architecture", Value::String("llama".into())),
+        ("llama.block_count", Value::U32(1)),
+        ("llama.context_length", Value::U32(64)),
+        ("llama.embedding_length", Value::U32(HIDDEN as u32)),
+        ("llama.feed_forward_length", Value::U32(64)),
+        ("llama.attention.head_count", Value::U32(4)),
+        ("llama.attention.head_count_kv", Value::U32(2)),
+        ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+        ("tokenizer.ggml.model", Value::String("gpt2".into())),
+        ("tokenizer.ggml.pre", Value::String("smollm".into())),
+        ("tokenizer.ggml.tokens", texts(&tokens)),
+        ("tokenizer.ggml.token_type", Value::Array([3, 1, 1, 1, 1].map(Value::I32).into())),
+        ("tokenizer.ggml.merges", texts(&["a b"])),
+        ("tokenizer.ggml.eos_token_id", Value::U32(0)),
+    ]
+}
+
+fn tensors() -> Vec<(&'static str, Vec<usize>)> {
+    vec![
+        ("token_embd.weight", vec![5, HIDDEN]),
+        ("output_norm.weight", vec![HIDDEN]),
+        ("blk.0.attn_norm.weight", vec![HIDDEN]),
+        ("blk.0.attn_q.weight", vec![HIDDEN, HIDDEN]),
+        ("blk.0.attn_k.weight", vec![HIDDEN / 2, HIDDEN]),
+        ("blk.0.attn_v.weight", vec![HIDDEN / 2, HIDDEN]),
+        ("blk.0.attn_output.weight", vec![HIDDEN, HIDDEN]),
+        ("blk.0.ffn_norm.weight", vec![HIDDEN]),
+        ("blk.0.ffn_gate.weight", vec![64, HIDDEN]),
+        ("blk.0.ffn_up.weight", vec![64, HIDDEN]),
+        ("blk.0.ffn_down.weight", vec![HIDDEN, 64]),
+    ]
+}
+
+fn gguf(metadata: &[(&str, Value)], tensors: &[(&str, Vec<usize>)]) -> Vec<u8> {
+    let tensor = |shape: &Vec<usize>| {
+        let values = Tensor::rand(-1f32, 1f32, shape.as_slice(), &Device::Cpu).unwrap();
+        QTensor::quantize(&values, if shape.len() == 1 { GgmlDType::F32 } else { GgmlDType::Q4_1 }).unwrap()
+    };
+    let tensors: Vec<_> = tensors.iter().map(|(name, shape)| (*name, tensor(shape))).collect();
+    let mut file = Cursor::new(Vec::new());
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    write(&mut file, &metadata, &tensors.iter().map(|(name, tensor)| (*name, tensor)).collect::<Vec<_>>()).unwrap();
+    file.into_inner()
+}
+
+fn convert_bytes(bytes: &[u8], folder: &Path) -> Result<(), String> {
+    let file = folder.join("model.gguf");
+    fs::write(&file, bytes).unwrap();
+    convert(&file, &folder.join("out")).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_converted_model_loads_with_its_tokenizer() {
+    let folder = tempfile::tempdir().unwrap();
+    convert_bytes(&gguf(&metadata(), &tensors()), folder.path()).unwrap();
+    let model = Model::load(&folder.path().join("out")).unwrap();
+    assert!(model.config().tie_word_embeddings);
+    let vocabulary = Vocabulary::load(&folder.path().join("out")).unwrap();
+    assert_eq!(vocabulary.text("ab11b").unwrap(), [3, 4, 4, 2], "digits stand alone, merges apply");
+    assert_eq!(vocabulary.eos(), 0);
+    let error = convert_bytes(&gguf(&metadata(), &tensors()), folder.path()).unwrap_err();
+    assert!(error.contains("exists already"), "{error}");
+}
+
+#[test]
+fn what_is_missing_or_unsupported_is_named_and_leaves_no_folder() {
+    let without = |key: &str| metadata().into_iter().filter(|(name, _)| *name != key).collect::<Vec<_>>();
+    let with = |key: &'static str, value| [without(key), vec![(key, value)]].concat();
+    let text = |text: &str| Value::String(text.into());
+    let mut extra = tensors();
+    extra.push(("rope_freqs.weight", vec![4]));
+    let cases = [
+        (gguf(&without("llama.block_count"), &tensors()), "no metadata key `llama.block_count`"),
+        (
+            gguf(&with("general.architecture", text("qwen2")), &tensors()),
+            "`general.architecture` is \"qwen2\"; supported: llama",
+        ),
+        (gguf(&with("tokenizer.ggml.model", text("llama")), &tensors()), "tokenizer.ggml.model"),
+        (gguf(&with("tokenizer.ggml.pre", text("deepseek")), &tensors()), "tokenizer.ggml.pre"),
+        (gguf(&with("llama.attention.head_count", Value::U32(5)), &tensors()), "llama.attention.head_count"),
+        (gguf(&with("tokenizer.ggml.eos_token_id", Value::U32(9)), &tensors()), "below 5"),
+        (gguf(&metadata(), &tensors()[1..]), "no tensor `token_embd.weight`"),
+        (gguf(&metadata(), &extra), "rope_freqs.weight"),
+        (
+            gguf(&with("llama.feed_forward_length", Value::U32(96)), &tensors()),
+            "`blk.0.ffn_gate.weight` has shape [64, 32]",
+        ),
+        (b"GGUF".to_vec(), "no whole GGUF file"),
+    ];
+    for (bytes, expected) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let error = convert_bytes(&bytes, folder.path()).unwrap_err();
+        assert!(error.contains(expected), "expected `{expected}`, got `{error}`");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "{expected}: something is left");
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_short_is_no_model() {
+    let whole = gguf(&metadata(), &tensors());
+    let folder = tempfile::tempdir().unwrap();
+    for length in (0..whole.len()).step_by(whole.len() / 25) {
+        let error = convert_bytes(&whole[..length], folder.path()).unwrap_err();
+        assert!(error.contains("download it again"), "{length} bytes: {error}");
+    }
+}

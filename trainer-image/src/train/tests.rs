@@ -1,0 +1,325 @@
+//! Whole runs of a tiny model over folders: checkpoints, resumption and publishing.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use tunesmith_crds::{
+    FineTuneJob, Method, RunReport, RunSpec,
+    adapter_version::Artifact,
+    digest::input_digest,
+    fine_tune_job::Lora,
+    names::exit_code,
+    run::{MAX_REPORT_BYTES, Outcome, TrainReport, TrainTask, Verdict},
+};
+
+use super::{Context, Stop, train};
+use crate::{
+    error::Error,
+    preflight::preflight,
+    progress::Progress,
+    store::{Role, Stores},
+    tiny_model,
+    verify::verify,
+};
+
+/// A model, data, and folders for results and downloads.
+struct Bench {
+    runtime: Runtime,
+    folder: TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let bench = Self { runtime: Runtime::new().unwrap(), folder: tempfile::tempdir().unwrap() };
+        tiny_model::write(&bench.path("model")).unwrap();
+        let rows = |from: usize, to: usize| -> String {
+            let row = |i: usize| {
+                let question = "what? ".repeat(1 + i % 4);
+                let messages = [("user", question), ("assistant", format!("answer number {}", i % 3))];
+                let messages = messages.map(|(role, content)| json!({"role": role, "content": content}));
+                format!("{}\n", json!({"messages": messages}))
+            };
+            (from..to).map(row).collect()
+        };
+        fs::write(bench.path("train.jsonl"), rows(0, 14)).unwrap();
+        fs::write(bench.path("eval.jsonl"), rows(14, 18)).unwrap();
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A job with two epochs of seven steps; `training` replaces options.
+    fn spec(&self, training: Value) -> RunSpec {
+        let uri = |name: &str| format!("file://{}", self.path(name).display());
+        let mut job = json!({
+            "apiVersion": "tunesmith.dev/v1alpha1", "kind": "FineTuneJob",
+            "metadata": {"name": "support", "namespace": "telecom", "uid": "0b5f8d5e-0000-4000-8000-000000000000"},
+            "spec": {
+                "baseModel": {"uri": uri("model")},
+                "dataset": {"train": {"uri": uri("train.jsonl")}, "eval": {"uri": uri("eval.jsonl")}},
+                "method": "LoRA",
+                "lora": {"rank": 2, "alpha": 4, "dropout": 0.1},
+                "training": {"numTrainEpochs": 2, "learningRate": 0.01, "loggingSteps": 3, "saveSteps": 4,
+                             "warmupSteps": 1, "maxLength": 256},
+                "output": {"adapterName": "support", "uri": uri("adapters")},
+            },
+        });
+        let options = job["spec"]["training"].as_object_mut().unwrap();
+        options.extend(training.as_object().unwrap().clone());
+        let job: FineTuneJob = serde_json::from_value(job).unwrap();
+        RunSpec::preflight(&job, 1)
+    }
+
+    fn with_context<T>(&self, stop: &Stop, work: impl FnOnce(Context<'_>) -> T) -> T {
+        let stores = Stores::from_environment(self.runtime.handle().clone());
+        let context = Context { stores: &stores, work: &self.path("work"), progress: &Progress::new(), stop };
+        work(context)
+    }
+
+    /// The spec after its preflight.
+    fn checked(&self, training: Value, version: u32) -> RunSpec {
+        let spec = self.spec(training);
+        let report = self.with_context(&Stop::default(), |context| preflight(&spec, context)).unwrap();
+        let method = spec.method.clone().unwrap();
+        let task = TrainTask {
+            version,
+            input_digest: input_digest(&spec, &method, &report),
+            base_digest: report.base_digest,
+            dataset_digest: report.dataset.digest,
+            trainer_image: "registry.example.com/tunesmith/tunesmith-trainer:v0.1.0".into(),
+        };
+        spec.with_training(method, task)
+    }
+
+    fn train(&self, spec: &RunSpec, stop: &Stop) -> Result<Outcome, Error> {
+        self.with_context(stop, |context| train(spec, context))
+    }
+
+    fn publish(&self, training: Value, version: u32) -> TrainReport {
+        trained(self.train(&self.checked(training, version), &Stop::default()).unwrap())
+    }
+
+    fn weights(&self, version: u32) -> Vec<u8> {
+        fs::read(self.path(&format!("adapters/support/v{version}/adapter_model.safetensors"))).unwrap()
+    }
+
+    fn checkpoints(&self) -> PathBuf {
+        let folders = fs::read_dir(self.path("adapters/support/checkpoints")).unwrap();
+        folders.map(|folder| folder.unwrap().path()).next().unwrap()
+    }
+
+    fn forget(&self) {
+        fs::remove_dir_all(self.path("adapters")).unwrap();
+    }
+}
+
+fn trained(outcome: Outcome) -> TrainReport {
+    match outcome {
+        Outcome::Trained(report) => report,
+        other => panic!("not trained: {other:?}"),
+    }
+}
+
+fn log(version: &Path) -> Value {
+    let text = fs::read(version.join("trainer_state.json")).unwrap();
+    serde_json::from_slice::<Value>(&text).unwrap()["log_history"].clone()
+}
+
+#[test]
+fn a_run_publishes_an_adapter_that_learned_and_the_engine_loads() {
+    let bench = Bench::new();
+    let report = bench.publish(json!({}), 1);
+    let (before, after) = (report.metrics.base_eval_loss.unwrap(), report.metrics.eval_loss.unwrap());
+    assert!(after < before - 0.1, "eval loss {before} -> {after}");
+    assert_eq!(report.metrics.steps, 14);
+    let mut model = tunesmith_engine::Model::load(&bench.path("model")).unwrap();
+    model.load_adapter(&bench.path("adapters/support/v1")).unwrap();
+    let log = log(&bench.path("adapters/support/v1"));
+    let steps: Vec<u64> = log.as_array().unwrap().iter().map(|entry| entry["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [0, 3, 6, 9, 12, 14, 14]);
+}
+
+#[test]
+fn a_run_that_is_stopped_again_and_again_ends_with_the_same_bytes() {
+    let bench = Bench::new();
+    // Two micro-batches a step, so that some stops fall into the middle of one; evaluations on the way.
+    let training = json!({"perDeviceTrainBatchSize": 1, "gradientAccumulationSteps": 2, "evalSteps": 5});
+    let spec = bench.checked(training, 1);
+    let whole = trained(bench.train(&spec, &Stop::default()).unwrap());
+    let (weights, history) = (bench.weights(1), log(&bench.path("adapters/support/v1")));
+    for checks in [3, 4, 7, 12] {
+        bench.forget();
+        let mut stops = 0;
+        let report = loop {
+            match bench.train(&spec, &Stop::after(checks)).unwrap() {
+                Outcome::Preempted { .. } => stops += 1,
+                outcome => break trained(outcome),
+            }
+            assert!(stops < 40, "no progress from stop to stop");
+        };
+        assert!(stops > 1);
+        assert!(bench.weights(1) == weights, "other weights after {stops} stops, each after {checks} checks");
+        assert_eq!(log(&bench.path("adapters/support/v1")), history);
+        assert_eq!(report.metrics.base_eval_loss, whole.metrics.base_eval_loss);
+        assert_eq!(report.metrics.tokens, whole.metrics.tokens);
+    }
+}
+
+#[test]
+fn a_run_that_was_killed_goes_on_from_its_last_whole_checkpoint() {
+    let bench = Bench::new();
+    let spec = bench.checked(json!({}), 1);
+    bench.train(&spec, &Stop::default()).unwrap();
+    let weights = bench.weights(1);
+    // As a kill in the last steps would leave it: no version, and a last checkpoint that is not whole.
+    fs::remove_dir_all(bench.path("adapters/support/v1")).unwrap();
+    fs::remove_file(bench.checkpoints().join("step-14/COMPLETE.json")).unwrap();
+    let report = trained(bench.train(&spec, &Stop::default()).unwrap());
+    assert_eq!(report.metrics.steps, 14);
+    assert!(bench.weights(1) == weights);
+    let mut kept: Vec<_> = fs::read_dir(bench.checkpoints()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    kept.sort();
+    assert_eq!(kept, ["step-12", "step-14"], "saveTotalLimit is 2");
+}
+
+#[test]
+fn accumulation_weighs_tokens_not_micro_batches() {
+    let bench = Bench::new();
+    // Dropout draws other masks for other micro-batches, so it is off.
+    let without_dropout = |mut spec: RunSpec| {
+        spec.method = Some(Method::LoRA { lora: Lora { rank: 2, dropout: 0.0, ..Lora::default() } });
+        spec
+    };
+    let mut losses = Vec::new();
+    for (version, (batch, accumulation)) in [(4, 1), (1, 4), (2, 2)].into_iter().enumerate() {
+        let training = json!({"perDeviceTrainBatchSize": batch, "gradientAccumulationSteps": accumulation});
+        let spec = without_dropout(bench.checked(training, version as u32 + 1));
+        losses.push(trained(bench.train(&spec, &Stop::default()).unwrap()).metrics.eval_loss.unwrap());
+    }
+    assert!(losses.iter().all(|loss| (loss - losses[0]).abs() < 1e-4), "{losses:?}");
+}
+
+#[test]
+fn the_same_version_is_published_once_and_never_overwritten() {
+    let bench = Bench::new();
+    let spec = bench.checked(json!({}), 1);
+    let first = trained(bench.train(&spec, &Stop::default()).unwrap());
+    assert_eq!(trained(bench.train(&spec, &Stop::default()).unwrap()), first);
+    let other = bench.checked(json!({"seed": 7}), 1);
+    let error = bench.train(&other, &Stop::default()).unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::BAD_SPEC);
+    assert!(error.to_string().contains("version conflict"), "{error}");
+}
+
+#[test]
+fn a_crash_before_the_manifest_leaves_nothing_visible_and_is_made_good() {
+    let bench = Bench::new();
+    let spec = bench.checked(json!({}), 1);
+    let first = trained(bench.train(&spec, &Stop::default()).unwrap());
+    let version = bench.path("adapters/support/v1");
+    fs::remove_file(version.join("manifest.json")).unwrap();
+    fs::write(version.join("adapter_model.safetensors"), b"half").unwrap();
+    assert_eq!(trained(bench.train(&spec, &Stop::default()).unwrap()).files.len(), first.files.len());
+    assert_ne!(bench.weights(1), b"half");
+}
+
+#[test]
+fn inputs_that_changed_after_preflight_are_refused() {
+    let bench = Bench::new();
+    let spec = bench.checked(json!({}), 1);
+    let data = fs::read_to_string(bench.path("train.jsonl")).unwrap();
+    fs::write(bench.path("train.jsonl"), data.replace("answer", "reply")).unwrap();
+    let error = bench.train(&spec, &Stop::default()).unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
+    assert!(error.to_string().contains("the dataset has changed"), "{error}");
+}
+
+#[test]
+fn an_adapter_that_learned_nothing_is_not_published() {
+    let bench = Bench::new();
+    // The one step is all warm-up, with learning rate 0.
+    let spec = bench.checked(json!({"maxSteps": 1}), 1);
+    let error = bench.train(&spec, &Stop::default()).unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
+    assert!(error.to_string().contains("lora_B") && error.to_string().contains("warmupSteps"), "{error}");
+    assert!(!bench.path("adapters/support/v1").exists());
+}
+
+#[test]
+fn a_loss_that_explodes_names_step_and_rows() {
+    let bench = Bench::new();
+    let spec = bench.checked(json!({"learningRate": 1e39, "maxGradNorm": 0}), 1);
+    let error = bench.train(&spec, &Stop::default()).unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
+    let text = error.to_string();
+    assert!(text.starts_with("step 3: the ") && text.contains("on rows "), "{text}");
+}
+
+#[test]
+fn the_report_fits_a_termination_message() {
+    let bench = Bench::new();
+    let mut report = bench.publish(json!({}), 1);
+    report.uri = format!("s3://{}/{}/v1234", "b".repeat(63), "a".repeat(200)).parse().unwrap();
+    let text = RunReport::new(Outcome::Trained(report)).to_termination_message();
+    assert!(text.len() < MAX_REPORT_BYTES / 2, "{} bytes", text.len());
+    RunReport::from_termination_message(&text).unwrap();
+}
+
+#[test]
+fn a_damaged_or_missing_file_fails_verification() {
+    let bench = Bench::new();
+    let report = bench.publish(json!({}), 1);
+    let artifact = Artifact {
+        kind: tunesmith_crds::adapter_version::ArtifactType::LoraAdapter,
+        uri: report.uri.clone(),
+        manifest_digest: report.manifest_digest,
+        size_bytes: report.files.iter().map(|file| file.size).sum(),
+        files: report.files,
+        secret_ref: None,
+        service_account_name: None,
+    };
+    let check = || {
+        let folder =
+            Stores::from_environment(bench.runtime.handle().clone()).open(Role::Output, &artifact.uri).unwrap();
+        verify(&artifact, &folder).unwrap()
+    };
+    assert_eq!((check().verdict, check().message.as_str()), (Verdict::Intact, ""));
+    let weights = bench.path("adapters/support/v1/adapter_model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    assert_eq!(check().verdict, Verdict::Corrupt);
+    assert!(check().message.contains("adapter_model.safetensors is not what was published"));
+    fs::remove_file(&weights).unwrap();
+    assert_eq!(check().verdict, Verdict::Missing);
+}
+
+#[test]
+fn preflight_tells_what_the_planner_needs_and_refuses_what_cannot_be_trained() {
+    let bench = Bench::new();
+    let check = |spec: &RunSpec| bench.with_context(&Stop::default(), |context| preflight(spec, context));
+    let report = check(&bench.spec(json!({}))).unwrap();
+    assert_eq!((report.total_steps, report.dataset.rows, report.eval_rows), (14, 14, 4));
+    // q_proj: 32 + 32; v_proj: 32 + 16; two layers.
+    assert_eq!(report.lora_parameters_per_rank, 2 * (64 + 48));
+    assert_eq!((report.model.bytes_per_parameter, report.highest_version), (4, 0));
+    bench.publish(json!({}), 1);
+    assert_eq!(check(&bench.spec(json!({}))).unwrap().highest_version, 1);
+
+    let full = RunSpec { method: Some(Method::Full), ..bench.spec(json!({})) };
+    let error = check(&full).unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::BAD_SPEC);
+    assert!(error.to_string().contains("set spec.method to LoRA"), "{error}");
+
+    fs::remove_file(bench.path("model/tokenizer.json")).unwrap();
+    let error = check(&bench.spec(json!({}))).unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
+    assert!(error.to_string().contains("has no tokenizer.json"), "{error}");
+}
