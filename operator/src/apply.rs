@@ -54,6 +54,8 @@ pub enum Change {
     DeleteConfigMap {
         /// Its name.
         name: String,
+        /// Its UID, unless any of that name is to go.
+        uid: Option<String>,
     },
 }
 
@@ -115,10 +117,12 @@ async fn apply_one(client: &Client, namespace: &str, change: Change) -> Result<O
         Change::AnnotateJob { name, key, value } => annotate(&jobs(), &name, key, &value).await?,
         Change::AnnotateConfigMap { name, key, value } => annotate(&config_maps(), &name, key, &value).await?,
         Change::DeleteJob { name, uid } => {
-            let preconditions = Preconditions { uid: Some(uid), resource_version: None };
-            delete(&jobs(), &name, &DeleteParams::foreground().preconditions(preconditions)).await?;
+            let params = DeleteParams::foreground().preconditions(only(Some(uid)));
+            delete(&jobs(), &name, &params).await?;
         }
-        Change::DeleteConfigMap { name } => delete(&config_maps(), &name, &DeleteParams::default()).await?,
+        Change::DeleteConfigMap { name, uid } => {
+            delete(&config_maps(), &name, &DeleteParams::default().preconditions(only(uid))).await?;
+        }
     }
     Ok(None)
 }
@@ -169,6 +173,10 @@ where
         Ok(_) => Ok(()),
         Err(source) => Err(ApplyError::Annotate { name: name.into(), source }),
     }
+}
+
+fn only(uid: Option<String>) -> Preconditions {
+    Preconditions { uid, resource_version: None }
 }
 
 /// What is gone, or is another object by now, counts as deleted.

@@ -7,7 +7,7 @@ use tunesmith_operator::{Options, run};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    tracing_subscriber::fmt().json().with_env_filter(tunesmith_operator::log_filter()).init();
+    tracing_subscriber::fmt().json().with_span_list(false).with_env_filter(tunesmith_operator::log_filter()).init();
     match run(Options::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -56,8 +56,8 @@ pub fn build(step: &Step, observed: &Observed, image: &Image) -> Option<Change> 
         Step::SettleRun { run, version } => {
             Change::AnnotateConfigMap { name: check_name(job, *run), key: VERSION_ANNOTATION, value: version.clone() }
         }
-        Step::DeleteJob { name, uid } => Change::DeleteJob { name: name.clone(), uid: uid.clone() },
-        Step::DeleteConfigMap { name } => Change::DeleteConfigMap { name: name.clone() },
+        Step::DeleteJob(job) => Change::DeleteJob { name: job.name.clone(), uid: job.uid.clone() },
+        Step::DeleteConfigMap(map) => Change::DeleteConfigMap { name: map.name.clone(), uid: Some(map.uid.clone()) },
         Step::StartRun { run } => Change::CreateConfigMap(Box::new(run_config_map(job, *run))),
         Step::CreatePreflight { run } => Change::CreateJob(Box::new(preflight_job(job, *run, image))),
         Step::ReserveVersion { run, version, method, input_digest, preflight } => {

@@ -16,7 +16,7 @@ use tunesmith_crds::{
     run::{LiveProgress, PreflightReport, TrainReport, TrainStage},
 };
 
-use super::observed::{Observed, Run};
+use super::observed::{Named, Observed, Run};
 use crate::{
     plan::{Planned, plan},
     trainer::{Cause, Ending, JobState, Pods, TrainerJob},
@@ -63,17 +63,9 @@ pub enum Step {
         version: String,
     },
     /// Delete a Job; its pods get time for a checkpoint.
-    DeleteJob {
-        /// Its name.
-        name: String,
-        /// Its UID.
-        uid: String,
-    },
+    DeleteJob(Named),
     /// Delete a ConfigMap of an older run.
-    DeleteConfigMap {
-        /// Its name.
-        name: String,
-    },
+    DeleteConfigMap(Named),
     /// Begin a run: the ConfigMap that says which spec it serves.
     StartRun {
         /// Its number.
@@ -205,7 +197,7 @@ fn clear_older(observed: &Observed, current: u32, steps: &mut Vec<Step>) -> Opti
     }
     if jobs.is_empty() {
         let config_maps = older().flat_map(|run| run.config_maps.iter().cloned());
-        steps.extend(config_maps.map(|name| Step::DeleteConfigMap { name }));
+        steps.extend(config_maps.map(Step::DeleteConfigMap));
     }
     None
 }
@@ -282,7 +274,6 @@ fn published(version: &AdapterVersion, name: &str, reused: bool) -> State {
 /// Preflight; None once it has passed.
 fn check(observed: &Observed, run: &Run, steps: &mut Vec<Step>) -> Option<State> {
     let suspend = observed.job.spec.suspend;
-    let checking = |message: &str| State::new(Phase::Preflight, reason::PREFLIGHT, message);
     let Some(job) = &run.preflight else {
         if suspend {
             return Some(State::suspended());
@@ -314,19 +305,19 @@ fn check(observed: &Observed, run: &Run, steps: &mut Vec<Step>) -> Option<State>
     }
 }
 
+fn checking(message: &str) -> State {
+    State::new(Phase::Preflight, reason::PREFLIGHT, message)
+}
+
 fn checks(observed: &Observed, pods: &Pods, last_failure: Option<&str>) -> State {
     let retried = last_failure.map(|message| format!(" (tried again: {message})")).unwrap_or_default();
     match pods {
         Pods::Missing | Pods::Unschedulable(_) => waits(observed, pods, Phase::Preflight, &retried),
-        Pods::Starting(words) => {
-            State::new(Phase::Preflight, reason::PREFLIGHT, format!("preflight pod {words}{retried}"))
-        }
-        Pods::Running { .. } => {
-            State::new(Phase::Preflight, reason::PREFLIGHT, format!("checks model and data{retried}"))
-        }
+        Pods::Starting(words) => checking(&format!("preflight pod {words}{retried}")),
+        Pods::Running { .. } => checking(&format!("checks model and data{retried}")),
         Pods::Over => match last_failure {
             Some(message) => State::new(Phase::Preflight, reason::RETRYING, message),
-            None => State::new(Phase::Preflight, reason::PREFLIGHT, "reads the report"),
+            None => checking("reads the report"),
         },
     }
 }
@@ -454,7 +445,8 @@ fn waits(observed: &Observed, pods: &Pods, otherwise: Phase, retried: &str) -> S
             State::new(Phase::Queued, reason::UNSCHEDULABLE, format!("no node takes the pod: {words}{retried}"))
         }
         (_, Some(refusal)) => State::new(Phase::Queued, refusal.reason, format!("{}{retried}", refusal.message)),
-        _ => State::new(otherwise, reason::STARTING, format!("waits for the Job's pods{retried}")),
+        _ if otherwise == Phase::Preflight => checking(&format!("waits for the preflight pod{retried}")),
+        _ => State::new(Phase::Starting, reason::STARTING, format!("waits for the training pods{retried}")),
     }
 }
 
@@ -474,9 +466,14 @@ fn method_of(run: &Run) -> Option<MethodName> {
 }
 
 fn delete(job: &TrainerJob) -> Option<Step> {
-    (!job.deleting).then(|| Step::DeleteJob { name: job.name.clone(), uid: job.uid.clone() })
+    (!job.deleting).then(|| Step::DeleteJob(Named { name: job.name.clone(), uid: job.uid.clone() }))
 }
 
 fn name_of(version: &AdapterVersion) -> Option<&str> {
     version.metadata.name.as_deref()
 }
+
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,8 @@
 
 mod build;
 pub mod decide;
+#[cfg(test)]
+mod fixtures;
 mod observe;
 pub mod observed;
 mod status;
@@ -82,7 +84,7 @@ async fn reconcile(job: Arc<FineTuneJob>, reconciler: Arc<Reconciler>) -> Result
 
 async fn reconcile_once(job: &FineTuneJob, reconciler: &Reconciler) -> Result<Action, Error> {
     let Reconciler { context, caches } = reconciler;
-    caches.wait_until_ready().await;
+    caches.listed.clone().await;
     let Some(observed) = observe(&context.client, caches, job).await? else {
         context.backoff.forget(job);
         return Ok(Action::await_change());

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use futures::future::{BoxFuture, Shared};
 use k8s_openapi::{
     api::{
         batch::v1::Job,
@@ -15,7 +16,7 @@ use tunesmith_crds::{AdapterVersion, FineTuneJob, GpuClass, RunSpec, names};
 
 use super::{
     build::{SPEC_KEY, VERSION_ANNOTATION},
-    observed::{Observed, Run},
+    observed::{Named, Observed, Run},
 };
 use crate::{
     plan::{Offers, needs_nodes},
@@ -36,6 +37,9 @@ pub struct Caches {
     pub versions: Store<AdapterVersion>,
     /// All GpuClasses.
     pub classes: Store<GpuClass>,
+    /// Resolves when each has listed once. All reconciles wait for this one future: of several that wait for a [`Store`]
+    /// itself, kube 5.0 wakes only the last.
+    pub listed: Shared<BoxFuture<'static, ()>>,
 }
 
 /// Something that could not be read.
@@ -84,7 +88,7 @@ async fn read_runs(client: &Client, caches: &Caches, job: &FineTuneJob) -> Resul
     let mut runs = BTreeMap::<u32, Run>::new();
     for config_map in caches.config_maps.state_filter(|config_map| is_of(config_map, job)) {
         let Some(run) = run_of(&*config_map, &mut runs) else { continue };
-        run.config_maps.push(config_map.name_any());
+        run.config_maps.push(Named { name: config_map.name_any(), uid: config_map.uid().unwrap_or_default() });
         match stage_of(&*config_map) {
             Some(Stage::Preflight) => {
                 run.spec = json_of(&config_map, SPEC_KEY);

@@ -59,8 +59,17 @@ pub struct Run {
     pub task: Option<RunSpec>,
     /// Its attempts, in order.
     pub attempts: Vec<TrainerJob>,
-    /// Names of its ConfigMaps.
-    pub config_maps: Vec<String>,
+    /// Its ConfigMaps.
+    pub config_maps: Vec<Named>,
+}
+
+/// An object, and no other that may have its name later.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
 }
 
 impl Observed {

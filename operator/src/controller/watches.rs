@@ -3,7 +3,7 @@
 
 use std::{fmt::Debug, hash::Hash};
 
-use futures::{Stream, StreamExt, future::ready};
+use futures::{FutureExt, Stream, StreamExt, future::ready};
 use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{ConfigMap, Pod},
@@ -41,19 +41,23 @@ pub fn controller(context: &Context) -> (Controller<FineTuneJob>, Caches) {
         .watches_stream(config_map_events, |config_map| labelled(&config_map))
         .watches_stream(version_events, move |version| of_adapter(&version, &all_jobs))
         .reconcile_all_on(class_events.filter_map(|event| ready(event.ok().map(drop))));
-    (controller, Caches { jobs, pods, config_maps, versions, classes })
+    let listed = all_listed(jobs.clone(), pods.clone(), config_maps.clone(), versions.clone(), classes.clone());
+    (controller, Caches { jobs, pods, config_maps, versions, classes, listed: listed.boxed().shared() })
 }
 
-impl Caches {
-    /// Waits until every watch has listed once. A watch that is dropped means that the operator stops.
-    pub async fn wait_until_ready(&self) {
-        let Self { jobs, pods, config_maps, versions, classes } = self;
-        let _ = jobs.wait_until_ready().await;
-        let _ = pods.wait_until_ready().await;
-        let _ = config_maps.wait_until_ready().await;
-        let _ = versions.wait_until_ready().await;
-        let _ = classes.wait_until_ready().await;
-    }
+/// Resolves when every watch has listed once. A watch that ends early means that the operator stops.
+async fn all_listed(
+    jobs: Store<Job>,
+    pods: Store<Pod>,
+    config_maps: Store<ConfigMap>,
+    versions: Store<AdapterVersion>,
+    classes: Store<GpuClass>,
+) {
+    let _ = jobs.wait_until_ready().await;
+    let _ = pods.wait_until_ready().await;
+    let _ = config_maps.wait_until_ready().await;
+    let _ = versions.wait_until_ready().await;
+    let _ = classes.wait_until_ready().await;
 }
 
 /// A cache, and the stream that fills it and tells what has changed.

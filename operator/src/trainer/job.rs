@@ -108,11 +108,11 @@ impl TrainerJob {
         })
     }
 
-    /// How it ended, if it did and is not being deleted.
+    /// How it ended, if it did.
     pub fn ending(&self) -> Option<&Ending> {
         match &self.state {
-            JobState::Ended { ending, .. } if !self.deleting => Some(ending),
-            _ => None,
+            JobState::Ended { ending, .. } => Some(ending),
+            JobState::Active { .. } => None,
         }
     }
 
@@ -121,9 +121,9 @@ impl TrainerJob {
         self.ending()?.cause.complaint()
     }
 
-    /// Whether it may still have pods.
+    /// Whether it may still have pods; a Job that is being deleted stays active until they are gone.
     pub fn is_active(&self) -> bool {
-        self.deleting || matches!(self.state, JobState::Active { .. })
+        matches!(self.state, JobState::Active { .. })
     }
 }
 

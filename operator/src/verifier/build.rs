@@ -36,7 +36,7 @@ pub fn build(step: &Step, version: &AdapterVersion, image: &Image) -> Vec<Change
         ],
         Step::Remove { uid } => vec![
             Change::DeleteJob { name: verify_name(version), uid: uid.clone() },
-            Change::DeleteConfigMap { name: verify_name(version) },
+            Change::DeleteConfigMap { name: verify_name(version), uid: None },
         ],
     }
 }
