@@ -118,6 +118,9 @@ fn scale(rank: usize, alpha: f64, use_rslora: bool) -> f32 {
     (alpha / if use_rslora { rank.sqrt() } else { rank }) as f32
 }
 
+/// Whether a module's whole name is selected.
+type Matcher<'a> = Box<dyn Fn(&str) -> bool + 'a>;
+
 /// Modules that PEFT could adapt and the engine cannot.
 const UNSUPPORTED: [&str; 2] = ["lm_head", "model.embed_tokens"];
 
@@ -158,7 +161,7 @@ impl TargetModules {
         Ok(selected)
     }
 
-    fn matcher(&self) -> Result<Box<dyn Fn(&str) -> bool + '_>> {
+    fn matcher(&self) -> Result<Matcher<'_>> {
         Ok(match self {
             TargetModules::Pattern(all) if all == "all-linear" => Box::new(|name| !UNSUPPORTED.contains(&name)),
             TargetModules::Pattern(pattern) => {

@@ -253,33 +253,71 @@ fn pack(panel: &mut [f32], width: usize, b: &View<'_>, k0: usize, col: usize, co
     }
     if b.col_stride == 1 {
         for (k, out) in panel.chunks_exact_mut(width).enumerate() {
-            let from = (k0 + k) * b.row_stride + col;
-            out[..cols].copy_from_slice(&b.data[from..from + cols]);
+            let row = &b.data[(k0 + k) * b.row_stride + col..];
+            // With the constant length this is two vector moves; with the other, a call of memcpy.
+            if cols == width {
+                out.copy_from_slice(&row[..width]);
+            } else {
+                out[..cols].copy_from_slice(&row[..cols]);
+            }
         }
         return;
     }
-    // B is a transposed matrix: its columns are contiguous. Eight of each at a time, so that lines stay in cache.
-    const STEP: usize = 8;
+    // B is a transposed matrix: its columns are contiguous. Squares of eight go through registers.
     assert_eq!(b.row_stride, 1, "one stride is 1");
-    for j0 in (0..cols).step_by(STEP) {
-        let columns = STEP.min(cols - j0);
-        let column = |j: usize| &b.data[(col + j0 + j) * b.col_stride + k0..][..depth];
-        if columns == STEP {
-            let source: [&[f32]; STEP] = std::array::from_fn(column);
-            for k in 0..depth {
-                let out = &mut panel[k * width + j0..][..STEP];
-                for j in 0..STEP {
-                    out[j] = source[j][k];
+    let column = |j: usize| &b.data[(col + j) * b.col_stride + k0..][..depth];
+    let whole = cols / SQUARE * SQUARE;
+    for j0 in (0..whole).step_by(SQUARE) {
+        let columns: [&[f32]; SQUARE] = std::array::from_fn(|j| column(j0 + j));
+        for k0 in (0..depth).step_by(SQUARE) {
+            let steps = SQUARE.min(depth - k0);
+            if steps == SQUARE {
+                let mut square = [[0.0; SQUARE]; SQUARE];
+                for (row, column) in square.iter_mut().zip(&columns) {
+                    row.copy_from_slice(&column[k0..][..SQUARE]);
                 }
-            }
-        } else {
-            for j in 0..columns {
-                for (k, value) in column(j).iter().enumerate() {
-                    panel[k * width + j0 + j] = *value;
+                for (k, row) in transpose(square).into_iter().enumerate() {
+                    panel[(k0 + k) * width + j0..][..SQUARE].copy_from_slice(&row);
+                }
+            } else {
+                for k in k0..depth {
+                    for (j, column) in columns.iter().enumerate() {
+                        panel[k * width + j0 + j] = column[k];
+                    }
                 }
             }
         }
     }
+    for j in whole..cols {
+        for (k, value) in column(j).iter().enumerate() {
+            panel[k * width + j] = *value;
+        }
+    }
+}
+
+const SQUARE: usize = 8;
+
+/// Exchanges rows and columns in three rounds, each of which exchanges halves of pairs of rows; the compiler makes
+/// shuffles of them.
+#[inline(always)]
+fn transpose(rows: [[f32; SQUARE]; SQUARE]) -> [[f32; SQUARE]; SQUARE] {
+    let mut rows = rows;
+    let mut half = SQUARE / 2;
+    while half > 0 {
+        let mut next = rows;
+        for i in 0..SQUARE {
+            for j in 0..SQUARE {
+                next[i][j] = match (i & half == 0, j & half == 0) {
+                    (true, false) => rows[i + half][j - half],
+                    (false, true) => rows[i - half][j + half],
+                    _ => rows[i][j],
+                };
+            }
+        }
+        rows = next;
+        half /= 2;
+    }
+    rows
 }
 
 /// A tile of C: up to TILE_ROWS rows of A, `depth` long, times one panel.
@@ -326,20 +364,25 @@ unsafe fn tile<S: Simd, const ROWS: usize>(simd: S, t: Tile<'_>) {
     for (i, sum) in sums.iter().enumerate() {
         for (half, &sum) in sum.iter().enumerate() {
             let from = half * S::F32_LANES;
-            if t.cols <= from {
-                continue;
-            }
-            // SAFETY: the caller vouches for `c`, and the slice ends at `cols`.
-            let c = unsafe {
-                let len = S::F32_LANES.min(t.cols - from);
-                std::slice::from_raw_parts_mut(t.c.add(i * t.c_row + from), len)
-            };
             let product = simd.mul_f32s(alpha, sum);
-            if t.output == Output::Set {
-                simd.partial_store_f32s(c, product);
-            } else {
-                let held = simd.partial_load_f32s(c);
-                simd.partial_store_f32s(c, simd.add_f32s(held, product));
+            if t.cols >= from + S::F32_LANES {
+                // SAFETY: the caller vouches for `c`, and a whole vector of it is left.
+                unsafe {
+                    let c = t.c.add(i * t.c_row + from).cast::<S::f32s>();
+                    let value = match t.output {
+                        Output::Set => product,
+                        Output::Add => simd.add_f32s(c.read_unaligned(), product),
+                    };
+                    c.write_unaligned(value);
+                }
+            } else if t.cols > from {
+                // SAFETY: the caller vouches for `c`, and the slice ends at `cols`.
+                let c = unsafe { std::slice::from_raw_parts_mut(t.c.add(i * t.c_row + from), t.cols - from) };
+                let value = match t.output {
+                    Output::Set => product,
+                    Output::Add => simd.add_f32s(simd.partial_load_f32s(c), product),
+                };
+                simd.partial_store_f32s(c, value);
             }
         }
     }
