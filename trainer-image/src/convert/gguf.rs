@@ -75,10 +75,6 @@ impl Gguf {
 
     /// A list of texts.
     pub(super) fn texts(&self, key: &str) -> Result<Vec<&str>, ConvertError> {
-        let text = |value| match value {
-            &Value::String(ref text) => Some(text.as_str()),
-            _ => None,
-        };
         self.list(key, text, "a list of strings")
     }
 
@@ -132,6 +128,13 @@ impl Gguf {
         tensor
             .and_then(|tensor| tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
             .map_err(|source| ConvertError::Damaged { path: self.path.clone(), source })
+    }
+}
+
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::String(text) => Some(text),
+        _ => None,
     }
 }
 

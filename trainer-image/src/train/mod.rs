@@ -73,7 +73,7 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     run.resume()?;
 
     context.progress.stage(TrainStage::Training);
-    if run.to_the_end()?.is_break() {
+    if run.steps_to_the_end()?.is_break() {
         run.checkpoint()?;
         return Ok(Outcome::Preempted { step: run.history.step });
     }
@@ -210,7 +210,7 @@ impl<'a> Run<'a> {
     }
 
     /// Steps and evaluations until all are done, or until the run is stopped.
-    fn to_the_end(&mut self) -> Result<ControlFlow<()>, Error> {
+    fn steps_to_the_end(&mut self) -> Result<ControlFlow<()>, Error> {
         let total = self.inputs.batches.total_steps();
         loop {
             if self.is_evaluation_due() && self.evaluate()?.is_break() {
