@@ -8,6 +8,8 @@ mod apply;
 mod conditions;
 mod context;
 pub mod controller;
+#[cfg(test)]
+mod fixtures;
 mod labels;
 mod lease;
 mod metrics;

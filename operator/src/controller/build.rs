@@ -295,3 +295,6 @@ fn config_map(metadata: ObjectMeta, data: BTreeMap<String, String>) -> ConfigMap
 fn to_json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests;

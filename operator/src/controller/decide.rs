@@ -340,7 +340,8 @@ fn train(observed: &Observed, run: &Run, now: Timestamp, steps: &mut Vec<Step>) 
     }
     let wait = run.next_attempt_at().duration_since(now);
     if wait.is_positive() {
-        let message = format!("attempt {} ended: {}", run.attempt(), run.last_failure().unwrap_or_default());
+        let message =
+            format!("attempt {} ended: {}", observed.last_attempt(run), run.last_failure().unwrap_or_default());
         let state = State::new(Phase::Starting, reason::RETRYING, message);
         return State { requeue: wait.unsigned_abs().max(Duration::from_secs(1)), ..state };
     }
@@ -354,7 +355,7 @@ fn train(observed: &Observed, run: &Run, now: Timestamp, steps: &mut Vec<Step>) 
     let version = reserve(observed, run, report, &planned, steps);
     steps.push(Step::CreateAttempt {
         run: run.number,
-        attempt: run.attempt() + 1,
+        attempt: observed.last_attempt(run) + 1,
         version,
         planned: Box::new(planned),
         deadline: spec.active_deadline_seconds.map(|seconds| (seconds - run.seconds_taken()).max(1)),
@@ -390,8 +391,8 @@ fn gave_up(observed: &Observed, run: &Run) -> Option<State> {
     match &ending.cause {
         Cause::Final { message } => failed(reason::TRAINING_FAILED, message.clone()),
         Cause::Done { .. } => failed(reason::TRAINING_FAILED, "the pod left the report of another subcommand".into()),
-        Cause::Failed { message } if i64::from(run.failures()) > i64::from(spec.backoff_limit) => {
-            let times = run.failures();
+        _ if i64::from(run.failures()) > i64::from(spec.backoff_limit) => {
+            let (times, message) = (run.failures(), run.last_failure().unwrap_or_default());
             failed(reason::BACKOFF_LIMIT_EXCEEDED, format!("failed {times} times, backoffLimit reached: {message}"))
         }
         _ if deadline.is_some_and(|seconds| run.seconds_taken() >= seconds) => {

@@ -2,8 +2,6 @@
 
 mod build;
 pub mod decide;
-#[cfg(test)]
-mod fixtures;
 mod observe;
 pub mod observed;
 mod status;

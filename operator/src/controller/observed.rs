@@ -85,6 +85,14 @@ impl Observed {
         self.runs.keys().last().copied().unwrap_or(0).max(from_status) + 1
     }
 
+    /// Number of the last attempt of a run. A suspended attempt's Job is gone: the status remembers its number, so that
+    /// no name is used twice, and a cache that lags behind leads to a conflict.
+    pub fn last_attempt(&self, run: &Run) -> u32 {
+        let status = self.job.status.as_ref().and_then(|status| status.run.as_ref());
+        let remembered = status.filter(|status| status.number == run.number).map_or(0, |status| status.attempt);
+        run.attempts.last().map_or(0, |attempt| attempt.attempt).max(remembered)
+    }
+
     /// The lowest version that nobody has, given what preflight saw in the store.
     pub fn next_version(&self, preflight: &PreflightReport) -> u32 {
         let recorded = self.versions.iter().map(|version| version.spec.version).max().unwrap_or(0);
@@ -125,11 +133,6 @@ impl Run {
             attempt.ending().is_some_and(|ending| matches!(ending.cause, Cause::Failed { .. } | Cause::Final { .. }))
         };
         self.attempts.iter().filter(failed).count() as u32
-    }
-
-    /// Number of the last attempt, 0 before the first.
-    pub fn attempt(&self) -> u32 {
-        self.attempts.last().map_or(0, |attempt| attempt.attempt)
     }
 
     /// Why the last attempt that is over failed.

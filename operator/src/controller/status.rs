@@ -47,7 +47,7 @@ pub fn status(observed: &Observed, state: &State, now: Timestamp) -> FineTuneJob
         progress: run.and_then(|run| progress(observed, run, &previous)),
         plan: current_plan(observed, run),
         latest_version: run.and_then(|run| run.version.clone()).or_else(|| previous.latest_version.clone()),
-        history: history(run, state, &previous, now),
+        history: history(observed, run, state, &previous, now),
     }
 }
 
@@ -124,7 +124,7 @@ fn run_status(
     let over = is_over(state.phase).then(|| before.and_then(|before| before.completion_time.clone()));
     RunStatus {
         number: run.number,
-        attempt: run.attempt(),
+        attempt: observed.last_attempt(run),
         failures: run.failures(),
         input_digest: digest,
         base_digest: report.map(|report| report.base_digest.clone()),
@@ -168,7 +168,13 @@ fn current_plan(observed: &Observed, run: Option<&Run>) -> Option<Plan> {
 }
 
 /// The runs that ended, newest first. A run that goes on again (because backoffLimit was raised) leaves it.
-fn history(run: Option<&Run>, state: &State, previous: &FineTuneJobStatus, now: Timestamp) -> Vec<RunRecord> {
+fn history(
+    observed: &Observed,
+    run: Option<&Run>,
+    state: &State,
+    previous: &FineTuneJobStatus,
+    now: Timestamp,
+) -> Vec<RunRecord> {
     let number = run.map(|run| run.number);
     let mut history = previous.history.clone();
     if let Some(before) = previous.run.as_ref().filter(|before| Some(before.number) != number)
@@ -194,7 +200,7 @@ fn history(run: Option<&Run>, state: &State, previous: &FineTuneJobStatus, now: 
                 RunRecord {
                     number: run.number,
                     phase: state.phase,
-                    attempts: run.attempt(),
+                    attempts: observed.last_attempt(run),
                     version: run.version.clone(),
                     message: (state.phase == Phase::Failed).then(|| state.message.clone()),
                     completion_time: known.and_then(|known| known.completion_time).or(Some(Time(now))),
@@ -204,4 +210,157 @@ fn history(run: Option<&Run>, state: &State, previous: &FineTuneJobStatus, now: 
     }
     history.truncate(HISTORY);
     history
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        controller::decide::decide,
+        fixtures::{
+            at, attempt, ended, failed, job, observed, observed_checked, observed_run, task, trained, version,
+            with_pods,
+        },
+        trainer::Pods,
+    };
+
+    fn status_of(observed: &Observed) -> FineTuneJobStatus {
+        let now = at(10_000);
+        status(observed, &decide(observed, now).state, now)
+    }
+
+    fn verdict<'a>(status: &'a FineTuneJobStatus, type_: &str) -> (&'a str, &'a str) {
+        let condition = status.conditions.iter().find(|condition| condition.type_ == type_).unwrap();
+        assert_eq!(condition.observed_generation, Some(1), "{type_}");
+        (&condition.status, &condition.reason)
+    }
+
+    fn succeeded() -> Observed {
+        let job = job(json!({}));
+        let mut observed = observed_checked(job.clone(), |run| {
+            run.task = Some(task(&job, 1, 1, "sha256:x"));
+            run.attempts = vec![ended(attempt(1), trained(1))];
+            run.version = Some("support-v1".into());
+        });
+        observed.versions = vec![version(1, "sha256:x", Some(tunesmith_crds::AdapterVersionPhase::Available))];
+        observed
+    }
+
+    #[test]
+    fn a_job_has_every_condition_from_its_first_reconcile_on() {
+        let status = status_of(&observed(job(json!({}))));
+        assert_eq!(status.observed_generation, Some(1));
+        let types: Vec<&str> = status.conditions.iter().map(|condition| condition.type_.as_str()).collect();
+        assert_eq!(types, [READY, RECONCILING, STALLED, PREFLIGHT_PASSED, QUOTA_RESERVED, PODS_READY, PUBLISHED]);
+        assert_eq!(verdict(&status, READY), ("False", reason::PREFLIGHT));
+        assert_eq!(verdict(&status, RECONCILING), ("True", reason::PREFLIGHT));
+        assert_eq!(verdict(&status, STALLED), ("False", reason::PREFLIGHT));
+        assert_eq!(status.plan.map(|plan| plan.gpu_class), Some("cpu".into()));
+    }
+
+    #[test]
+    fn a_job_that_waits_for_its_user_is_stalled_and_not_reconciling() {
+        let mut observed = observed(job(json!({})));
+        observed.offers.classes.clear();
+        let status = status_of(&observed);
+        assert_eq!(verdict(&status, STALLED), ("True", reason::NO_GPU_CLASS));
+        assert_eq!(verdict(&status, RECONCILING).0, "False");
+        let suspended = status_of(&observed_run(job(json!({"suspend": true})), |_| {}));
+        assert_eq!(verdict(&suspended, STALLED), ("False", reason::SUSPENDED));
+        assert_eq!(verdict(&suspended, RECONCILING).0, "False");
+    }
+
+    #[test]
+    fn a_job_that_the_cluster_refuses_is_queued_with_quota_not_reserved() {
+        let observed = observed_checked(job(json!({})), |_| {});
+        let refusal = Refusal { reason: reason::ADMISSION_REFUSED, message: "webhook down".into() };
+        let state = refused(decide(&observed, at(10_000)).state, Some(refusal));
+        let status = status(&observed, &state, at(10_000));
+        assert_eq!((status.phase, status.message.as_deref()), (Some(Phase::Queued), Some("webhook down")));
+        assert_eq!(verdict(&status, QUOTA_RESERVED), ("False", reason::ADMISSION_REFUSED));
+        assert_eq!(verdict(&status, PREFLIGHT_PASSED), ("True", reason::INPUTS_CHECKED));
+    }
+
+    #[test]
+    fn a_success_is_ready_and_stays_the_same_when_looked_at_again() {
+        let mut observed = succeeded();
+        let first = status_of(&observed);
+        assert_eq!(verdict(&first, READY), ("True", reason::PUBLISHED));
+        assert_eq!(verdict(&first, PUBLISHED).0, "True");
+        assert_eq!(verdict(&first, PODS_READY).0, "False");
+        assert_eq!(first.latest_version.as_deref(), Some("support-v1"));
+        assert_eq!(first.progress.as_ref().map(|progress| progress.summary.as_str()), Some("400/400"));
+        assert_eq!(first.history.len(), 1);
+        observed.job.status = Some(first.clone());
+        let now = at(20_000);
+        assert_eq!(status(&observed, &decide(&observed, now).state, now), first);
+    }
+
+    #[test]
+    fn the_last_failure_is_the_reason_for_reconciling_while_the_next_attempt_runs() {
+        let running = Pods::Running { address: None, since: None };
+        let status = status_of(&observed_checked(job(json!({})), |run| {
+            run.attempts = vec![ended(attempt(1), failed("store down")), with_pods(attempt(2), running)];
+        }));
+        assert_eq!(verdict(&status, RECONCILING), ("True", reason::RETRYING));
+        assert_eq!(verdict(&status, PODS_READY), ("True", reason::TRAINING));
+        let run = status.run.unwrap();
+        assert_eq!((run.attempt, run.failures), (2, 1));
+    }
+
+    #[test]
+    fn gpu_seconds_count_the_gpus_of_each_attempt() {
+        let status = status_of(&observed_checked(job(json!({})), |run| {
+            let mut attempt = ended(attempt(1), failed("x"));
+            attempt.plan = Some(Plan { pods: 4, gpus_per_pod: 2, ..Plan::default() });
+            run.attempts = vec![attempt];
+        }));
+        assert_eq!(status.run.unwrap().gpu_seconds, 90 * 8);
+    }
+
+    #[test]
+    fn a_run_that_a_changed_spec_has_ended_stays_in_the_history() {
+        let mut observed = observed_checked(job(json!({})), |_| {});
+        observed.job.status = Some(status_of(&observed));
+        observed.job.spec.training.seed += 1;
+        let status = status_of(&observed);
+        let [record] = &status.history[..] else { panic!("{:?}", status.history) };
+        assert_eq!((record.number, record.phase), (1, Phase::Failed));
+        assert!(record.message.as_deref().unwrap().contains("change of the spec"));
+    }
+
+    #[test]
+    fn a_failed_run_that_goes_on_leaves_the_history() {
+        let failing = |job| {
+            observed_checked(job, |run| {
+                run.attempts = vec![ended(attempt(1), failed("a")), ended(attempt(2), failed("b"))];
+            })
+        };
+        let over = status_of(&failing(job(json!({}))));
+        assert_eq!((over.phase, over.history.len()), (Some(Phase::Failed), 1));
+        let mut raised = failing(job(json!({"backoffLimit": 5})));
+        raised.job.status = Some(over);
+        let status = status_of(&raised);
+        assert_eq!((status.phase, status.history.len()), (Some(Phase::Starting), 0));
+        assert_eq!(status.run.unwrap().completion_time, None);
+    }
+
+    #[test]
+    fn the_history_keeps_the_last_10_runs() {
+        let mut observed = succeeded();
+        let record = |number| RunRecord {
+            number,
+            phase: Phase::Failed,
+            attempts: 1,
+            version: None,
+            message: None,
+            completion_time: None,
+        };
+        observed.job.status =
+            Some(FineTuneJobStatus { history: (2..=11).map(record).collect(), ..FineTuneJobStatus::default() });
+        let history = status_of(&observed).history;
+        assert_eq!((history.len(), history[0].number, history[9].number), (10, 1, 10));
+    }
 }

@@ -152,3 +152,86 @@ fn waits(observed: &Observed, pods: &Pods, last_failure: Option<&str>) -> State 
         _ => State::verifying("compares the files with the manifest"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tunesmith_crds::run::VerifyReport;
+
+    use super::*;
+    use crate::{
+        fixtures::{at, ended, trainer_job, version},
+        trainer::Stage,
+    };
+
+    fn job() -> TrainerJob {
+        trainer_job("support-v1-verify", Stage::Verify, 0)
+    }
+
+    fn observed(phase: Option<Phase>, job: Option<TrainerJob>) -> Observed {
+        Observed { version: version(1, "sha256:x", phase), job, refusal: None }
+    }
+
+    fn reported(verdict: Verdict, message: &str) -> TrainerJob {
+        let report = VerifyReport { verdict, message: message.into() };
+        ended(job(), Cause::Done { outcome: Outcome::Verified(report) })
+    }
+
+    fn removes(decision: &Decision) -> bool {
+        matches!(&decision.steps[..], [Step::Remove { .. }])
+    }
+
+    #[test]
+    fn a_new_version_is_verified() {
+        let decision = decide(&observed(None, None), at(1000));
+        assert_eq!((decision.steps, decision.state.phase), (vec![Step::Start], Phase::Verifying));
+    }
+
+    #[test]
+    fn the_report_is_the_verdict_and_the_job_goes() {
+        for (verdict, phase, reason) in [
+            (Verdict::Intact, Phase::Available, reason::VERIFIED),
+            (Verdict::Corrupt, Phase::Rejected, reason::REJECTED),
+            (Verdict::Missing, Phase::Missing, reason::MISSING),
+        ] {
+            let decision = decide(&observed(Some(Phase::Verifying), Some(reported(verdict, ""))), at(1000));
+            assert_eq!((decision.state.phase, decision.state.reason), (phase, reason));
+            assert!(removes(&decision) && !decision.state.message.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_verdict_is_final_and_cleans_up_after_itself() {
+        let decision = decide(&observed(Some(Phase::Available), None), at(1000));
+        assert_eq!((decision.steps.len(), decision.state.phase), (0, Phase::Available));
+        let left_behind = observed(Some(Phase::Available), Some(reported(Verdict::Corrupt, "")));
+        let decision = decide(&left_behind, at(1000));
+        assert!(removes(&decision));
+        assert_eq!(decision.state.phase, Phase::Available);
+    }
+
+    #[test]
+    fn a_verification_that_failed_is_tried_again_later() {
+        let down = Some(ended(job(), Cause::Failed { message: "the store is down".into() }));
+        let soon = decide(&observed(None, down.clone()), at(101));
+        assert_eq!((soon.steps.len(), soon.state.phase, soon.state.reason), (0, Phase::Verifying, reason::RETRYING));
+        assert_eq!(soon.state.message, "the store is down");
+        assert_eq!(soon.state.requeue, Some(Duration::from_secs(299)));
+        assert!(removes(&decide(&observed(None, down), at(400))));
+    }
+
+    #[test]
+    fn a_disrupted_verification_starts_again_at_once() {
+        let disrupted = ended(job(), Cause::Disrupted { message: "its node went".into() });
+        let decision = decide(&observed(None, Some(disrupted)), at(101));
+        assert!(removes(&decision));
+        assert_eq!(decision.state.phase, Phase::Verifying);
+    }
+
+    #[test]
+    fn what_keeps_the_pod_from_running_is_told() {
+        let mut waiting = observed(None, Some(job()));
+        waiting.refusal = Some(Refusal { reason: reason::QUOTA_EXCEEDED, message: "no room".into() });
+        let state = decide(&waiting, at(1000)).state;
+        assert_eq!((state.reason, state.message.as_str()), (reason::QUOTA_EXCEEDED, "no room"));
+    }
+}

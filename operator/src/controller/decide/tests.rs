@@ -5,7 +5,7 @@ use tunesmith_crds::{FineTuneJob, run::LiveProgress};
 
 use super::*;
 use crate::{
-    controller::fixtures::{
+    fixtures::{
         at, attempt, class, ended, failed, job, observed, observed_checked, observed_run, passed, task, train_report,
         trained, trainer_job, version, with_pods,
     },

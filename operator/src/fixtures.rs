@@ -11,8 +11,8 @@ use tunesmith_crds::{
     run::{ModelShape, Outcome, PreflightReport, TrainReport, TrainTask},
 };
 
-use super::observed::{Named, Observed, Run};
 use crate::{
+    controller::observed::{Named, Observed, Run},
     plan::Offers,
     trainer::{Cause, Ending, JobState, Pods, Stage, TrainerJob},
 };
