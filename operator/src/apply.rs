@@ -211,3 +211,115 @@ where
     api.patch_status(&object.name_any(), &PatchParams::apply(OPERATOR).force(), &Patch::Apply(patch)).await?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+    use tunesmith_crds::FineTuneJobStatus;
+
+    use super::*;
+    use crate::{
+        fixtures::job,
+        mock::{ApiServer, api_server},
+    };
+
+    fn owned_job(uid: &str, run: &str) -> Value {
+        json!({
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {
+                "name": "j-1-1",
+                "labels": {RUN_LABEL: run},
+                "ownerReferences": [{"apiVersion": "v1", "kind": "FineTuneJob", "name": "j", "uid": uid}],
+            },
+        })
+    }
+
+    fn creation() -> Vec<Change> {
+        vec![Change::CreateJob(Box::new(serde_json::from_value(owned_job("ours", "1")).unwrap()))]
+    }
+
+    /// Applies changes while `scenario` plays the API server.
+    async fn played<F>(
+        changes: Vec<Change>,
+        scenario: impl FnOnce(ApiServer) -> F,
+    ) -> Result<Option<Refusal>, ApplyError>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let (client, server) = api_server();
+        let server = tokio::spawn(scenario(server));
+        let result = apply(&client, "team", changes).await;
+        server.await.unwrap();
+        result
+    }
+
+    #[tokio::test]
+    async fn a_job_that_is_there_already_and_ours_counts_as_created() {
+        let result = played(creation(), |mut server| async move {
+            let call = server.refuse(409, "AlreadyExists", "exists").await;
+            assert!(call.line.starts_with("POST /apis/batch/v1/namespaces/team/jobs?"), "{}", call.line);
+            server.answer(200, owned_job("ours", "1")).await;
+        });
+        assert_eq!(result.await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_job_of_another_owner_or_run_is_waited_for() {
+        for (uid, run) in [("another's", "1"), ("ours", "2")] {
+            let result = played(creation(), move |mut server| async move {
+                server.refuse(409, "AlreadyExists", "exists").await;
+                server.answer(200, owned_job(uid, run)).await;
+            });
+            let refusal = result.await.unwrap().unwrap();
+            assert!(refusal.message.contains("Job j-1-1 is there already"), "{}", refusal.message);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refused_creation_ends_the_list_and_is_named() {
+        let changes = [creation(), creation()].concat();
+        let result = played(changes, |mut server| async move {
+            server.refuse(403, "Forbidden", "jobs.batch \"j-1-1\" is forbidden: exceeded quota: team").await;
+        });
+        assert_eq!(result.await.unwrap().unwrap().reason, reason::QUOTA_EXCEEDED);
+    }
+
+    #[tokio::test]
+    async fn an_api_server_that_fails_is_an_error_and_no_refusal() {
+        let result = played(creation(), |mut server| async move {
+            server.refuse(503, "ServiceUnavailable", "etcd is down").await;
+        });
+        assert!(result.await.unwrap_err().to_string().starts_with("cannot create Job j-1-1"));
+    }
+
+    #[tokio::test]
+    async fn a_job_is_deleted_with_its_pods_and_only_if_it_is_the_one_that_was_meant() {
+        let changes = vec![Change::DeleteJob { name: "j-1-1".into(), uid: "u".into() }; 2];
+        let result = played(changes, |mut server| async move {
+            let call = server.answer(200, owned_job("ours", "1")).await;
+            assert_eq!(call.line, "DELETE /apis/batch/v1/namespaces/team/jobs/j-1-1?");
+            assert_eq!(call.body["propagationPolicy"], "Foreground");
+            assert_eq!(call.body["preconditions"]["uid"], "u");
+            server.refuse(404, "NotFound", "gone").await;
+        });
+        assert_eq!(result.await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_status_is_applied_for_one_uid_under_one_field_manager() {
+        let (client, mut server) = api_server();
+        let server = tokio::spawn(async move {
+            let call = server.answer(200, serde_json::to_value(job(json!({}))).unwrap()).await;
+            assert_eq!(
+                call.line,
+                "PATCH /apis/tunesmith.dev/v1alpha1/namespaces/team/finetunejobs/j/status?&force=true&fieldManager=tunesmith-operator"
+            );
+            assert_eq!(call.body["metadata"], json!({"name": "j", "uid": "uid-j"}));
+            assert_eq!(call.body["status"]["message"], "hello");
+        });
+        let status = FineTuneJobStatus { message: Some("hello".into()), ..Default::default() };
+        apply_status(&client, &job(json!({})), &status).await.unwrap();
+        server.await.unwrap();
+    }
+}

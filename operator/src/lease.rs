@@ -170,3 +170,88 @@ fn won(written: Result<Lease, kube::Error>) -> Result<Option<String>, kube::Erro
         Err(error) => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::mock::api_server;
+
+    fn held_by(holder: &str, version: &str) -> Value {
+        json!({
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": "l", "resourceVersion": version},
+            "spec": {"holderIdentity": holder, "leaseDurationSeconds": 15, "leaseTransitions": 2},
+        })
+    }
+
+    fn lease(client: Client) -> LeaderLease {
+        LeaderLease::new(client, "ns", "l".into(), "me".into())
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_is_not_there_is_created() {
+        let (client, mut server) = api_server();
+        let server = tokio::spawn(async move {
+            server.refuse(404, "NotFound", "not found").await;
+            let call = server.answer(201, held_by("me", "1")).await;
+            assert!(call.line.starts_with("POST "), "{}", call.line);
+            assert_eq!(call.body["spec"]["holderIdentity"], "me");
+        });
+        assert_eq!(lease(client).reach(&mut None).await.unwrap(), None);
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_renewal_carries_the_resource_version_that_was_read() {
+        let (client, mut server) = api_server();
+        let server = tokio::spawn(async move {
+            server.answer(200, held_by("me", "7")).await;
+            let call = server.answer(200, held_by("me", "8")).await;
+            assert!(call.line.starts_with("PUT "), "{}", call.line);
+            assert_eq!(call.body["metadata"]["resourceVersion"], "7");
+            assert_eq!(call.body["spec"]["leaseTransitions"], 2);
+        });
+        assert_eq!(lease(client).reach(&mut None).await.unwrap(), None);
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn of_two_replicas_that_reach_at_once_the_slower_one_waits() {
+        let (client, mut server) = api_server();
+        let server = tokio::spawn(async move {
+            server.answer(200, held_by("", "7")).await;
+            server.refuse(409, "Conflict", "the object has been modified").await;
+        });
+        assert!(lease(client).reach(&mut None).await.unwrap().is_some());
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn another_replicas_lease_is_taken_only_after_it_has_not_changed_for_its_whole_duration() {
+        let (client, mut server) = api_server();
+        let server = tokio::spawn(async move {
+            server.answer(200, held_by("other", "7")).await;
+            server.answer(200, held_by("other", "7")).await;
+            let call = server.answer(200, held_by("me", "8")).await;
+            assert_eq!(call.body["spec"]["leaseTransitions"], 3);
+        });
+        let lease = lease(client);
+        let mut seen = None;
+        assert_eq!(lease.reach(&mut seen).await.unwrap().as_deref(), Some("other"));
+        let long_ago = Instant::now().checked_sub(DURATION).unwrap();
+        seen = Some(Seen { resource_version: Some("7".into()), at: long_ago });
+        assert_eq!(lease.reach(&mut seen).await.unwrap(), None);
+        server.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_holder_that_finds_another_name_in_its_lease_has_lost_it() {
+        let (client, mut server) = api_server();
+        let server = tokio::spawn(async move { server.answer(200, held_by("other", "9")).await });
+        assert!(matches!(lease(client).keep().await, LeaseError::Lost(holder) if holder == "other"));
+        server.await.unwrap();
+    }
+}

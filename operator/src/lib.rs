@@ -13,6 +13,8 @@ mod fixtures;
 mod labels;
 mod lease;
 mod metrics;
+#[cfg(test)]
+mod mock;
 mod nodes;
 mod options;
 pub mod plan;
