@@ -22,13 +22,14 @@ lint: rust ## Formatting and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 
+# Every command selects the whole workspace, so that cargo resolves features once and builds dependencies once.
 unit: rust ## Unit, property and fixture tests
-	$(CARGO) test --workspace --exclude tunesmith-e2e
+	$(CARGO) test --workspace
 
 e2e: rust ## The chart, and the tests on a real cluster (KEEP=1 leaves it up)
-	$(CARGO) build --bins --examples -p tunesmith-operator -p tunesmith-trainer -p tunesmith-e2e
-	$(CARGO) test -p tunesmith-e2e -- --nocapture --test-threads 4; status=$$?; \
-	  $(if $(KEEP),,$(CARGO) run --quiet -p tunesmith-e2e --bin cluster -- down --name tunesmith-e2e;) exit $$status
+	$(CARGO) build --workspace --bins --examples
+	$(CARGO) test --workspace --test chart --test cluster -- --nocapture --test-threads 4; status=$$?; \
+	  $(if $(KEEP),,$(or $(CARGO_TARGET_DIR),target)/debug/cluster down --name tunesmith-e2e;) exit $$status
 
 generate: rust ## Write crds/yaml and the chart's CRDs from the Rust types
 	$(CARGO) run --quiet -p tunesmith-crds --bin crdgen
