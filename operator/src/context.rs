@@ -9,7 +9,10 @@ use std::{
 use futures::future::{BoxFuture, Shared};
 use kube::{
     Client, Resource, ResourceExt,
-    runtime::events::{Event, EventType, Recorder},
+    runtime::{
+        controller,
+        events::{Event, EventType, Recorder},
+    },
 };
 
 use crate::{labels::OPERATOR, metrics::Metrics, trainer::Image};
@@ -65,6 +68,18 @@ impl Context {
         if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
             tracing::warn!(%error, reason, "cannot publish an event");
         }
+    }
+}
+
+/// Logs a reconcile or a watch that failed. An object that is gone when its turn comes is no failure.
+pub async fn log_failure<T, E, Q>(controller: &'static str, result: Result<T, controller::Error<E, Q>>)
+where
+    E: std::error::Error + 'static,
+    Q: std::error::Error + 'static,
+{
+    match result {
+        Ok(_) | Err(controller::Error::ObjectNotFound(_)) => {}
+        Err(error) => tracing::warn!(controller, %error, "reconcile failed"),
     }
 }
 

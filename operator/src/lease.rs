@@ -148,7 +148,7 @@ impl LeaderLease {
                 holder_identity: Some(self.identity.clone()),
                 lease_duration_seconds: Some(DURATION.as_secs() as i32),
                 acquire_time: if stays { spec.acquire_time } else { Some(now.clone()) },
-                lease_transitions: Some(spec.lease_transitions.unwrap_or(0) + i32::from(!stays)),
+                lease_transitions: Some(spec.lease_transitions.map_or(0, |times| times + i32::from(!stays))),
                 renew_time: Some(now),
                 ..spec
             }),

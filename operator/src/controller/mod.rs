@@ -9,7 +9,7 @@ mod watches;
 
 use std::sync::Arc;
 
-use futures::{StreamExt, future::ready};
+use futures::StreamExt;
 use k8s_openapi::jiff::Timestamp;
 use kube::{ResourceExt, runtime::controller::Action};
 use tunesmith_crds::{FineTuneJob, FineTuneJobPhase, FineTuneJobStatus, conditions::reason};
@@ -21,7 +21,7 @@ use self::{
 };
 use crate::{
     apply::{ApplyError, apply, apply_status},
-    context::{Context, Outcome, Stop},
+    context::{Context, Outcome, Stop, log_failure},
 };
 
 /// Name of the controller in metrics and logs.
@@ -64,12 +64,7 @@ pub async fn run(context: Arc<Context>, stop: Stop) {
     controller
         .graceful_shutdown_on(stop)
         .run(reconcile, retry, reconciler)
-        .for_each(|result| {
-            if let Err(error) = result {
-                tracing::warn!(controller = NAME, %error, "reconcile failed");
-            }
-            ready(())
-        })
+        .for_each(|result| log_failure(NAME, result))
         .await;
 }
 

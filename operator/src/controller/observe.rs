@@ -67,6 +67,7 @@ pub async fn observe(client: &Client, caches: &Caches, job: &FineTuneJob) -> Res
         Some(active) => refusal::of_job(client, &namespace, active).await.map_err(failed("why a Job has no pods"))?,
         None => None,
     };
+    let is_training = active.as_ref().is_some_and(|active| active.stage == Stage::Train);
     let live = match active.as_ref().map(|active| (active.stage, &active.state)) {
         Some((Stage::Train, JobState::Active { pods: Pods::Running { address: Some(address), .. }, .. })) => {
             progress::poll(*address).await
@@ -76,7 +77,7 @@ pub async fn observe(client: &Client, caches: &Caches, job: &FineTuneJob) -> Res
     Ok(Some(Observed {
         versions: read_versions(client, caches, &job, &runs).await?,
         reserved: reserved_by_others(caches, &job),
-        offers: read_offers(client, caches).await?,
+        offers: read_offers(client, caches, !is_training).await?,
         refusal,
         live,
         runs,
@@ -156,9 +157,10 @@ fn reserved_by_others(caches: &Caches, job: &FineTuneJob) -> u32 {
     reserved.map(|task| task.version).max().unwrap_or(0)
 }
 
-async fn read_offers(client: &Client, caches: &Caches) -> Result<Offers, ObserveError> {
+/// What the cluster offers. Nodes are read only if a plan is to be made from them.
+async fn read_offers(client: &Client, caches: &Caches, plans: bool) -> Result<Offers, ObserveError> {
     let classes: Vec<GpuClass> = caches.classes.state().iter().map(|class| (**class).clone()).collect();
-    let nodes = match classes.iter().any(|class| needs_nodes(&class.spec)) {
+    let nodes = match plans && classes.iter().any(|class| needs_nodes(&class.spec)) {
         // Any version of the list will do, so that the API server can answer from its cache.
         true => {
             Api::<Node>::all(client.clone())

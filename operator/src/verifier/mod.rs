@@ -6,7 +6,7 @@ mod status;
 
 use std::sync::Arc;
 
-use futures::{StreamExt, future::ready};
+use futures::StreamExt;
 use k8s_openapi::{api::batch::v1::Job, jiff::Timestamp};
 use kube::{
     Api, ResourceExt,
@@ -17,7 +17,7 @@ use tunesmith_crds::{AdapterVersion, names::STAGE_LABEL};
 use self::decide::{Observed, Step, decide};
 use crate::{
     apply::{ApplyError, Change, apply, apply_status},
-    context::{Context, Outcome, Stop},
+    context::{Context, Outcome, Stop, log_failure},
     refusal,
     trainer::{Stage, TrainerJob, job::fresh_pods},
 };
@@ -61,12 +61,7 @@ pub async fn run(context: Arc<Context>, stop: Stop) {
         .owns(Api::<Job>::all(context.client.clone()), verifications)
         .graceful_shutdown_on(stop)
         .run(reconcile, retry, context)
-        .for_each(|result| {
-            if let Err(error) = result {
-                tracing::warn!(controller = NAME, %error, "reconcile failed");
-            }
-            ready(())
-        })
+        .for_each(|result| log_failure(NAME, result))
         .await;
 }
 
