@@ -62,7 +62,11 @@ async fn a_wrong_s3_key_is_named_and_never_shown() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attempt_that_runs_out_of_memory_is_tried_again_as_often_as_allowed() -> Result<()> {
     let team = Tenant::new("oom").await?;
-    let text = failure(&team, json!({"resources": {"memory": "12Mi"}, "backoffLimit": 1})).await?;
+    // All rows at once: activations that no pod of this size can hold.
+    team.write("datasets", "train.jsonl", &rows(3000).join("\n")).await?;
+    let greedy =
+        json!({"training": {"perDeviceTrainBatchSize": 3000}, "resources": {"memory": "64Mi"}, "backoffLimit": 1});
+    let text = failure(&team, greedy).await?;
     assert!(text.contains("memory"), "{text}");
     assert_eq!(team.training_jobs("doomed").await?.len(), 2);
     Ok(())

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tunesmith_crds::FineTuneJobPhase;
 
 use crate::{
-    tenant::{Tenant, phase_of},
+    tenant::{Tenant, phase_of, runs},
     testbed::OPERATOR_NAMESPACE,
 };
 
@@ -58,8 +58,8 @@ async fn a_killed_training_resumes_from_its_checkpoint_and_gives_the_same_weight
     for (step, grace) in [(30, None), (120, Some(0))] {
         team.until_step("killed", step).await?;
         let pods = team.pods("killed", Some("train")).await?;
-        let running = pods.iter().find(|pod| pod.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Running"));
-        let name = running.and_then(|pod| pod.metadata.name.as_deref()).expect("a running pod");
+        let name =
+            pods.iter().find(|pod| runs(pod)).and_then(|pod| pod.metadata.name.as_deref()).expect("a running pod");
         let params = DeleteParams { grace_period_seconds: grace, ..DeleteParams::default() };
         team.api::<Pod>().delete(name, &params).await?;
     }
@@ -80,10 +80,7 @@ async fn a_suspended_job_gives_up_its_pods_and_goes_on_later() -> Result<()> {
     manifest["spec"]["suspend"] = true.into();
     team.apply(&manifest).await?;
     team.until_phase("paused", FineTuneJobPhase::Suspended).await?;
-    let running = |pods: Vec<Pod>| {
-        pods.into_iter().any(|pod| pod.status.and_then(|status| status.phase).as_deref() == Some("Running"))
-    };
-    assert!(!running(team.pods("paused", None).await?));
+    team.until_no_pod_runs("paused").await?;
     manifest["spec"]["suspend"] = false.into();
     team.apply(&manifest).await?;
     let job = team.until_phase("paused", FineTuneJobPhase::Succeeded).await?;

@@ -122,12 +122,21 @@ impl Tenant {
     /// Deletes a job and waits until its pods are gone too.
     pub async fn delete_job(&self, name: &str) -> Result<()> {
         self.api::<FineTuneJob>().delete(name, &DeleteParams::default()).await?;
+        self.until_pods(name, "gone", |pods| pods.is_empty()).await
+    }
+
+    /// Waits until the job's last pod has ended.
+    pub async fn until_no_pod_runs(&self, name: &str) -> Result<()> {
+        self.until_pods(name, "at an end", |pods| !pods.iter().any(runs)).await
+    }
+
+    async fn until_pods(&self, job: &str, what: &str, wanted: impl Fn(&[Pod]) -> bool) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        while !self.pods(name, None).await?.is_empty() || self.api::<FineTuneJob>().get_opt(name).await?.is_some() {
+        while !wanted(&self.pods(job, None).await?) {
             if Instant::now() > deadline {
-                bail!("pods of the deleted job {name} are still there");
+                bail!("pods of {job} are not {what}");
             }
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
         }
         Ok(())
     }
@@ -192,6 +201,11 @@ impl Tenant {
 fn selector(job: &str, stage: Option<&str>) -> ListParams {
     let stage = stage.map(|stage| format!(",{}={stage}", names::STAGE_LABEL)).unwrap_or_default();
     ListParams::default().labels(&format!("{}={job}{stage}", names::JOB_LABEL))
+}
+
+/// Whether a pod's containers run.
+pub fn runs(pod: &Pod) -> bool {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
 }
 
 /// The job's phase.
