@@ -20,7 +20,7 @@ use tunesmith_e2e::{Cluster, S3};
 use crate::testbed::{self, TINY_MODEL};
 
 /// Long enough for a busy machine of two cores.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// A team with a namespace, credentials and data of its own.
 pub struct Tenant {
