@@ -1,6 +1,7 @@
 # What there is to do. `make demo` and `make test` install all that they need.
 
 CARGO ?= cargo
+PROGRAMS := $(or $(CARGO_TARGET_DIR),target)
 
 # A cluster is taken from the command line only, so that an exported KUBECONFIG is never used by accident.
 ifeq ($(origin KUBECONFIG),command line)
@@ -13,8 +14,10 @@ endif
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# Every cargo command selects the whole workspace, so that features are resolved and dependencies built once.
 demo: rust ## From kubectl apply to a tuned adapter, on a local cluster or on KUBECONFIG=…
-	$(CARGO) run --quiet --release -p tunesmith-e2e --bin demo -- $(DEMO_FLAGS)
+	$(CARGO) build --release --workspace --bins
+	$(PROGRAMS)/release/demo $(DEMO_FLAGS)
 
 test: lint unit e2e ## Everything that must pass before a commit lands
 
@@ -22,14 +25,13 @@ lint: rust ## Formatting and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 
-# Every command selects the whole workspace, so that cargo resolves features once and builds dependencies once.
 unit: rust ## Unit, property and fixture tests
 	$(CARGO) test --workspace
 
 e2e: rust ## The chart, and the tests on a real cluster (KEEP=1 leaves it up)
 	$(CARGO) build --workspace --bins --examples
 	$(CARGO) test --workspace --test chart --test cluster -- --nocapture --test-threads 4; status=$$?; \
-	  $(if $(KEEP),,$(or $(CARGO_TARGET_DIR),target)/debug/cluster down --name tunesmith-e2e;) exit $$status
+	  $(if $(KEEP),,$(PROGRAMS)/debug/cluster down --name tunesmith-e2e;) exit $$status
 
 generate: rust ## Write crds/yaml and the chart's CRDs from the Rust types
 	$(CARGO) run --quiet -p tunesmith-crds --bin crdgen
@@ -38,7 +40,7 @@ oracle: rust ## Compare with transformers and PEFT (installs PyTorch, 6 GB)
 	e2e/oracle/run.sh
 
 bench: rust ## Speed and memory, beside PEFT where Python has it
-	e2e/oracle/bench.sh
+	$(CARGO) bench --package tunesmith-engine --bench trainer
 
 down: rust ## Remove the demo's cluster
 	e2e/cluster down

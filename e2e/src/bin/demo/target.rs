@@ -24,8 +24,6 @@ impl Target {
     pub(crate) fn local(name: &str, subnet: u8) -> Result<Self> {
         let toolchain = Toolchain::new()?;
         toolchain.install()?;
-        build_program("tunesmith-operator")?;
-        build_program("tunesmith-trainer")?;
         let images = Images::build()?;
         let cluster = Cluster::new(name, subnet)?;
         cluster.up()?;
@@ -44,7 +42,6 @@ impl Target {
 
     /// A cluster that the user has, with images that it can pull and a store that it can reach.
     pub(crate) fn existing(kubeconfig: PathBuf) -> Result<Self> {
-        build_program("tunesmith-trainer")?;
         let image = |name: &str, variable: &str| std::env::var(variable).with_context(|| how_to_push(name, variable));
         Ok(Self {
             kubeconfig,
@@ -106,18 +103,4 @@ fn how_to_push(name: &str, variable: &str) -> String {
          docker build -f {folder}/Containerfile -t REGISTRY/tunesmith-{name}:dev . && docker push REGISTRY/tunesmith-{name}:dev\n  \
          export {variable}=REGISTRY/tunesmith-{name}:dev\n"
     )
-}
-
-/// Builds a program in the profile of this one, beside it; by itself, as its Containerfile says.
-fn build_program(package: &str) -> Result<()> {
-    let step = Step::start(package);
-    step.note("some minutes the first time");
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(repository()).args(["build", "--quiet", "--bins", "--package", package]);
-    if programs_folder().ends_with("release") {
-        cargo.arg("--release");
-    }
-    run(&mut cargo)?;
-    step.done();
-    Ok(())
 }
