@@ -92,7 +92,10 @@ impl ModelFolder {
         if let Some(file) = REQUIRED.into_iter().find(|file| !present.contains(*file)) {
             return Err(missing(file, hint(&present)));
         }
-        let folder = location.on_disk().unwrap_or(work).to_owned();
+        let folder = match location.on_disk() {
+            Some(folder) => folder.to_owned(),
+            None => download_folder(location, work, &present)?,
+        };
         let fetch = |name: &str| fetch(location, &folder, name);
 
         let mut files = Vec::new();
@@ -137,6 +140,20 @@ fn hint(present: &BTreeSet<String>) -> &'static str {
         }
         _ => ": baseModel.uri must be a whole Hugging Face model folder",
     }
+}
+
+/// A folder of this model's own under `work`, without files of an earlier download that the model no longer has: the
+/// engine would take them for its weights.
+fn download_folder(location: &Location, work: &Path, present: &BTreeSet<String>) -> Result<PathBuf, StoreError> {
+    let digest = digest::of_bytes(location.uri().to_string().as_bytes());
+    let folder = work.join(&digest["sha256:".len()..][..16]);
+    for name in [WEIGHTS, INDEX].into_iter().chain(OPTIONAL).filter(|name| !present.contains(*name)) {
+        let path = folder.join(name);
+        if path.exists() {
+            fs::remove_file(&path).map_err(|source| StoreError::Disk { path, source })?;
+        }
+    }
+    Ok(folder)
 }
 
 /// Brings one file into `folder`, where it may be already, and tells its digest.

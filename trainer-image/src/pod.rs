@@ -70,3 +70,39 @@ pub fn report_to(path: &Path, work: impl FnOnce() -> Result<Outcome, Error>) -> 
     }
     code
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(work: impl FnOnce() -> Result<Outcome, Error>) -> (i32, Outcome) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let code = report_to(file.path(), work);
+        let text = fs::read_to_string(file.path()).unwrap();
+        (code, RunReport::from_termination_message(&text).unwrap().outcome)
+    }
+
+    #[test]
+    fn the_report_and_the_exit_code_say_the_same() {
+        let preempted = Outcome::Preempted { step: 7 };
+        assert_eq!(report(|| Ok(preempted.clone())), (exit_code::PREEMPTED, preempted));
+        let failed = Outcome::Failed { message: "no rows".into() };
+        assert_eq!(report(|| Err(Error::Input("no rows".into()))), (exit_code::BAD_INPUT, failed));
+    }
+
+    #[test]
+    fn a_panic_leaves_a_report_and_is_tried_again() {
+        let (code, outcome) = report(|| panic!("index {} of 3", 5));
+        assert_eq!(code, 1);
+        assert_eq!(outcome, Outcome::Failed { message: "internal error: index 5 of 3; please report it".into() });
+    }
+
+    #[test]
+    fn a_spec_of_another_release_is_refused_by_its_version() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), r#"{"schemaVersion": 9, "shape": "new"}"#).unwrap();
+        let error = read_spec::<RunSpec>(file.path()).unwrap_err();
+        assert_eq!(error.exit_code(), exit_code::BAD_SPEC);
+        assert!(error.to_string().contains("schemaVersion 9, this trainer reads 1"), "{error}");
+    }
+}
