@@ -30,7 +30,7 @@ fi
 cargo build --quiet --release -p tunesmith-engine --example oracle
 if cargo build --quiet --release -p tunesmith-trainer 2>/dev/null; then
     rm -rf "$cache/converted"
-    "$target/release/tunesmith-trainer" convert "$gguf" "$cache/converted"
+    "$target/release/tunesmith-trainer" convert "$gguf" --out "$cache/converted"
     set -- --converted "$cache/converted"
 fi
 if [ -n "${PUBLISHED:-}" ]; then

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import transformers
 from safetensors.numpy import save_file
 
 NAMES = {
@@ -65,6 +66,7 @@ def convert(path, out):
         "dtype": "float32",
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
 
 
 if __name__ == "__main__":

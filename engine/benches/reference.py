@@ -1,6 +1,6 @@
 """Times PEFT on the work of benches/trainer.rs; prints one line of JSON.
 
-usage: peft.py STEPS [MODEL]     without MODEL, SmolLM2-135M's shape with random weights
+usage: reference.py STEPS [MODEL]     without MODEL, SmolLM2-135M's shape with random weights
 """
 
 import json
@@ -37,12 +37,12 @@ model = peft.get_peft_model(model, lora).train()
 params = [p for p in model.parameters() if p.requires_grad]
 adamw = torch.optim.AdamW(params, lr=2e-4)
 
-times, losses = [], []
+times, cpu, losses = [], [], []
 for step in range(steps):
     # The tokens of benches/trainer.rs: each row predicts its own next token, and one more at its end.
     flat = [(7919 * i + 31 * step) % 4000 + 20 for i in range(ROWS * (LENGTH + 1))]
     ids = torch.tensor(flat).reshape(ROWS, LENGTH + 1)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     logits = model(input_ids=ids[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
@@ -50,7 +50,9 @@ for step in range(steps):
     adamw.step()
     adamw.zero_grad()
     times.append(time.perf_counter() - start)
+    cpu.append(time.process_time() - start_cpu)
     losses.append(loss.item())
 
 rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": times, "peak_rss_bytes": rss, "losses": losses, "threads": torch.get_num_threads()}))
+figures = {"seconds": times, "cpu_seconds": cpu, "peak_rss_bytes": rss, "losses": losses}
+print(json.dumps(figures | {"threads": torch.get_num_threads()}))
