@@ -212,6 +212,7 @@ impl<'a> Run<'a> {
     /// Steps and evaluations until all are done, or until the run is stopped.
     fn steps_to_the_end(&mut self) -> Result<ControlFlow<()>, Error> {
         let total = self.inputs.batches.total_steps();
+        self.show();
         loop {
             if self.is_evaluation_due() && self.evaluate()?.is_break() {
                 return Ok(Break(()));
