@@ -11,6 +11,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::simd::{dot, vectorize};
+use super::transpose::{COLUMNS, interleave};
 
 /// A matrix to read: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -263,61 +264,19 @@ fn pack(panel: &mut [f32], width: usize, b: &View<'_>, k0: usize, col: usize, co
         }
         return;
     }
-    // B is a transposed matrix: its columns are contiguous. Squares of eight go through registers.
+    // B is a transposed matrix: its columns are contiguous.
     assert_eq!(b.row_stride, 1, "one stride is 1");
     let column = |j: usize| &b.data[(col + j) * b.col_stride + k0..][..depth];
-    let whole = cols / SQUARE * SQUARE;
-    for j0 in (0..whole).step_by(SQUARE) {
-        let columns: [&[f32]; SQUARE] = std::array::from_fn(|j| column(j0 + j));
-        for k0 in (0..depth).step_by(SQUARE) {
-            let steps = SQUARE.min(depth - k0);
-            if steps == SQUARE {
-                let mut square = [[0.0; SQUARE]; SQUARE];
-                for (row, column) in square.iter_mut().zip(&columns) {
-                    row.copy_from_slice(&column[k0..][..SQUARE]);
-                }
-                for (k, row) in transpose(square).into_iter().enumerate() {
-                    panel[(k0 + k) * width + j0..][..SQUARE].copy_from_slice(&row);
-                }
-            } else {
-                for k in k0..depth {
-                    for (j, column) in columns.iter().enumerate() {
-                        panel[k * width + j0 + j] = column[k];
-                    }
-                }
-            }
-        }
+    let whole = cols / COLUMNS * COLUMNS;
+    for j in (0..whole).step_by(COLUMNS) {
+        let columns = std::array::from_fn(|i| column(j + i));
+        interleave(&columns, &mut panel[j..], width);
     }
     for j in whole..cols {
         for (k, value) in column(j).iter().enumerate() {
             panel[k * width + j] = *value;
         }
     }
-}
-
-const SQUARE: usize = 8;
-
-/// Exchanges rows and columns in three rounds, each of which exchanges halves of pairs of rows; the compiler makes
-/// shuffles of them.
-#[inline(always)]
-fn transpose(rows: [[f32; SQUARE]; SQUARE]) -> [[f32; SQUARE]; SQUARE] {
-    let mut rows = rows;
-    let mut half = SQUARE / 2;
-    while half > 0 {
-        let mut next = rows;
-        for i in 0..SQUARE {
-            for j in 0..SQUARE {
-                next[i][j] = match (i & half == 0, j & half == 0) {
-                    (true, false) => rows[i + half][j - half],
-                    (false, true) => rows[i - half][j + half],
-                    _ => rows[i][j],
-                };
-            }
-        }
-        rows = next;
-        half /= 2;
-    }
-    rows
 }
 
 /// A tile of C: up to TILE_ROWS rows of A, `depth` long, times one panel.

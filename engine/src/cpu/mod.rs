@@ -10,6 +10,7 @@ mod rope;
 mod simd;
 mod swiglu;
 mod tensor;
+mod transpose;
 
 use std::sync::Arc;
 
