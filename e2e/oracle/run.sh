@@ -28,11 +28,10 @@ if [ ! -f "$cache/smollm2/model.safetensors" ]; then
 fi
 
 cargo build --quiet --release -p tunesmith-engine --example oracle
-if cargo build --quiet --release -p tunesmith-trainer 2>/dev/null; then
-    rm -rf "$cache/converted"
-    "$target/release/tunesmith-trainer" convert "$gguf" --out "$cache/converted"
-    set -- --converted "$cache/converted"
-fi
+cargo build --quiet --release -p tunesmith-trainer
+rm -rf "$cache/converted"
+"$target/release/tunesmith-trainer" convert "$gguf" --out "$cache/converted"
+set -- --converted "$cache/converted"
 if [ -n "${PUBLISHED:-}" ]; then
     set -- "$@" --published "$PUBLISHED"
 fi
