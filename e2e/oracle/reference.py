@@ -12,8 +12,8 @@ import transformers
 IGNORE = 2**32 - 1  # tunesmith_engine::IGNORE
 
 
-def load(model_dir):
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+def load(model_dir, **options):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, **options)
     return model.eval()
 
 
@@ -83,6 +83,11 @@ def run_json(lora_config, optim, schedule, max_grad_norm, steps):
             "dropout": 0.0,
             "target_modules": targets if isinstance(targets, str) else sorted(targets),
             "use_rslora": lora_config.use_rslora,
+            "use_dora": lora_config.use_dora,
+            "bias": lora_config.bias,
+            "modules_to_save": lora_config.modules_to_save or [],
+            "rank_pattern": lora_config.rank_pattern,
+            "alpha_pattern": lora_config.alpha_pattern,
             "seed": 0,
         },
         "optim": optim,

@@ -8,12 +8,10 @@ use std::process::Command;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use tunesmith_engine::backend::Backend;
+use tunesmith_engine::backend::{Backend, WeightRef};
 use tunesmith_engine::cpu::Cpu;
 use tunesmith_engine::weights::HostTensor;
-use tunesmith_engine::{
-    AdamWOptions, LoraOptions, MicroBatch, Model, ModelConfig, Recompute, RopeScaling, TargetModules, Trainer,
-};
+use tunesmith_engine::{LoraOptions, MicroBatch, Model, ModelConfig, Recompute, Trainer, TrainerOptions};
 
 const ROWS: usize = 2;
 const LENGTH: usize = 256;
@@ -70,20 +68,20 @@ fn main() {
 }
 
 fn config() -> ModelConfig {
-    ModelConfig {
-        vocab_size: 49152,
-        hidden_size: 576,
-        intermediate_size: 1536,
-        num_hidden_layers: 30,
-        num_attention_heads: 9,
-        num_key_value_heads: 3,
-        head_dim: 64,
-        max_position_embeddings: 8192,
-        rms_norm_eps: 1e-5,
-        rope_theta: 100_000.0,
-        rope_scaling: RopeScaling::None,
-        tie_word_embeddings: true,
-    }
+    let config = serde_json::json!({
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100_000.0,
+        "tie_word_embeddings": true,
+    });
+    ModelConfig::parse(&config.to_string()).expect("SmolLM2's configuration")
 }
 
 fn model_dir() -> Option<PathBuf> {
@@ -106,15 +104,10 @@ fn measure(recompute: Recompute) -> Measured {
         Some(dir) => Model::load(&dir).expect("TUNESMITH_MODEL is a model folder"),
         None => Model::random(config(), 1),
     };
-    let lora = LoraOptions {
-        rank: 8,
-        alpha: 32.0,
-        dropout: 0.0,
-        target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
-        use_rslora: false,
-        seed: 0,
-    };
-    let mut trainer = Trainer::new(model, &lora, AdamWOptions::default(), recompute).expect("valid options");
+    // Queries and values, as is the default.
+    let lora = LoraOptions { rank: 8, alpha: 32.0, ..LoraOptions::default() };
+    let options = TrainerOptions { recompute, ..lora.into() };
+    let mut trainer = Trainer::new(model, &options).expect("valid options");
     let (mut seconds, mut cpu_seconds, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..STEPS {
         let batch = batch(step);
@@ -153,7 +146,7 @@ fn gemm_gflops() -> f64 {
     let w = cpu.weight(HostTensor::new(vec![0.25; output * input], vec![output, input]));
     let best = (0..40).map(|_| {
         let start = Instant::now();
-        std::hint::black_box(cpu.linear(&x, &w));
+        std::hint::black_box(cpu.linear(&x, WeightRef::Frozen(&w)));
         start.elapsed().as_secs_f64()
     });
     2e-9 * (tokens * input * output) as f64 / best.fold(f64::MAX, f64::min)

@@ -35,7 +35,7 @@ fn main() {
                 shape: vec![values.len()],
                 data: values.into_iter().map(|x| x as f32).collect(),
             };
-            let mut tensors = trainer.adapter();
+            let mut tensors = trainer.weights();
             tensors.push(list("losses", curve.losses));
             tensors.push(list("grad_norms", curve.grad_norms));
             write(out, tensors);

@@ -4,6 +4,8 @@
 //! activations are f32 matrices [tokens, features]; the rows of a micro-batch lie one after the other.
 //! A `_backward` function takes the gradient of the output (`dy`) and returns, or adds to, those of its inputs.
 
+use crate::config::{Activation, Rope};
+use crate::quantize::Quantization;
 use crate::weights::HostTensor;
 
 /// Heads of an attention layer.
@@ -15,6 +17,52 @@ pub struct Heads {
     pub key_value: usize,
     /// Features of one head.
     pub dim: usize,
+}
+
+/// How one layer attends.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Attention {
+    /// Its heads.
+    pub heads: Heads,
+    /// Factor of the scores q·k.
+    pub scale: f32,
+    /// Scores s become c·tanh(s/c).
+    pub softcap: Option<f32>,
+    /// Tokens that a token attends to, itself included; none for all before it.
+    pub window: Option<usize>,
+}
+
+/// What an RMSNorm adds: `eps` to the mean square, `offset` to each weight.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RmsNorm {
+    /// Added to the mean of squares.
+    pub eps: f32,
+    /// Added to each weight.
+    pub offset: f32,
+}
+
+/// A linear layer's weight [out, in], frozen or trained.
+pub enum WeightRef<'a, B: Backend> {
+    /// In the backend's own form.
+    Frozen(&'a B::Weight),
+    /// As a matrix that the optimizer changes.
+    Trained(&'a B::Tensor),
+}
+
+impl<B: Backend> Clone for WeightRef<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for WeightRef<'_, B> {}
+
+/// What a cross-entropy's backward pass is to give.
+pub struct CrossEntropyGrads<'a, T> {
+    /// Factor of all gradients.
+    pub scale: f32,
+    /// Where the gradient of the weight is added, if it is trained.
+    pub weight: Option<&'a mut T>,
 }
 
 /// One module's dropout in one micro-batch.
@@ -65,6 +113,19 @@ pub struct AdamWStep {
     pub grad_scale: f32,
 }
 
+/// Numbers of one step of stochastic gradient descent.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SgdStep {
+    /// Learning rate.
+    pub lr: f64,
+    /// How much of the last step's direction is kept.
+    pub momentum: f64,
+    /// Weight decay, added to the gradient.
+    pub weight_decay: f64,
+    /// Factor of the gradients (clipping).
+    pub grad_scale: f32,
+}
+
 /// A machine that computes.
 pub trait Backend: Send + Sync + Sized {
     /// A matrix of f32 [rows, cols].
@@ -86,32 +147,86 @@ pub trait Backend: Send + Sync + Sized {
     fn copy(&self, x: &Self::Tensor) -> Self::Tensor;
     /// Takes a frozen weight as the checkpoint stores it.
     fn weight(&self, weight: HostTensor) -> Self::Weight;
-    /// Prepares rows of these lengths, whose first tokens are at position `offset`.
-    fn rows(&self, lengths: &[usize], offset: usize, rope_frequencies: &[f32]) -> Self::Rows;
+    /// Takes a frozen weight and stores it in fewer bits.
+    fn quantized_weight(&self, weight: HostTensor, quantization: Quantization) -> Self::Weight;
+    /// A frozen weight's values.
+    fn weight_values(&self, weight: &Self::Weight) -> Self::Tensor;
+    /// The matrix rounded to bf16, as a weight.
+    fn bf16_weight(&self, x: &Self::Tensor) -> Self::Weight;
+    /// Prepares rows of these lengths, whose first tokens are at position `offset`, for each rotary embedding.
+    fn rows(&self, lengths: &[usize], offset: usize, ropes: &[Rope]) -> Self::Rows;
 
-    /// Rows of `table`: [tokens, hidden].
-    fn embedding(&self, table: &Self::Weight, tokens: &[u32]) -> Self::Tensor;
+    /// scale · rows of `table`: [tokens, hidden].
+    fn embedding(&self, table: WeightRef<'_, Self>, tokens: &[u32], scale: f32) -> Self::Tensor;
+    /// Adds scale · dx to the rows of the table's gradient, but for the row of token `pad`.
+    fn embedding_backward(
+        &self,
+        dx: &Self::Tensor,
+        tokens: &[u32],
+        scale: f32,
+        pad: Option<u32>,
+        d_table: &mut Self::Tensor,
+    );
 
-    /// x · weight / √(mean(x²) + eps), row by row (Zhang and Sennrich, 2019).
-    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32) -> Self::Tensor;
-    /// Adds the gradient of x to `dx`.
+    /// Adds noise to the rows of x, uniform within ± alpha / √(n · cols) for a row of n tokens.
+    fn neftune(&self, x: &mut Self::Tensor, rows: &Self::Rows, alpha: f32, key: u64);
+
+    /// x · (offset + weight) / √(mean(x²) + eps) (Zhang and Sennrich, 2019), over stretches as long as the weight: rows,
+    /// or the heads of rows.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, norm: RmsNorm) -> Self::Tensor;
+    /// Adds the gradient of x to `dx` and, where it is wanted, that of the weight to `d_weight`.
     fn rms_norm_backward(
         &self,
         x: &Self::Tensor,
         weight: &Self::Tensor,
-        eps: f32,
+        norm: RmsNorm,
         dy: &Self::Tensor,
         dx: &mut Self::Tensor,
+        d_weight: Option<&mut Self::Tensor>,
     );
 
     /// x · Wᵀ.
-    fn linear(&self, x: &Self::Tensor, w: &Self::Weight) -> Self::Tensor;
+    fn linear(&self, x: &Self::Tensor, w: WeightRef<'_, Self>) -> Self::Tensor;
     /// y += x · Wᵀ.
-    fn linear_add(&self, x: &Self::Tensor, w: &Self::Weight, y: &mut Self::Tensor);
-    /// dy · W. The weight is frozen and gets no gradient.
-    fn linear_backward(&self, dy: &Self::Tensor, w: &Self::Weight) -> Self::Tensor;
+    fn linear_add(&self, x: &Self::Tensor, w: WeightRef<'_, Self>, y: &mut Self::Tensor);
+    /// dy · W.
+    fn linear_backward(&self, dy: &Self::Tensor, w: WeightRef<'_, Self>) -> Self::Tensor;
     /// dx += dy · W.
-    fn linear_backward_add(&self, dy: &Self::Tensor, w: &Self::Weight, dx: &mut Self::Tensor);
+    fn linear_backward_add(&self, dy: &Self::Tensor, w: WeightRef<'_, Self>, dx: &mut Self::Tensor);
+    /// dW += dyᵀ · x.
+    fn linear_weight_backward(&self, x: &Self::Tensor, dy: &Self::Tensor, d_weight: &mut Self::Tensor);
+
+    /// y += bias in every row.
+    fn add_bias(&self, y: &mut Self::Tensor, bias: &Self::Tensor);
+    /// d_bias += the sum of dy's rows.
+    fn bias_backward(&self, dy: &Self::Tensor, d_bias: &mut Self::Tensor);
+    /// y += x.
+    fn add(&self, y: &mut Self::Tensor, x: &Self::Tensor);
+    /// Columns `from .. from + count` of x.
+    fn columns(&self, x: &Self::Tensor, from: usize, count: usize) -> Self::Tensor;
+    /// Matrices of as many rows, side by side.
+    fn join_columns(&self, parts: &[&Self::Tensor]) -> Self::Tensor;
+    /// c·tanh(x/c) in place.
+    fn softcap(&self, x: &mut Self::Tensor, cap: f32);
+
+    /// DoRA's factors magnitude / ‖W + scale · B · A‖, the norm taken over each of W's rows (Liu et al., 2024); [1, out].
+    fn dora_factors(
+        &self,
+        w: WeightRef<'_, Self>,
+        lora: &LoraRef<'_, Self::Tensor>,
+        magnitude: &Self::Tensor,
+    ) -> Self::Tensor;
+    /// y · factors, column by column.
+    fn scale_columns(&self, y: &Self::Tensor, factors: &Self::Tensor) -> Self::Tensor;
+    /// d_magnitude += Σ over rows of dy · y · factors / magnitude.
+    fn dora_backward(
+        &self,
+        y: &Self::Tensor,
+        dy: &Self::Tensor,
+        factors: &Self::Tensor,
+        magnitude: &Self::Tensor,
+        d_magnitude: &mut Self::Tensor,
+    );
 
     /// y += scale · dropout(x) · Aᵀ · Bᵀ; returns dropout(x) · Aᵀ [tokens, rank], which the backward pass needs.
     fn lora(&self, x: &Self::Tensor, lora: &LoraRef<'_, Self::Tensor>, y: &mut Self::Tensor) -> Self::Tensor;
@@ -126,18 +241,19 @@ pub trait Backend: Send + Sync + Sized {
         dx: Option<&mut Self::Tensor>,
     );
 
-    /// Rotates the halves of each head by its position's angles (Su et al., 2021; transformers' layout).
-    fn rope(&self, x: &mut Self::Tensor, head_dim: usize, rows: &Self::Rows);
+    /// Rotates the halves of each head by its position's angles (Su et al., 2021; transformers' layout); `rope` is the
+    /// index of the embedding that [`Backend::rows`] got.
+    fn rope(&self, x: &mut Self::Tensor, head_dim: usize, rows: &Self::Rows, rope: usize);
     /// The opposite rotation, which is its gradient.
-    fn rope_backward(&self, dx: &mut Self::Tensor, head_dim: usize, rows: &Self::Rows);
+    fn rope_backward(&self, dx: &mut Self::Tensor, head_dim: usize, rows: &Self::Rows, rope: usize);
 
-    /// Causal attention within each row, softmax(q·kᵀ/√dim)·v, and the log of each softmax's sum [tokens, query heads].
+    /// Causal attention within each row, softmax(scale·q·kᵀ)·v, and the log of each softmax's sum [tokens, query heads].
     fn attention(
         &self,
         q: &Self::Tensor,
         k: &Self::Tensor,
         v: &Self::Tensor,
-        heads: Heads,
+        attention: Attention,
         rows: &Self::Rows,
     ) -> (Self::Tensor, Self::Tensor);
     /// The gradients of q, k and v.
@@ -145,7 +261,7 @@ pub trait Backend: Send + Sync + Sized {
         &self,
         forward: AttentionForward<'_, Self::Tensor>,
         dy: &Self::Tensor,
-        heads: Heads,
+        attention: Attention,
         rows: &Self::Rows,
     ) -> [Self::Tensor; 3];
     /// Attention of new tokens of one row over the first `past + new` rows of its key and value caches.
@@ -154,17 +270,18 @@ pub trait Backend: Send + Sync + Sized {
         q: &Self::Tensor,
         keys: &Self::Tensor,
         values: &Self::Tensor,
-        heads: Heads,
+        attention: Attention,
         past: usize,
     ) -> Self::Tensor;
     /// Writes the rows of `x` into `cache` from row `at` on.
     fn write_rows(&self, cache: &mut Self::Tensor, x: &Self::Tensor, at: usize);
 
-    /// silu(gate) · up (Shazeer, 2020).
-    fn swiglu(&self, gate: &Self::Tensor, up: &Self::Tensor) -> Self::Tensor;
+    /// activation(gate) · up (Shazeer, 2020).
+    fn gated(&self, activation: Activation, gate: &Self::Tensor, up: &Self::Tensor) -> Self::Tensor;
     /// The gradients of gate and up.
-    fn swiglu_backward(
+    fn gated_backward(
         &self,
+        activation: Activation,
         gate: &Self::Tensor,
         up: &Self::Tensor,
         dy: &Self::Tensor,
@@ -174,20 +291,23 @@ pub trait Backend: Send + Sync + Sized {
     fn gather_rows(&self, x: &Self::Tensor, indices: &[u32]) -> Self::Tensor;
     /// A matrix of `rows` rows with those of x at `indices`, and zero elsewhere.
     fn scatter_rows(&self, x: &Self::Tensor, indices: &[u32], rows: usize) -> Self::Tensor;
-    /// −ln softmax(x · Wᵀ)[target] of each row, without ever holding all logits; with `grad_scale`, also
-    /// grad_scale times the gradient of their sum by x.
+    /// −ln softmax(cap(x · Wᵀ))[target] of each row, without ever holding all logits; with `grads`, also the gradient of
+    /// their scaled sum by x.
     fn linear_cross_entropy(
         &self,
         x: &Self::Tensor,
-        w: &Self::Weight,
+        w: WeightRef<'_, Self>,
         targets: &[u32],
-        grad_scale: Option<f32>,
+        softcap: Option<f32>,
+        grads: Option<CrossEntropyGrads<'_, Self::Tensor>>,
     ) -> (Vec<f32>, Option<Self::Tensor>);
 
     /// Σ x², in f64.
     fn sum_of_squares(&self, x: &Self::Tensor) -> f64;
     /// Makes every element zero.
     fn clear(&self, x: &mut Self::Tensor);
+    /// One step of stochastic gradient descent, with momentum if there is a buffer: b = momentum·b + g, x −= lr·b.
+    fn sgd(&self, param: &mut Self::Tensor, grad: &Self::Tensor, momentum: Option<&mut Self::Tensor>, step: &SgdStep);
     /// One step of AdamW on one parameter and its two moments.
     fn adamw(
         &self,

@@ -94,9 +94,9 @@ impl<'m, B: Backend> Generator<'m, B> {
     /// The logits after the last token.
     fn logits(&mut self) -> Vec<f32> {
         self.reserve();
-        let Model { backend, blocks, rope_frequencies, .. } = self.model;
+        let Model { backend, blocks, config, .. } = self.model;
         let new = &self.tokens[self.cached..];
-        let rows = backend.rows(&[new.len()], self.cached, rope_frequencies);
+        let rows = backend.rows(&[new.len()], self.cached, &config.ropes);
         let mut x = self.model.embed(new);
         for ((i, block), cache) in blocks.iter().enumerate().zip(&mut self.caches) {
             x = block.forward_cached(&self.model.pass(i, &rows), x, cache, self.cached);

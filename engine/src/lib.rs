@@ -1,7 +1,6 @@
 //! Explicit forward and backward passes of decoder language models, LoRA and optimizers.
 //!
-//! [`Model`] holds the frozen base, [`Trainer`] a model with a LoRA adapter and its AdamW state, [`Generator`] writes
-//! tokens. The mathematics is written once over [`Backend`]; [`cpu::Cpu`] computes it here.
+//! [`Model`] holds the weights, [`Trainer`] trains all of them or a LoRA adapter, [`Generator`] writes tokens. The mathematics is written once over [`Backend`]; [`cpu::Cpu`] computes it here.
 
 pub mod backend;
 mod block;
@@ -9,24 +8,29 @@ pub mod config;
 pub mod cpu;
 pub mod error;
 pub mod generate;
+mod linear;
 pub mod lora;
 pub mod model;
 pub mod optim;
+mod param;
+mod peft;
 mod projection;
+pub mod quantize;
 mod random;
 pub mod schedule;
 pub mod trainer;
 pub mod weights;
 
 pub use backend::Backend;
-pub use config::{ModelConfig, RopeScaling};
+pub use config::{Activation, ModelConfig};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampling};
-pub use lora::{LoraOptions, TargetModules};
+pub use lora::{LoraBias, LoraOptions, TargetModules};
 pub use model::{Model, NamedTensor, Recompute};
-pub use optim::AdamWOptions;
+pub use optim::{Optimizer, Rule};
+pub use quantize::{FourBitCode, Quantization};
 pub use schedule::{Schedule, ScheduleKind, Warmup};
-pub use trainer::{IGNORE, LossSum, MicroBatch, StepStats, TrainState, Trainer};
+pub use trainer::{IGNORE, LossSum, MicroBatch, StepStats, TrainState, Trainer, TrainerOptions, Tuning};
 
 /// Changes whenever the same inputs may give other numbers; part of a run's input digest.
-pub const NUMERICS_VERSION: u32 = 1;
+pub const NUMERICS_VERSION: u32 = 2;

@@ -1,7 +1,6 @@
 //! Low-rank adapters (Hu et al., 2021), named and shaped as PEFT's: y = W·x + scale · B·A·dropout(x).
 
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::collections::BTreeMap;
 
 use regex::Regex;
 use serde::{Deserialize, Serialize};
@@ -9,9 +8,11 @@ use serde::{Deserialize, Serialize};
 use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::linear::{Linear, LoraLayer};
+use crate::model::Model;
+use crate::param::{Group, Param};
 use crate::projection::{PerProjection, Projection};
 use crate::random;
-use crate::weights::Checkpoint;
 
 /// What the adapter is made of.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,8 +27,39 @@ pub struct LoraOptions {
     pub target_modules: TargetModules,
     /// Rank-stabilised scaling (Kalajdzievski, 2023).
     pub use_rslora: bool,
+    /// Trains the length of each adapted weight's rows apart from their direction (Liu et al., 2024). With dropout, the
+    /// frozen weight sees its whole input.
+    #[serde(default)]
+    pub use_dora: bool,
+    /// The biases that are trained beside the adapter.
+    #[serde(default)]
+    pub bias: LoraBias,
+    /// Modules that are trained whole and saved with the adapter: `lm_head`, `embed_tokens`, or norms; matched like
+    /// names of target modules.
+    #[serde(default)]
+    pub modules_to_save: Vec<String>,
+    /// Other ranks for some modules. A key is a regular expression that must match the end of a module's name, from a
+    /// dot on.
+    #[serde(default)]
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Other alphas for some modules.
+    #[serde(default)]
+    pub alpha_pattern: BTreeMap<String, f64>,
     /// Seed of A's initial values and of dropout.
     pub seed: u64,
+}
+
+/// The biases that are trained beside an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LoraBias {
+    /// None.
+    #[default]
+    None,
+    /// All of the model's.
+    All,
+    /// Those of adapted layers.
+    LoraOnly,
 }
 
 /// Which linear layers get an adapter.
@@ -41,38 +73,43 @@ pub enum TargetModules {
     Names(Vec<String>),
 }
 
-/// One linear layer's adapter.
-pub(crate) struct LoraLayer<T> {
-    /// [rank, in].
-    pub(crate) a: T,
-    /// [out, rank].
-    pub(crate) b: T,
+impl Default for LoraOptions {
+    /// PEFT's defaults, on queries and values.
+    fn default() -> Self {
+        LoraOptions {
+            rank: 8,
+            alpha: 8.0,
+            dropout: 0.0,
+            target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
+            use_rslora: false,
+            use_dora: false,
+            bias: LoraBias::None,
+            modules_to_save: Vec::new(),
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            seed: 0,
+        }
+    }
+}
+
+/// Rank and scale of one module's adapter.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Shape {
+    pub(crate) rank: usize,
     pub(crate) scale: f32,
 }
 
-/// Values shaped like one linear layer's adapter: gradients, moments.
-pub(crate) struct LoraPair<T> {
-    pub(crate) a: T,
-    pub(crate) b: T,
-}
-
-pub(crate) type BlockAdapter<T> = PerProjection<Option<LoraLayer<T>>>;
-pub(crate) type BlockGrads<T> = PerProjection<Option<LoraPair<T>>>;
-/// One adapter for each block.
-pub(crate) type Adapter<T> = Vec<BlockAdapter<T>>;
-
 impl LoraOptions {
-    /// The factor of the update.
-    pub fn scale(&self) -> f32 {
-        scale(self.rank, self.alpha, self.use_rslora)
-    }
-
     fn validate(&self) -> Result<()> {
-        if self.rank == 0 {
-            return Err(Error::Lora("rank is 0; it must be at least 1".into()));
+        let ranks = [("rank", &self.rank)].into_iter();
+        let ranks = ranks.chain(self.rank_pattern.iter().map(|(key, rank)| (key.as_str(), rank)));
+        if let Some((name, _)) = ranks.into_iter().find(|(_, rank)| **rank == 0) {
+            return Err(Error::Lora(format!("{name} is 0; it must be at least 1")));
         }
-        if !self.alpha.is_finite() {
-            return Err(Error::Lora(format!("alpha is {}; it must be a number", self.alpha)));
+        let alphas = [("alpha", &self.alpha)].into_iter();
+        let alphas = alphas.chain(self.alpha_pattern.iter().map(|(key, alpha)| (key.as_str(), alpha)));
+        if let Some((name, alpha)) = alphas.into_iter().find(|(_, alpha)| !alpha.is_finite()) {
+            return Err(Error::Lora(format!("{name} is {alpha}; it must be a number")));
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::Lora(format!("dropout is {}; it must be in [0, 1)", self.dropout)));
@@ -80,40 +117,117 @@ impl LoraOptions {
         Ok(())
     }
 
-    /// Parameters that each rank trains: the sum of in + out features over the adapted layers.
+    /// Rank and scale of each module that is adapted.
+    pub(crate) fn shapes(&self, config: &ModelConfig) -> Result<Vec<PerProjection<Option<Shape>>>> {
+        self.validate()?;
+        let ranks = patterns("rank_pattern", &self.rank_pattern)?;
+        let alphas = patterns("alpha_pattern", &self.alpha_pattern)?;
+        let shape = |name: &str| {
+            let find = |pattern: &Regex| pattern.is_match(name);
+            let rank = ranks.iter().find(|(key, _)| find(key)).map_or(self.rank, |(_, rank)| **rank);
+            let alpha = alphas.iter().find(|(key, _)| find(key)).map_or(self.alpha, |(_, alpha)| **alpha);
+            Shape { rank, scale: scale(rank, alpha, self.use_rslora) }
+        };
+        let blocks = self.target_modules.select(config)?.into_iter().enumerate();
+        Ok(blocks
+            .map(|(block, targets)| {
+                Projection::ALL.map(|which| targets[which as usize].then(|| shape(&which.name(block))))
+            })
+            .collect())
+    }
+
+    /// Parameters that a rank of 1 in every adapted module would train: the sum of in + out features.
     ///
     /// # Errors
     /// The options are out of range or select no layer.
     pub fn parameters_per_rank(&self, config: &ModelConfig) -> Result<usize> {
-        self.validate()?;
-        let targets = self.target_modules.select(config)?;
-        let adapted = targets.into_iter().flat_map(|block| Projection::ALL.into_iter().zip(block));
-        let sizes = adapted.filter(|(_, adapted)| *adapted).map(|(which, _)| which.shape(config).iter().sum::<usize>());
-        Ok(sizes.sum())
+        let size = |(which, _): (Projection, Shape)| which.shape(config).iter().sum::<usize>();
+        Ok(adapted(&self.shapes(config)?).map(size).sum())
     }
 
-    /// A fresh adapter: A uniform within ±1/√in (torch's kaiming_uniform with a = √5), B zero.
-    pub(crate) fn init<B: Backend>(&self, backend: &B, config: &ModelConfig) -> Result<Adapter<B::Tensor>> {
-        self.validate()?;
-        let targets = self.target_modules.select(config)?;
-        let layer = |block: usize, which: Projection| {
-            let [output, input] = which.shape(config);
-            let key = random::key(self.seed, &[block as u64, which as u64]);
-            let a = random::uniform(self.rank * input, 1.0 / (input as f32).sqrt(), key);
-            LoraLayer {
-                a: backend.upload(&a, self.rank, input),
-                b: backend.zeros(output, self.rank),
-                scale: self.scale(),
+    /// Parameters of the low-rank matrices.
+    ///
+    /// # Errors
+    /// The options are out of range or select no layer.
+    pub fn parameters(&self, config: &ModelConfig) -> Result<usize> {
+        let size = |(which, shape): (Projection, Shape)| shape.rank * which.shape(config).iter().sum::<usize>();
+        Ok(adapted(&self.shapes(config)?).map(size).sum())
+    }
+
+    /// Puts a fresh adapter on the model: A uniform within ±1/√in (torch's kaiming_uniform with a = √5), B zero; and
+    /// makes trainable what is to be trained beside it.
+    pub(crate) fn apply<B: Backend>(&self, model: &mut Model<B>) -> Result<()> {
+        let shapes = self.shapes(&model.config)?;
+        let Model { backend, config, blocks, .. } = model;
+        for (block, (layers, shapes)) in blocks.iter_mut().zip(shapes).enumerate() {
+            for which in Projection::ALL {
+                let Some(linear) = &mut layers.projections[which as usize] else { continue };
+                linear.adapter = shapes[which as usize].map(|shape| {
+                    let [output, input] = which.shape(config);
+                    let key = random::key(self.seed, &[block as u64, which as u64]);
+                    let a = random::uniform(shape.rank * input, 1.0 / (input as f32).sqrt(), key);
+                    let a = backend.upload(&a, shape.rank, input);
+                    let b = backend.zeros(output, shape.rank);
+                    fresh(backend, linear, a, b, shape.scale, self.use_dora)
+                });
+                let train = match self.bias {
+                    LoraBias::None => false,
+                    LoraBias::All => true,
+                    LoraBias::LoraOnly => linear.adapter.is_some(),
+                };
+                if let (true, Some(bias)) = (train, &mut linear.bias) {
+                    bias.train(backend);
+                }
             }
-        };
-        let block = |(block, targets): (usize, PerProjection<bool>)| {
-            Projection::ALL.map(|which| targets[which as usize].then(|| layer(block, which)))
-        };
-        Ok(targets.into_iter().enumerate().map(block).collect())
+        }
+        for name in &self.modules_to_save {
+            model.train_module(name)?;
+        }
+        Ok(())
     }
 }
 
-fn scale(rank: usize, alpha: f64, use_rslora: bool) -> f32 {
+/// A layer's trained adapter with these matrices; DoRA's magnitude is at first the length of the weight's rows.
+pub(crate) fn fresh<B: Backend>(
+    backend: &B,
+    linear: &Linear<B>,
+    a: B::Tensor,
+    b: B::Tensor,
+    scale: f32,
+    use_dora: bool,
+) -> LoraLayer<B::Tensor> {
+    let param = |value, group| {
+        let mut param = Param::frozen(value, group);
+        param.train(backend);
+        param
+    };
+    let mut layer = LoraLayer { a: param(a, Group::Matrix), b: param(b, Group::LoraB), scale, magnitude: None };
+    if use_dora {
+        let [output, _] = backend.shape(&layer.b.value);
+        let ones = backend.upload(&vec![1.0; output], 1, output);
+        let inverse = backend.dora_factors(linear.weight.get(), &layer.as_ref(None), &ones);
+        let lengths: Vec<f32> = backend.download(&inverse).iter().map(|x| 1.0 / x).collect();
+        layer.magnitude = Some(param(backend.upload(&lengths, 1, output), Group::Matrix));
+    }
+    layer
+}
+
+fn adapted(shapes: &[PerProjection<Option<Shape>>]) -> impl Iterator<Item = (Projection, Shape)> {
+    let of_block = |block: &PerProjection<Option<Shape>>| Projection::ALL.map(|which| (which, block[which as usize]));
+    shapes.iter().flat_map(of_block).filter_map(|(which, shape)| Some((which, shape?)))
+}
+
+/// The keys of a pattern, compiled, with their values.
+pub(crate) fn patterns<'a, V>(field: &str, pattern: &'a BTreeMap<String, V>) -> Result<Vec<(Regex, &'a V)>> {
+    let compile = |(key, value): (&String, &'a V)| {
+        Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+            .map(|regex| (regex, value))
+            .map_err(|error| Error::Lora(format!("{field}: {key:?} is no regular expression: {error}")))
+    };
+    pattern.iter().map(compile).collect()
+}
+
+pub(crate) fn scale(rank: usize, alpha: f64, use_rslora: bool) -> f32 {
     let rank = rank as f64;
     (alpha / if use_rslora { rank.sqrt() } else { rank }) as f32
 }
@@ -128,6 +242,7 @@ impl TargetModules {
     /// Whether each projection of each block gets an adapter.
     fn select(&self, config: &ModelConfig) -> Result<Vec<PerProjection<bool>>> {
         let matches = self.matcher()?;
+        let choices = || choices(config);
         if let Some(name) = UNSUPPORTED.iter().find(|name| matches(name)) {
             return Err(Error::Lora(format!(
                 "target_modules selects {name}, which cannot have an adapter here; choose from {}",
@@ -135,15 +250,18 @@ impl TargetModules {
             )));
         }
         let selected: Vec<_> = (0..config.num_hidden_layers)
-            .map(|block| Projection::ALL.map(|which| matches(&which.name(block))))
+            .map(|block| {
+                let exists: Vec<Projection> = Projection::of(config).collect();
+                Projection::ALL.map(|which| exists.contains(&which) && matches(&which.name(block)))
+            })
             .collect();
         if let TargetModules::Names(names) = self {
             for name in names {
                 let alone = TargetModules::Names(vec![name.clone()]);
                 let matches = alone.matcher()?;
-                let all =
-                    (0..config.num_hidden_layers).flat_map(|block| Projection::ALL.map(|which| which.name(block)));
-                if !all.into_iter().any(|module| matches(&module)) {
+                let blocks = 0..config.num_hidden_layers;
+                let mut all = blocks.flat_map(|block| Projection::of(config).map(move |which| which.name(block)));
+                if !all.any(|module| matches(&module)) {
                     return Err(Error::Lora(format!(
                         "target_modules: {name:?} matches no linear layer; choose from {}",
                         choices()
@@ -155,7 +273,7 @@ impl TargetModules {
             return Err(Error::Lora(format!(
                 "target_modules matches no linear layer; choose from {}, or a pattern for whole names such as {}",
                 choices(),
-                Projection::Query.name(0)
+                Projection::Output.name(0)
             )));
         }
         Ok(selected)
@@ -169,103 +287,17 @@ impl TargetModules {
                     .map_err(|e| Error::Lora(format!("target_modules is no regular expression: {e}")))?;
                 Box::new(move |name| regex.is_match(name))
             }
-            TargetModules::Names(names) => Box::new(|module| {
-                names
-                    .iter()
-                    .any(|name| module == name || module.strip_suffix(name.as_str()).is_some_and(|s| s.ends_with('.')))
-            }),
+            TargetModules::Names(names) => Box::new(|module| names.iter().any(|name| is_named(module, name))),
         })
     }
 }
 
-fn choices() -> String {
-    let names: Vec<&str> = Projection::ALL.iter().filter_map(|which| which.path().split('.').nth(1)).collect();
+/// Whether a module's name is `name`, or ends with `.` and it.
+pub(crate) fn is_named(module: &str, name: &str) -> bool {
+    module == name || module.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
+}
+
+fn choices(config: &ModelConfig) -> String {
+    let names: Vec<&str> = Projection::of(config).filter_map(|which| which.path().split('.').nth(1)).collect();
     names.join(", ")
-}
-
-/// A weight's name in PEFT's files: `part` is `lora_A` or `lora_B`.
-pub(crate) fn peft_name(block: usize, which: Projection, part: &str) -> String {
-    format!("base_model.model.{}.{part}.weight", which.name(block))
-}
-
-/// The fields of `adapter_config.json` that decide the numbers.
-#[derive(Deserialize)]
-struct AdapterConfig {
-    peft_type: String,
-    r: usize,
-    lora_alpha: f64,
-    #[serde(default)]
-    use_rslora: bool,
-    #[serde(default)]
-    use_dora: bool,
-    #[serde(default)]
-    bias: Option<String>,
-    #[serde(default)]
-    modules_to_save: Option<Vec<String>>,
-    #[serde(default)]
-    rank_pattern: Option<serde_json::Map<String, serde_json::Value>>,
-    #[serde(default)]
-    alpha_pattern: Option<serde_json::Map<String, serde_json::Value>>,
-}
-
-impl AdapterConfig {
-    fn load(dir: &Path) -> Result<Self> {
-        let path = dir.join("adapter_config.json");
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        let config: Self = serde_json::from_str(&text)
-            .map_err(|e| Error::config(&path, format!("not an adapter configuration: {e}")))?;
-        let refuse = |field: &str| Err(Error::config(&path, format!("{field} is not supported")));
-        if config.peft_type != "LORA" {
-            return refuse(&format!("peft_type {}", config.peft_type));
-        }
-        if config.r == 0 {
-            return refuse("r = 0");
-        }
-        if config.use_dora {
-            return refuse("use_dora");
-        }
-        if config.bias.as_deref().is_some_and(|bias| bias != "none") {
-            return refuse("a bias other than none");
-        }
-        if config.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty()) {
-            return refuse("modules_to_save");
-        }
-        if config.rank_pattern.as_ref().is_some_and(|pattern| !pattern.is_empty()) {
-            return refuse("rank_pattern");
-        }
-        if config.alpha_pattern.as_ref().is_some_and(|pattern| !pattern.is_empty()) {
-            return refuse("alpha_pattern");
-        }
-        Ok(config)
-    }
-}
-
-/// Reads a PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
-pub(crate) fn load<B: Backend>(dir: &Path, backend: &B, config: &ModelConfig) -> Result<Adapter<B::Tensor>> {
-    let adapter_config = AdapterConfig::load(dir)?;
-    let rank = adapter_config.r;
-    let scale = scale(rank, adapter_config.lora_alpha, adapter_config.use_rslora);
-    let file = dir.join("adapter_model.safetensors");
-    let checkpoint = Checkpoint::open_files(&file, std::slice::from_ref(&file))?;
-    let mut unknown: BTreeSet<&str> = checkpoint.names().into_iter().collect();
-    let mut adapter = Adapter::new();
-    for block in 0..config.num_hidden_layers {
-        let mut layers = BlockAdapter::default();
-        for which in Projection::ALL {
-            let [a, b] = ["lora_A", "lora_B"].map(|part| peft_name(block, which, part));
-            if !unknown.remove(a.as_str()) & !unknown.remove(b.as_str()) {
-                continue;
-            }
-            let [output, input] = which.shape(config);
-            let a = checkpoint.tensor(&a, &[rank, input])?.to_f32();
-            let b = checkpoint.tensor(&b, &[output, rank])?.to_f32();
-            let (a, b) = (backend.upload(&a, rank, input), backend.upload(&b, output, rank));
-            layers[which as usize] = Some(LoraLayer { a, b, scale });
-        }
-        adapter.push(layers);
-    }
-    if let Some(name) = unknown.first() {
-        return Err(Error::weights(&file, format!("{name} belongs to no linear layer of this model")));
-    }
-    Ok(adapter)
 }

@@ -1,14 +1,19 @@
-//! A decoder of the Llama family: embedding, blocks, final norm, output layer.
+//! A decoder language model: embedding, blocks, final norm, output layer.
 
+use std::collections::HashSet;
 use std::path::Path;
 
-use crate::backend::{Backend, Heads};
-use crate::block::{Block, Pass};
+use crate::backend::{Backend, RmsNorm};
+use crate::block::{Block, Norm, Pass};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
-use crate::lora::{self, Adapter};
+use crate::linear::Linear;
+use crate::lora::is_named;
+use crate::param::{Group, Param, Weight};
+use crate::peft;
 use crate::projection::Projection;
+use crate::quantize::Quantization;
 use crate::random;
 use crate::weights::{Checkpoint, HostTensor};
 
@@ -32,18 +37,21 @@ pub enum Recompute {
     Full,
 }
 
-/// A decoder with frozen weights, and perhaps an adapter.
+/// A decoder, and perhaps an adapter on it.
 pub struct Model<B: Backend = Cpu> {
     pub(crate) backend: B,
     pub(crate) config: ModelConfig,
-    pub(crate) rope_frequencies: Vec<f32>,
-    embedding: B::Weight,
+    pub(crate) embedding: Weight<B>,
     pub(crate) blocks: Vec<Block<B>>,
-    pub(crate) norm: B::Tensor,
+    pub(crate) norm: Param<B::Tensor>,
     /// The output layer, unless it is the embedding.
-    lm_head: Option<B::Weight>,
-    pub(crate) adapter: Option<Adapter<B::Tensor>>,
+    pub(crate) lm_head: Option<Weight<B>>,
 }
+
+/// Names of the modules that are no part of a block.
+const EMBEDDING: &str = "model.embed_tokens";
+const FINAL_NORM: &str = "model.norm";
+const LM_HEAD: &str = "lm_head";
 
 impl Model<Cpu> {
     /// Loads a Hugging Face folder: `config.json` and `model.safetensors`, whole or in shards, in f32, f16 or bf16.
@@ -51,9 +59,22 @@ impl Model<Cpu> {
     /// # Errors
     /// A file is missing or damaged, a tensor is missing or of another shape, or the configuration is not supported.
     pub fn load(dir: &Path) -> Result<Self> {
+        Self::load_as(dir, None)
+    }
+
+    /// Loads a folder and quantizes the linear layers of its blocks, one after the other. Embedding, norms and output
+    /// layer stay as they are.
+    ///
+    /// # Errors
+    /// As for [`Model::load`].
+    pub fn load_quantized(dir: &Path, quantization: Quantization) -> Result<Self> {
+        Self::load_as(dir, Some(quantization))
+    }
+
+    fn load_as(dir: &Path, quantization: Option<Quantization>) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
-        Self::build(Cpu::default(), config, |name, shape| checkpoint.tensor(name, shape))
+        Self::build(Cpu::default(), config, quantization, |name, shape| checkpoint.tensor(name, shape))
     }
 
     /// A model with random weights, for tests and measurements.
@@ -68,7 +89,7 @@ impl Model<Cpu> {
             };
             Ok(HostTensor::new(values, shape.to_vec()))
         };
-        Self::build(Cpu::default(), config, random).expect("every tensor is given")
+        Self::build(Cpu::default(), config, None, random).expect("every tensor is given")
     }
 }
 
@@ -77,41 +98,46 @@ impl<B: Backend> Model<B> {
     fn build(
         backend: B,
         config: ModelConfig,
+        quantization: Option<Quantization>,
         mut tensor: impl FnMut(&str, &[usize]) -> Result<HostTensor>,
     ) -> Result<Self> {
-        let hidden = config.hidden_size;
-        let table = [config.vocab_size, hidden];
-        let embedding = backend.weight(tensor("model.embed_tokens.weight", &table)?);
-        let norm = |tensor: Result<HostTensor>| Ok(backend.upload(&tensor?.to_f32(), 1, hidden));
+        let table = [config.vocab_size, config.hidden_size];
+        let embedding = backend.weight(tensor(&format!("{EMBEDDING}.weight"), &table)?);
+        let vector = |tensor: Result<HostTensor>, len: usize| {
+            Ok(Param::frozen(backend.upload(&tensor?.to_f32(), 1, len), Group::Vector))
+        };
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
         for i in 0..config.num_hidden_layers {
-            let name = |part: &str| format!("model.layers.{i}.{part}.weight");
-            let mut projections = Vec::with_capacity(Projection::ALL.len());
-            for which in Projection::ALL {
-                let weight = tensor(&name(which.path()), &which.shape(&config))?;
-                projections.push(backend.weight(weight));
+            let name = |part: &str| format!("model.layers.{i}.{part}");
+            let mut block = Block { norms: Default::default(), projections: Default::default() };
+            for which in Projection::of(&config) {
+                let [output, input] = which.shape(&config);
+                let weight = tensor(&name(&format!("{}.weight", which.path())), &[output, input])?;
+                let bias = which.has_bias(&config).then(|| tensor(&name(&format!("{}.bias", which.path())), &[output]));
+                let weight = match quantization {
+                    None => backend.weight(weight),
+                    Some(quantization) => backend.quantized_weight(weight, quantization),
+                };
+                block.projections[which as usize] = Some(Linear {
+                    weight: Weight::Frozen(weight),
+                    bias: bias.map(|bias| vector(bias, output)).transpose()?,
+                    adapter: None,
+                });
             }
-            blocks.push(Block {
-                input_norm: norm(tensor(&name("input_layernorm"), &[hidden]))?,
-                post_attention_norm: norm(tensor(&name("post_attention_layernorm"), &[hidden]))?,
-                projections: projections.try_into().unwrap_or_else(|_| unreachable!("seven")),
-            });
+            for which in Norm::ALL {
+                let Some(path) = which.path(&config) else { continue };
+                let len = which.len(&config);
+                let weight = tensor(&name(&format!("{path}.weight")), &[len]);
+                block.norms[which as usize] = Some(vector(weight, len)?);
+            }
+            blocks.push(block);
         }
-        let final_norm = norm(tensor("model.norm.weight", &[hidden]))?;
+        let norm = vector(tensor(&format!("{FINAL_NORM}.weight"), &[config.hidden_size]), config.hidden_size)?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(backend.weight(tensor("lm_head.weight", &table)?)),
+            false => Some(Weight::Frozen(backend.weight(tensor(&format!("{LM_HEAD}.weight"), &table)?))),
         };
-        Ok(Model {
-            rope_frequencies: config.rope_frequencies(),
-            norm: final_norm,
-            backend,
-            config,
-            embedding,
-            blocks,
-            lm_head,
-            adapter: None,
-        })
+        Ok(Model { norm, backend, config, embedding: Weight::Frozen(embedding), blocks, lm_head })
     }
 
     /// The model's shape.
@@ -122,10 +148,162 @@ impl<B: Backend> Model<B> {
     /// Puts the adapter of a PEFT folder on the model, in place of any other.
     ///
     /// # Errors
-    /// The folder is damaged, uses what the engine does not support, or was made for another model.
+    /// The folder is damaged, or was made for another model.
     pub fn load_adapter(&mut self, dir: &Path) -> Result<()> {
-        self.adapter = Some(lora::load(dir, &self.backend, &self.config)?);
-        Ok(())
+        peft::load(dir, self)
+    }
+
+    /// Makes every weight trainable; with `bf16`, matrices are computed with as rounded to bf16.
+    pub(crate) fn train_all(&mut self, bf16: bool) {
+        let Model { backend, embedding, blocks, norm, lm_head, .. } = self;
+        let train = |weight: &mut Weight<B>| {
+            if let Weight::Frozen(frozen) = weight {
+                *weight = Weight::trained(backend, backend.weight_values(frozen), bf16);
+            }
+        };
+        let linears = |block: &mut Block<B>| {
+            for linear in block.projections.iter_mut().flatten() {
+                train(&mut linear.weight);
+                linear.bias.iter_mut().for_each(|bias| bias.train(backend));
+            }
+            block.norms.iter_mut().flatten().for_each(|norm| norm.train(backend));
+        };
+        train(embedding);
+        blocks.iter_mut().for_each(linears);
+        norm.train(backend);
+        lm_head.iter_mut().for_each(train);
+    }
+
+    /// Makes all biases trainable.
+    pub(crate) fn train_biases(&mut self) {
+        let Model { backend, blocks, .. } = self;
+        let linears = blocks.iter_mut().flat_map(|block| block.projections.iter_mut().flatten());
+        linears.filter_map(|linear| linear.bias.as_mut()).for_each(|bias| bias.train(backend));
+    }
+
+    /// Makes the modules of this name trainable: the output layer, the embedding, or norms. A tied output layer
+    /// becomes one of its own, as in PEFT.
+    pub(crate) fn train_module(&mut self, name: &str) -> Result<()> {
+        let Model { backend, config, embedding, blocks, norm, lm_head } = self;
+        let mut found = false;
+        if is_named(LM_HEAD, name) {
+            let weight = lm_head.as_ref().unwrap_or(embedding);
+            if let Weight::Frozen(frozen) = weight {
+                *lm_head = Some(Weight::trained(backend, backend.weight_values(frozen), false));
+            }
+            found = true;
+        }
+        if is_named(EMBEDDING, name) {
+            if lm_head.is_none() {
+                let message = "modules_to_save: embed_tokens is also the output layer of this model \
+                    (tie_word_embeddings), which would change with it; train lm_head, or use method Full";
+                return Err(Error::Lora(message.into()));
+            }
+            if let Weight::Frozen(frozen) = embedding {
+                *embedding = Weight::trained(backend, backend.weight_values(frozen), false);
+            }
+            found = true;
+        }
+        if is_named(FINAL_NORM, name) {
+            norm.train(backend);
+            found = true;
+        }
+        for (i, block) in blocks.iter_mut().enumerate() {
+            for which in Norm::ALL {
+                let Some(path) = which.path(config) else { continue };
+                if let (true, Some(norm)) =
+                    (is_named(&format!("model.layers.{i}.{path}"), name), &mut block.norms[which as usize])
+                {
+                    norm.train(backend);
+                    found = true;
+                }
+            }
+        }
+        match found {
+            true => Ok(()),
+            false => Err(Error::Lora(format!(
+                "modules_to_save: {name:?} is no lm_head, embed_tokens or norm of this model; \
+                 linear layers are adapted by target_modules"
+            ))),
+        }
+    }
+
+    /// All tensors that can be trained, under the base model's names; those of adapters under PEFT's, without prefix.
+    pub(crate) fn parameters(&self) -> Vec<(String, &Param<B::Tensor>)> {
+        let mut out = Vec::new();
+        out.extend(self.embedding.param().map(|param| (format!("{EMBEDDING}.weight"), param)));
+        for (i, block) in self.blocks.iter().enumerate() {
+            for which in Norm::ALL {
+                let path = which.path(&self.config).unwrap_or_default();
+                let norm = block.norms[which as usize].as_ref();
+                out.extend(norm.map(|norm| (format!("model.layers.{i}.{path}.weight"), norm)));
+            }
+            for which in Projection::ALL {
+                let Some(linear) = &block.projections[which as usize] else { continue };
+                let name = |part: &str| format!("{}.{part}", which.name(i));
+                out.extend(linear.weight.param().map(|param| (name("weight"), param)));
+                out.extend(linear.bias.as_ref().map(|bias| (name("bias"), bias)));
+                let Some(adapter) = &linear.adapter else { continue };
+                out.extend([(name("lora_A.weight"), &adapter.a), (name("lora_B.weight"), &adapter.b)]);
+                out.extend(adapter.magnitude.as_ref().map(|param| (name("lora_magnitude_vector"), param)));
+            }
+        }
+        out.push((format!("{FINAL_NORM}.weight"), &self.norm));
+        let lm_head = self.lm_head.as_ref().and_then(Weight::param);
+        out.extend(lm_head.map(|param| (format!("{LM_HEAD}.weight"), param)));
+        out
+    }
+
+    /// The names of the linear layers that have an adapter.
+    pub(crate) fn adapted_modules(&self) -> HashSet<String> {
+        let blocks = self.blocks.iter().enumerate();
+        blocks
+            .flat_map(|(i, block)| {
+                let adapted = move |which: &Projection| {
+                    block.projections[*which as usize].as_ref().is_some_and(|linear| linear.adapter.is_some())
+                };
+                Projection::ALL.into_iter().filter(adapted).map(move |which| which.name(i))
+            })
+            .collect()
+    }
+
+    /// The tensors of [`Model::parameters`], in the same order.
+    pub(crate) fn parameters_mut(&mut self) -> (&B, Vec<&mut Param<B::Tensor>>) {
+        let mut out = Vec::new();
+        out.extend(self.embedding.param_mut());
+        for block in &mut self.blocks {
+            out.extend(block.norms.iter_mut().flatten());
+            for linear in block.projections.iter_mut().flatten() {
+                out.extend(linear.weight.param_mut());
+                out.extend(linear.bias.as_mut());
+                let Some(adapter) = &mut linear.adapter else { continue };
+                out.extend([&mut adapter.a, &mut adapter.b]);
+                out.extend(adapter.magnitude.as_mut());
+            }
+        }
+        out.push(&mut self.norm);
+        out.extend(self.lm_head.as_mut().and_then(Weight::param_mut));
+        (&self.backend, out)
+    }
+
+    /// Gives the parameter of this name these values; it exists and is as large.
+    pub(crate) fn set(&mut self, name: &str, values: &[f32]) {
+        let index = self.parameters().iter().position(|(known, _)| known == name);
+        let (backend, params) = self.parameters_mut();
+        if let Some(param) = index.and_then(|index| params.into_iter().nth(index)) {
+            let [rows, cols] = backend.shape(&param.value);
+            param.value = backend.upload(values, rows, cols);
+        }
+        self.refresh();
+    }
+
+    /// Rounds anew what was changed.
+    pub(crate) fn refresh(&mut self) {
+        let Model { backend, embedding, blocks, lm_head, .. } = self;
+        embedding.refresh(backend);
+        let linears = blocks.iter_mut().flat_map(|block| block.projections.iter_mut().flatten());
+        linears.for_each(|linear| linear.weight.refresh(backend));
+        lm_head.iter_mut().for_each(|weight| weight.refresh(backend));
     }
 
     /// Logits of every position of one row, [tokens, vocab_size] row-major.
@@ -134,7 +312,7 @@ impl<B: Backend> Model<B> {
     /// A token is outside the vocabulary.
     pub fn logits(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         self.check_tokens(tokens)?;
-        let rows = self.backend.rows(&[tokens.len()], 0, &self.rope_frequencies);
+        let rows = self.backend.rows(&[tokens.len()], 0, &self.config.ropes);
         let x = self.hidden(tokens, &rows);
         Ok(self.backend.download(&self.output(&x)))
     }
@@ -150,37 +328,26 @@ impl<B: Backend> Model<B> {
 
     /// Rows of the embedding.
     pub(crate) fn embed(&self, tokens: &[u32]) -> B::Tensor {
-        self.backend.embedding(&self.embedding, tokens)
+        self.backend.embedding(self.embedding.get(), tokens, self.config.embedding_scale)
     }
 
     /// Logits from the residual stream.
     pub(crate) fn output(&self, x: &B::Tensor) -> B::Tensor {
-        let normed = self.backend.rms_norm(x, &self.norm, self.config.rms_norm_eps);
-        self.backend.linear(&normed, self.output_weight())
+        let normed = self.backend.rms_norm(x, &self.norm.value, rms_norm(&self.config));
+        let mut logits = self.backend.linear(&normed, self.output_weight().get());
+        if let Some(cap) = self.config.final_softcap {
+            self.backend.softcap(&mut logits, cap);
+        }
+        logits
     }
 
-    pub(crate) fn output_weight(&self) -> &B::Weight {
+    pub(crate) fn output_weight(&self) -> &Weight<B> {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// A pass through block `i` without dropout.
-    pub(crate) fn pass<'a>(&'a self, i: usize, rows: &'a B::Rows) -> Pass<'a, B> {
-        Pass {
-            backend: &self.backend,
-            heads: self.heads(),
-            eps: self.config.rms_norm_eps,
-            rows,
-            adapter: self.adapter.as_ref().map(|adapter| &adapter[i]),
-            dropout: None,
-        }
-    }
-
-    fn heads(&self) -> Heads {
-        Heads {
-            query: self.config.num_attention_heads,
-            key_value: self.config.num_key_value_heads,
-            dim: self.config.head_dim,
-        }
+    /// A pass through block `layer` without dropout.
+    pub(crate) fn pass<'a>(&'a self, layer: usize, rows: &'a B::Rows) -> Pass<'a, B> {
+        Pass { backend: &self.backend, config: &self.config, layer, rows, dropout: None }
     }
 
     pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -195,5 +362,36 @@ impl<B: Backend> Model<B> {
                 tokens[i]
             ))),
         }
+    }
+}
+
+/// What the model's norms add.
+pub(crate) fn rms_norm(config: &ModelConfig) -> RmsNorm {
+    RmsNorm { eps: config.rms_norm_eps, offset: config.norm_offset }
+}
+
+impl ModelConfig {
+    /// Name and shape of every tensor that a checkpoint of this model holds.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let table = vec![self.vocab_size, self.hidden_size];
+        let mut out = vec![(format!("{EMBEDDING}.weight"), table.clone())];
+        for block in 0..self.num_hidden_layers {
+            for which in Norm::ALL {
+                let name = which.path(self).map(|path| format!("model.layers.{block}.{path}.weight"));
+                out.extend(name.map(|name| (name, vec![which.len(self)])));
+            }
+            for which in Projection::of(self) {
+                let [output, input] = which.shape(self);
+                out.push((format!("{}.weight", which.name(block)), vec![output, input]));
+                if which.has_bias(self) {
+                    out.push((format!("{}.bias", which.name(block)), vec![output]));
+                }
+            }
+        }
+        out.push((format!("{FINAL_NORM}.weight"), vec![self.hidden_size]));
+        if !self.tie_word_embeddings {
+            out.push((format!("{LM_HEAD}.weight"), table));
+        }
+        out
     }
 }

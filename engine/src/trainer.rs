@@ -1,17 +1,18 @@
-//! Training: micro-batches in, gradients accumulated, AdamW steps out.
+//! Training: micro-batches in, gradients accumulated, optimizer steps out.
 
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, CrossEntropyGrads};
 use crate::block::{DropoutSource, Kept, Pass};
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
-use crate::lora::{Adapter, BlockGrads, LoraOptions, LoraPair, peft_name};
-use crate::model::{Model, NamedTensor, Recompute};
-use crate::optim::{AdamWOptions, Moments, clip_factor};
-use crate::projection::Projection;
+use crate::lora::LoraOptions;
+use crate::model::{Model, NamedTensor, Recompute, rms_norm};
+use crate::optim::{Optimizer, OptimizerState, clip_factor};
+use crate::param::Param;
+use crate::peft::saved_name;
 use crate::random;
 
 /// A target that is not trained on.
@@ -47,7 +48,7 @@ pub struct StepStats {
 /// Everything that a resumed run needs to go on bit for bit.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainState {
-    /// Per adapter weight `NAME`: the weight itself, `NAME.exp_avg` and `NAME.exp_avg_sq`.
+    /// Per trained weight `NAME`: the weight itself, and the optimizer's state, such as `NAME.exp_avg`.
     pub tensors: Vec<NamedTensor>,
     /// Optimizer steps taken.
     pub step: u64,
@@ -55,16 +56,61 @@ pub struct TrainState {
     pub micro_step: u64,
 }
 
-/// A model, its LoRA adapter, and the adapter's AdamW state.
+/// What is trained.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Tuning {
+    /// Every weight, in f32.
+    Full {
+        /// Matrices are computed with as rounded to bf16; the optimizer keeps them in f32.
+        bf16: bool,
+    },
+    /// A LoRA adapter.
+    Lora(LoraOptions),
+}
+
+/// How a trainer trains.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainerOptions {
+    /// What is trained.
+    pub tuning: Tuning,
+    /// How gradients become steps.
+    pub optimizer: Optimizer,
+    /// Which activations are computed again.
+    pub recompute: Recompute,
+    /// Uniform noise on the embeddings of a row of n tokens, within ± alpha / √(n · hidden) (NEFTune; Jain et al., 2023).
+    pub neftune_noise_alpha: Option<f64>,
+    /// Seed of dropout and noise.
+    pub seed: u64,
+}
+
+impl TrainerOptions {
+    /// AdamW as torch sets it, nothing computed again, no noise, seed 0.
+    pub fn new(tuning: Tuning) -> Self {
+        let (optimizer, recompute) = (Optimizer::default(), Recompute::None);
+        TrainerOptions { tuning, optimizer, recompute, neftune_noise_alpha: None, seed: 0 }
+    }
+}
+
+impl From<LoraOptions> for TrainerOptions {
+    /// [`TrainerOptions::new`] with the adapter's seed.
+    fn from(lora: LoraOptions) -> Self {
+        let seed = lora.seed;
+        TrainerOptions { seed, ..Self::new(Tuning::Lora(lora)) }
+    }
+}
+
+/// A model that is trained, and the optimizer's state.
 pub struct Trainer<B: Backend = Cpu> {
     model: Model<B>,
     recompute: Recompute,
-    optim: AdamWOptions,
+    optimizer: Optimizer,
     dropout: f32,
+    neftune_noise_alpha: Option<f64>,
     seed: u64,
-    grads: Vec<BlockGrads<B::Tensor>>,
-    /// In the order of [`parameters`].
-    moments: Vec<Moments<B::Tensor>>,
+    /// Whether the trained tensors have PEFT's names.
+    is_adapter: bool,
+    /// In the order of the trained parameters.
+    states: Vec<OptimizerState<B::Tensor>>,
     step: u64,
     micro_step: u64,
 }
@@ -75,30 +121,41 @@ enum Activations<B: Backend> {
     Input(B::Tensor),
 }
 
+/// Tells the keys of a micro-batch's noise from those of its blocks' dropout.
+const NOISE: u64 = u64::MAX;
+
 impl<B: Backend> Trainer<B> {
-    /// Puts a fresh adapter on `model`, in place of any other.
+    /// Makes trainable what is to be trained; an adapter is fresh, and in place of any other.
     ///
     /// # Errors
     /// The options are out of range or select no layer.
-    pub fn new(mut model: Model<B>, lora: &LoraOptions, optim: AdamWOptions, recompute: Recompute) -> Result<Self> {
-        let adapter = lora.init(&model.backend, &model.config)?;
-        let backend = &model.backend;
-        let zeros = |[rows, cols]: [usize; 2]| backend.zeros(rows, cols);
-        let grads = adapter.iter().map(|block| {
-            block.each_ref().map(|layer| {
-                layer
-                    .as_ref()
-                    .map(|layer| LoraPair { a: zeros(backend.shape(&layer.a)), b: zeros(backend.shape(&layer.b)) })
-            })
-        });
-        let moments = parameters(&adapter).map(|(_, param)| {
-            let shape = backend.shape(param);
-            Moments { exp_avg: zeros(shape), exp_avg_sq: zeros(shape) }
-        });
-        let (grads, moments) = (grads.collect(), moments.collect());
-        model.adapter = Some(adapter);
-        let (dropout, seed) = (lora.dropout as f32, lora.seed);
-        Ok(Trainer { model, recompute, optim, dropout, seed, grads, moments, step: 0, micro_step: 0 })
+    pub fn new(mut model: Model<B>, options: &TrainerOptions) -> Result<Self> {
+        let dropout = match &options.tuning {
+            Tuning::Full { bf16 } => {
+                model.train_all(*bf16);
+                0.0
+            }
+            Tuning::Lora(lora) => {
+                lora.apply(&mut model)?;
+                lora.dropout as f32
+            }
+        };
+        let state = |(_, param): &(String, &Param<B::Tensor>)| {
+            param.is_trained().then(|| options.optimizer.state(&model.backend, &param.value))
+        };
+        let states = model.parameters().iter().filter_map(state).collect();
+        Ok(Trainer {
+            model,
+            recompute: options.recompute,
+            optimizer: options.optimizer,
+            dropout,
+            neftune_noise_alpha: options.neftune_noise_alpha,
+            seed: options.seed,
+            is_adapter: matches!(options.tuning, Tuning::Lora(_)),
+            states,
+            step: 0,
+            micro_step: 0,
+        })
     }
 
     /// Forward and backward; the gradients of `loss_scale · Σ loss` are added to those of earlier calls.
@@ -107,66 +164,80 @@ impl<B: Backend> Trainer<B> {
     /// The batch is inconsistent, or has tokens outside the vocabulary.
     pub fn accumulate(&mut self, batch: &MicroBatch, loss_scale: f32) -> Result<LossSum> {
         let trained = self.model.check_batch(batch)?;
-        let dropout_key = random::key(self.seed, &[self.micro_step]);
+        let key = random::key(self.seed, &[self.micro_step]);
         self.micro_step += 1;
         if trained.is_empty() {
             return Ok(LossSum::default());
         }
-        let Trainer { model, grads, dropout: p, recompute, .. } = self;
-        let rows = model.backend.rows(&batch.row_lengths, 0, &model.rope_frequencies);
-        let pass = |i: usize| {
-            let dropout = DropoutSource { p: *p, key: random::key(dropout_key, &[i as u64]) };
-            Pass { dropout: (*p > 0.0).then_some(dropout), ..model.pass(i, &rows) }
+        let rows = self.model.backend.rows(&batch.row_lengths, 0, &self.model.config.ropes);
+        let trains_embedding = self.model.embedding.param().is_some();
+        // Blocks below the first that learns keep no activations and see no gradient.
+        let first = match trains_embedding {
+            true => 0,
+            false => self.model.blocks.iter().position(|block| block.is_trained()).unwrap_or(self.model.blocks.len()),
         };
-        // Blocks below the first adapter have nothing to learn: they keep no activations and see no gradient.
-        let adapted = |block: &BlockGrads<_>| block.iter().any(Option::is_some);
-        let first = grads.iter().position(adapted).expect("an adapter has a layer");
+        let (x, activations) = self.forward(batch, &rows, first, key);
+        let (loss, mut dx) = output_layer(&mut self.model, x, batch, &trained, loss_scale);
 
+        let p = self.dropout;
+        let Model { backend, config, embedding, blocks, .. } = &mut self.model;
+        let blocks = blocks.iter_mut().enumerate().skip(first);
+        for ((layer, block), activations) in blocks.zip(activations).rev() {
+            let pass = Pass { backend, config, layer, rows: &rows, dropout: dropout(p, key, layer) };
+            let kept = match activations {
+                Activations::Kept(kept) => kept,
+                Activations::Input(x) => block.recompute(&pass, x),
+            };
+            let want_dx = layer > first || trains_embedding || block.trains_first_norm();
+            dx = block.backward(&pass, kept, dx.take().expect("only the first block returns none"), want_dx);
+        }
+        if let (Some(dx), Some(grad)) = (dx, embedding.grad_mut()) {
+            backend.embedding_backward(&dx, &batch.tokens, config.embedding_scale, config.pad_token_id, grad);
+        }
+        Ok(loss)
+    }
+
+    /// The residual stream after the last block, and what the backward pass needs of the blocks from `first` on.
+    fn forward(&self, batch: &MicroBatch, rows: &B::Rows, first: usize, key: u64) -> (B::Tensor, Vec<Activations<B>>) {
+        let model = &self.model;
         let mut x = model.embed(&batch.tokens);
+        if let Some(alpha) = self.neftune_noise_alpha {
+            model.backend.neftune(&mut x, rows, alpha as f32, random::key(key, &[NOISE]));
+        }
         let mut activations = Vec::with_capacity(model.blocks.len() - first);
-        for (i, block) in model.blocks.iter().enumerate() {
-            let (y, kept) = block.forward(&pass(i), x);
-            if i >= first {
-                activations.push(match recompute {
+        for (layer, block) in model.blocks.iter().enumerate() {
+            let pass = Pass { dropout: dropout(self.dropout, key, layer), ..model.pass(layer, rows) };
+            let (y, kept) = block.forward(&pass, x);
+            if layer >= first {
+                activations.push(match self.recompute {
                     Recompute::None => Activations::Kept(kept),
                     Recompute::Full => Activations::Input(kept.into_input()),
                 });
             }
             x = y;
         }
-        let (loss, mut dx) = output_layer(model, x, batch, &trained, Some(loss_scale));
-        for (i, activations) in (first..model.blocks.len()).zip(activations).rev() {
-            let (block, pass) = (&model.blocks[i], pass(i));
-            let kept = match activations {
-                Activations::Kept(kept) => kept,
-                Activations::Input(x) => block.recompute(&pass, x),
-            };
-            let dy = dx.take().expect("only the first adapted block returns no gradient");
-            dx = block.backward(&pass, kept, dy, &mut grads[i], i > first);
-        }
-        Ok(loss)
+        (x, activations)
     }
 
-    /// Clips, takes an AdamW step, and zeroes the gradients.
+    /// Clips, takes an optimizer step, and zeroes the gradients.
     ///
     /// # Errors
     /// A gradient is NaN or infinite: nothing is changed.
     pub fn step(&mut self, lr: f64, max_grad_norm: Option<f64>) -> Result<StepStats> {
-        let Trainer { model: Model { backend, adapter, .. }, grads, moments, optim, step, .. } = self;
-        let squares: f64 = gradients(grads).map(|grad| backend.sum_of_squares(grad)).sum();
-        let grad_norm = squares.sqrt();
+        let Trainer { model, states, optimizer, step, .. } = self;
+        let (backend, params) = model.parameters_mut();
+        let grads = params.iter().filter_map(|param| param.grad.as_ref());
+        let grad_norm = grads.map(|grad| backend.sum_of_squares(grad)).sum::<f64>().sqrt();
         if !grad_norm.is_finite() {
             return Err(Error::NonFinite { step: *step + 1, grad_norm });
         }
         *step += 1;
-        let numbers = optim.step(*step, lr, clip_factor(grad_norm, max_grad_norm));
-        let layers = adapter.iter_mut().flatten().flatten().flatten();
-        let params = layers.flat_map(|layer| [&mut layer.a, &mut layer.b]);
-        let grads = grads.iter_mut().flatten().flatten().flat_map(|pair| [&mut pair.a, &mut pair.b]);
-        for ((param, grad), moments) in params.zip(grads).zip(moments) {
-            backend.adamw(param, grad, (&mut moments.exp_avg, &mut moments.exp_avg_sq), &numbers);
-            backend.clear(grad);
+        let scale = clip_factor(grad_norm, max_grad_norm);
+        let trained = params.into_iter().filter(|param| param.is_trained());
+        for (param, state) in trained.zip(states) {
+            optimizer.update(backend, param, state, *step, lr, scale);
         }
+        model.refresh();
         Ok(StepStats { grad_norm })
     }
 
@@ -178,36 +249,40 @@ impl<B: Backend> Trainer<B> {
         self.model.evaluate(batch)
     }
 
-    /// The model with the adapter as it is now.
+    /// The model as it is now.
     pub fn model(&self) -> &Model<B> {
         &self.model
     }
 
     /// The number of trained parameters.
     pub fn trainable_parameters(&self) -> usize {
-        let backend = &self.model.backend;
-        gradients(&self.grads).map(|grad| backend.shape(grad).into_iter().product::<usize>()).sum()
+        let size =
+            |(_, param): (String, &Param<B::Tensor>)| self.model.backend.shape(&param.value).iter().product::<usize>();
+        self.trained().map(size).sum()
     }
 
-    /// The adapter under PEFT's names.
-    pub fn adapter(&self) -> Vec<NamedTensor> {
-        self.named().map(|(name, param)| self.download(name, param)).collect()
+    /// What is trained, under the names of the published file: PEFT's for an adapter, else the model's.
+    pub fn weights(&self) -> Vec<NamedTensor> {
+        self.trained().map(|(name, param)| self.download(name, &param.value)).collect()
     }
 
-    /// The accumulated gradients under PEFT's names.
+    /// The accumulated gradients, under the names of [`Trainer::weights`].
     pub fn gradients(&self) -> Vec<NamedTensor> {
-        let named = self.named().zip(gradients(&self.grads));
-        named.map(|((name, _), grad)| self.download(name, grad)).collect()
+        self.trained().filter_map(|(name, param)| Some(self.download(name, param.grad.as_ref()?))).collect()
+    }
+
+    /// Zeroes the gradients: forgets what was accumulated since the last step.
+    pub fn clear_gradients(&mut self) {
+        let (backend, params) = self.model.parameters_mut();
+        params.into_iter().filter_map(|param| param.grad.as_mut()).for_each(|grad| backend.clear(grad));
     }
 
     /// What [`Trainer::restore`] needs. Take it between optimizer steps: accumulated gradients are not part of it.
     pub fn state(&self) -> TrainState {
-        let tensors = self.named().zip(&self.moments).flat_map(|((name, param), moments)| {
-            [
-                self.download(format!("{name}.exp_avg"), &moments.exp_avg),
-                self.download(format!("{name}.exp_avg_sq"), &moments.exp_avg_sq),
-                self.download(name, param),
-            ]
+        let tensors = self.trained().zip(&self.states).flat_map(|((name, param), state)| {
+            let parts = state.parts().into_iter().map(|(part, x)| self.download(format!("{name}.{part}"), x));
+            let parts: Vec<NamedTensor> = parts.collect();
+            parts.into_iter().chain([self.download(name, &param.value)])
         });
         TrainState { tensors: tensors.collect(), step: self.step, micro_step: self.micro_step }
     }
@@ -224,84 +299,102 @@ impl<B: Backend> Trainer<B> {
             let [rows, cols] = backend.shape(like);
             let tensor = saved
                 .get(name)
-                .ok_or_else(|| Error::State(format!("{name} is missing; was it saved with other target_modules?")))?;
-            if tensor.shape != [rows, cols] || tensor.data.len() != rows * cols {
+                .ok_or_else(|| Error::State(format!("{name} is missing; was it saved with other options?")))?;
+            if tensor.shape != shape(rows, cols) || tensor.data.len() != rows * cols {
                 return Err(Error::State(format!(
-                    "{name} has shape {:?}, this adapter's is {:?}; was it saved with another rank or model?",
+                    "{name} has shape {:?}, this run's is {:?}; was it saved with another rank or model?",
                     tensor.shape,
-                    [rows, cols]
+                    shape(rows, cols)
                 )));
             }
             Ok(backend.upload(&tensor.data, rows, cols))
         };
-        let mut params = Vec::new();
-        let mut moments = Vec::new();
-        for (name, param) in self.named() {
-            params.push(upload(&name, param)?);
-            moments.push(Moments {
-                exp_avg: upload(&format!("{name}.exp_avg"), param)?,
-                exp_avg_sq: upload(&format!("{name}.exp_avg_sq"), param)?,
-            });
+        let mut values = Vec::new();
+        let mut parts = Vec::new();
+        for ((name, param), state) in self.trained().zip(&self.states) {
+            values.push(upload(&name, &param.value)?);
+            for (part, like) in state.parts() {
+                parts.push(upload(&format!("{name}.{part}"), like)?);
+            }
         }
-        let layers = self.model.adapter.iter_mut().flatten().flatten().flatten();
-        for (param, saved) in layers.flat_map(|layer| [&mut layer.a, &mut layer.b]).zip(params) {
-            *param = saved;
+        let (_, params) = self.model.parameters_mut();
+        for (param, value) in params.into_iter().filter(|param| param.is_trained()).zip(values) {
+            param.value = value;
         }
-        self.moments = moments;
-        let pairs = self.grads.iter_mut().flatten().flatten();
-        pairs.flat_map(|pair| [&mut pair.a, &mut pair.b]).for_each(|grad| self.model.backend.clear(grad));
+        let places = self.states.iter_mut().flat_map(OptimizerState::parts_mut);
+        places.zip(parts).for_each(|(place, part)| *place = part);
+        self.model.refresh();
+        self.clear_gradients();
         (self.step, self.micro_step) = (state.step, state.micro_step);
         Ok(())
     }
 
-    fn named(&self) -> impl Iterator<Item = (String, &B::Tensor)> {
-        self.model.adapter.iter().flat_map(parameters)
+    /// The trained parameters under the names of the published file.
+    fn trained(&self) -> impl Iterator<Item = (String, &Param<B::Tensor>)> {
+        let adapted = self.model.adapted_modules();
+        let is_adapter = self.is_adapter;
+        let trained = self.model.parameters().into_iter().filter(|(_, param)| param.is_trained());
+        trained.map(move |(name, param)| match is_adapter {
+            true => (saved_name(&name, &adapted), param),
+            false => (name, param),
+        })
     }
 
     fn download(&self, name: String, x: &B::Tensor) -> NamedTensor {
         let backend = &self.model.backend;
-        NamedTensor { name, shape: backend.shape(x).to_vec(), data: backend.download(x) }
+        let [rows, cols] = backend.shape(x);
+        NamedTensor { name, shape: shape(rows, cols), data: backend.download(x) }
     }
 }
 
-/// An adapter's weights under PEFT's names, in the model's order.
-fn parameters<T>(adapter: &Adapter<T>) -> impl Iterator<Item = (String, &T)> {
-    adapter.iter().enumerate().flat_map(|(block, layers)| {
-        Projection::ALL.into_iter().zip(layers).flat_map(move |(which, layer)| {
-            let name = move |part| peft_name(block, which, part);
-            layer.iter().flat_map(move |layer| [(name("lora_A"), &layer.a), (name("lora_B"), &layer.b)])
-        })
-    })
+/// The masks of one block in one micro-batch.
+fn dropout(p: f32, key: u64, layer: usize) -> Option<DropoutSource> {
+    (p > 0.0).then(|| DropoutSource { p, key: random::key(key, &[layer as u64]) })
 }
 
-/// Gradients in the order of [`parameters`].
-fn gradients<T>(grads: &[BlockGrads<T>]) -> impl Iterator<Item = &T> {
-    grads.iter().flatten().flatten().flat_map(|pair| [&pair.a, &pair.b])
+/// A tensor's shape in files: a single row is a vector.
+fn shape(rows: usize, cols: usize) -> Vec<usize> {
+    if rows == 1 { vec![cols] } else { vec![rows, cols] }
 }
 
-/// The loss of the trained positions and, with a `loss_scale`, its gradient by x, the residual stream after the last
-/// block. Positions that are not trained never meet the output layer.
+/// The loss of the trained positions and its gradient by x, the residual stream after the last block; adds the
+/// gradients of the output layer and the final norm, if they are trained. Positions that are not trained never meet the
+/// output layer.
 fn output_layer<B: Backend>(
-    model: &Model<B>,
+    model: &mut Model<B>,
     x: B::Tensor,
     batch: &MicroBatch,
     trained: &[u32],
-    loss_scale: Option<f32>,
+    loss_scale: f32,
 ) -> (LossSum, Option<B::Tensor>) {
-    let Model { backend, norm, config, .. } = model;
-    let eps = config.rms_norm_eps;
-    let targets: Vec<u32> = trained.iter().map(|&i| batch.targets[i as usize]).collect();
+    let Model { backend, norm, config, embedding, lm_head, .. } = model;
     let x = backend.gather_rows(&x, trained);
-    let normed = backend.rms_norm(&x, norm, eps);
-    let weight = model.output_weight();
-    let (losses, d_normed) = backend.linear_cross_entropy(&normed, weight, &targets, loss_scale);
+    let normed = backend.rms_norm(&x, &norm.value, rms_norm(config));
+    let output = lm_head.as_mut().unwrap_or(embedding);
+    // The gradient is taken out while the weight is read.
+    let mut d_output = output.param_mut().and_then(|param| param.grad.take());
+    let grads = CrossEntropyGrads { scale: loss_scale, weight: d_output.as_mut() };
+    let targets = targets_at(batch, trained);
+    let (losses, d_normed) =
+        backend.linear_cross_entropy(&normed, output.get(), &targets, config.final_softcap, Some(grads));
+    if let Some(param) = output.param_mut() {
+        param.grad = d_output;
+    }
     let dx = d_normed.map(|d_normed| {
         let mut dx = backend.zeros(trained.len(), config.hidden_size);
-        backend.rms_norm_backward(&x, norm, eps, &d_normed, &mut dx);
+        let Param { value, grad, .. } = norm;
+        backend.rms_norm_backward(&x, value, rms_norm(config), &d_normed, &mut dx, grad.as_mut());
         backend.scatter_rows(&dx, trained, batch.tokens.len())
     });
-    let sum = losses.iter().map(|&loss| f64::from(loss)).sum();
-    (LossSum { sum, tokens: trained.len() }, dx)
+    (sum(&losses), dx)
+}
+
+fn targets_at(batch: &MicroBatch, trained: &[u32]) -> Vec<u32> {
+    trained.iter().map(|&i| batch.targets[i as usize]).collect()
+}
+
+fn sum(losses: &[f32]) -> LossSum {
+    LossSum { sum: losses.iter().map(|&loss| f64::from(loss)).sum(), tokens: losses.len() }
 }
 
 impl<B: Backend> Model<B> {
@@ -314,9 +407,12 @@ impl<B: Backend> Model<B> {
         if trained.is_empty() {
             return Ok(LossSum::default());
         }
-        let rows = self.backend.rows(&batch.row_lengths, 0, &self.rope_frequencies);
-        let x = self.hidden(&batch.tokens, &rows);
-        Ok(output_layer(self, x, batch, &trained, None).0)
+        let Model { backend, norm, config, .. } = self;
+        let rows = backend.rows(&batch.row_lengths, 0, &config.ropes);
+        let x = backend.gather_rows(&self.hidden(&batch.tokens, &rows), &trained);
+        let normed = backend.rms_norm(&x, &norm.value, rms_norm(config));
+        let (targets, cap) = (targets_at(batch, &trained), config.final_softcap);
+        Ok(sum(&backend.linear_cross_entropy(&normed, self.output_weight().get(), &targets, cap, None).0))
     }
 
     /// Checks a batch and returns the positions that are trained.

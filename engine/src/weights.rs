@@ -20,7 +20,14 @@ pub struct HostTensor {
 
 enum Values {
     Floats(Vec<f32>),
-    Mapped { map: Arc<Mmap>, start: usize, len: usize, dtype: Dtype },
+    /// Little-endian.
+    Bf16(Vec<u8>),
+    Mapped {
+        map: Arc<Mmap>,
+        start: usize,
+        len: usize,
+        dtype: Dtype,
+    },
 }
 
 impl HostTensor {
@@ -28,6 +35,12 @@ impl HostTensor {
     pub fn new(values: Vec<f32>, shape: Vec<usize>) -> Self {
         assert_eq!(values.len(), shape.iter().product::<usize>());
         HostTensor { shape, values: Values::Floats(values) }
+    }
+
+    /// A tensor of these values rounded to bf16, to the nearest and ties to even.
+    pub(crate) fn bf16(values: &[f32], shape: Vec<usize>) -> Self {
+        let bytes = values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
+        HostTensor { shape, values: Values::Bf16(bytes) }
     }
 
     /// The shape, row-major.
@@ -44,7 +57,16 @@ impl HostTensor {
                 let (before, floats, after) = unsafe { map[*start..start + len].align_to::<f32>() };
                 (before.is_empty() && after.is_empty()).then_some(floats)
             }
-            Values::Mapped { .. } => None,
+            Values::Mapped { .. } | Values::Bf16(_) => None,
+        }
+    }
+
+    /// The values' bytes, if they are little-endian bf16.
+    pub(crate) fn as_bf16(&self) -> Option<&[u8]> {
+        match &self.values {
+            Values::Bf16(bytes) => Some(bytes),
+            Values::Mapped { map, start, len, dtype: Dtype::BF16 } => Some(&map[*start..start + len]),
+            _ => None,
         }
     }
 
@@ -52,6 +74,7 @@ impl HostTensor {
     pub fn to_f32(&self) -> Vec<f32> {
         match &self.values {
             Values::Floats(values) => values.clone(),
+            Values::Bf16(bytes) => widen(bytes, Dtype::BF16),
             Values::Mapped { map, start, len, dtype } => widen(&map[*start..start + len], *dtype),
         }
     }

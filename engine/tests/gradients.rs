@@ -3,7 +3,11 @@
 //! candle's fused rms_norm, rope and softmax have no backward pass, so all is composed of plain operations here.
 
 use candle_core::{D, DType, Device, Tensor as Candle, Var};
-use tunesmith_engine::backend::{AttentionForward, Backend, Dropout, Heads, LoraGrads, LoraRef};
+use tunesmith_engine::Activation;
+use tunesmith_engine::backend::{
+    Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout, Heads, LoraGrads, LoraRef, RmsNorm, WeightRef,
+};
+use tunesmith_engine::config::{Rope, RopeScaling};
 use tunesmith_engine::cpu::{Cpu, Tensor};
 use tunesmith_engine::weights::HostTensor;
 
@@ -46,54 +50,165 @@ fn autograd<const N: usize>(y: &Candle, dy: &Tensor, variables: [&Var; N]) -> [V
     variables.map(|v| values(grads.get(v).expect("candle has a backward for all of these")))
 }
 
-fn rms_norm(x: &Candle, w: &Candle, eps: f64) -> Candle {
+fn rms_norm(x: &Candle, w: &Candle, norm: RmsNorm) -> Candle {
     let mean = x.sqr().unwrap().mean_keepdim(D::Minus1).unwrap();
-    let root = (mean + eps).unwrap().sqrt().unwrap();
-    x.broadcast_div(&root).unwrap().broadcast_mul(w).unwrap()
+    let root = (mean + f64::from(norm.eps)).unwrap().sqrt().unwrap();
+    x.broadcast_div(&root).unwrap().broadcast_mul(&(w + f64::from(norm.offset)).unwrap()).unwrap()
 }
 
 #[test]
-fn rms_norm_and_its_gradient() {
+fn rms_norm_and_its_gradients() {
     let cpu = Cpu::default();
-    for (rows, n) in [(5, 7), (33, 64), (1, 576)] {
+    for (rows, n, offset) in [(5, 7, 0.0), (33, 64, 1.0), (1, 576, 0.0), (40, 130, 1.0)] {
+        let norm = RmsNorm { eps: 1e-3, offset };
         let ((x, cx), (w, cw)) = (pair(&cpu, rows, n, 1), pair(&cpu, 1, n, 2));
         let (dy, _) = pair(&cpu, rows, n, 3);
-        let theirs = rms_norm(&cx, &cw, 1e-3);
-        same("y", cpu.rms_norm(&x, &w, 1e-3).values(), &values(&theirs));
-        let (mut dx, start) = pair(&cpu, rows, n, 4);
-        cpu.rms_norm_backward(&x, &w, 1e-3, &dy, &mut dx);
-        let [expected] = autograd(&theirs, &dy, [&cx]);
-        let expected: Vec<f32> = expected.iter().zip(values(&start)).map(|(a, b)| a + b).collect();
-        same("dx", dx.values(), &expected);
+        let theirs = rms_norm(&cx, &cw, norm);
+        same("y", cpu.rms_norm(&x, &w, norm).values(), &values(&theirs));
+        let ((mut dx, start), (mut dw, start_w)) = (pair(&cpu, rows, n, 4), pair(&cpu, 1, n, 5));
+        cpu.rms_norm_backward(&x, &w, norm, &dy, &mut dx, Some(&mut dw));
+        let [ex, ew] = autograd(&theirs, &dy, [&cx, &cw]);
+        let plus = |a: &[f32], b: &Candle| a.iter().zip(values(b)).map(|(a, b)| a + b).collect::<Vec<f32>>();
+        same("dx", dx.values(), &plus(&ex, &start));
+        same("dw", dw.values(), &plus(&ew, &start_w));
     }
 }
 
 #[test]
-fn linear_and_its_gradient() {
+fn a_norm_of_heads_is_a_norm_of_shorter_rows() {
+    let cpu = Cpu::default();
+    let norm = RmsNorm { eps: 1e-5, offset: 0.0 };
+    let ((x, _), (w, _)) = (pair(&cpu, 6, 32, 1), pair(&cpu, 1, 8, 2));
+    let short = cpu.upload(x.values(), 24, 8);
+    assert_eq!(cpu.rms_norm(&x, &w, norm).values(), cpu.rms_norm(&short, &w, norm).values());
+}
+
+#[test]
+fn linear_and_its_gradients() {
     let cpu = Cpu::default();
     let (tokens, input, output) = (19, 30, 70);
     let ((x, cx), (w, cw)) = (pair(&cpu, tokens, input, 1), pair(&cpu, output, input, 2));
-    let weight = cpu.weight(HostTensor::new(w.values().to_vec(), vec![output, input]));
+    let frozen = cpu.weight(HostTensor::new(w.values().to_vec(), vec![output, input]));
     let (dy, _) = pair(&cpu, tokens, output, 3);
     let theirs = cx.matmul(&cw.t().unwrap()).unwrap();
-    let mut y = cpu.linear(&x, &weight);
-    same("y", y.values(), &values(&theirs));
-    cpu.linear_add(&x, &weight, &mut y);
-    same("y + y", y.values(), &values(&(&theirs * 2.0).unwrap()));
+    let [ex, ew] = autograd(&theirs, &dy, [&cx, &cw]);
+    let twice = |x: &[f32]| x.iter().map(|x| 2.0 * x).collect::<Vec<_>>();
+    for weight in [WeightRef::Frozen(&frozen), WeightRef::Trained(&w)] {
+        let mut y = cpu.linear(&x, weight);
+        same("y", y.values(), &values(&theirs));
+        cpu.linear_add(&x, weight, &mut y);
+        same("y + y", y.values(), &values(&(&theirs * 2.0).unwrap()));
 
-    let [expected] = autograd(&theirs, &dy, [&cx]);
-    let mut dx = cpu.linear_backward(&dy, &weight);
-    same("dx", dx.values(), &expected);
-    cpu.linear_backward_add(&dy, &weight, &mut dx);
-    same("dx + dx", dx.values(), &expected.iter().map(|x| 2.0 * x).collect::<Vec<_>>());
+        let mut dx = cpu.linear_backward(&dy, weight);
+        same("dx", dx.values(), &ex);
+        cpu.linear_backward_add(&dy, weight, &mut dx);
+        same("dx + dx", dx.values(), &twice(&ex));
+    }
+    let mut dw = cpu.zeros(output, input);
+    cpu.linear_weight_backward(&x, &dy, &mut dw);
+    same("dW", dw.values(), &ew);
+    cpu.linear_weight_backward(&x, &dy, &mut dw);
+    same("dW + dW", dw.values(), &twice(&ew));
 }
 
 #[test]
 fn one_row_goes_through_the_linear_layer_as_many_do() {
     let cpu = Cpu::default();
     let ((x, cx), (w, cw)) = (pair(&cpu, 1, 45, 1), pair(&cpu, 130, 45, 2));
-    let weight = cpu.weight(HostTensor::new(w.values().to_vec(), vec![130, 45]));
-    same("y", cpu.linear(&x, &weight).values(), &values(&cx.matmul(&cw.t().unwrap()).unwrap()));
+    let theirs = values(&cx.matmul(&cw.t().unwrap()).unwrap());
+    same("y", cpu.linear(&x, WeightRef::Trained(&w)).values(), &theirs);
+}
+
+#[test]
+fn a_bf16_weight_computes_as_its_rounded_values_do() {
+    let cpu = Cpu::default();
+    // Odd sizes, so that panels and groups of columns have ragged ends.
+    for (tokens, input, output) in [(1, 45, 130), (7, 33, 21), (50, 700, 77)] {
+        let ((x, _), (w, _)) = (pair(&cpu, tokens, input, 1), pair(&cpu, output, input, 2));
+        let (dy, _) = pair(&cpu, tokens, output, 3);
+        let weight = cpu.bf16_weight(&w);
+        let rounded = cpu.weight_values(&weight);
+        assert!(rounded.values().iter().zip(w.values()).all(|(r, w)| (r - w).abs() <= w.abs() / 256.0));
+        assert_ne!(rounded.values(), w.values());
+        let (stored, wide) = (WeightRef::Frozen(&weight), WeightRef::Trained(&rounded));
+        assert_eq!(cpu.linear(&x, stored).values(), cpu.linear(&x, wide).values());
+        assert_eq!(cpu.linear_backward(&dy, stored).values(), cpu.linear_backward(&dy, wide).values());
+        let tokens = [3, 0, output as u32 - 1];
+        assert_eq!(cpu.embedding(stored, &tokens, 2.0).values(), cpu.embedding(wide, &tokens, 2.0).values());
+    }
+}
+
+#[test]
+fn biases_columns_and_their_gradients() {
+    let cpu = Cpu::default();
+    let ((x, cx), (bias, cb)) = (pair(&cpu, 9, 70, 1), pair(&cpu, 1, 70, 2));
+    let (dy, _) = pair(&cpu, 9, 70, 3);
+    let theirs = cx.broadcast_add(&cb).unwrap();
+    let mut y = cpu.copy(&x);
+    cpu.add_bias(&mut y, &bias);
+    same("y", y.values(), &values(&theirs));
+    let [expected] = autograd(&theirs, &dy, [&cb]);
+    let mut d_bias = cpu.zeros(1, 70);
+    cpu.bias_backward(&dy, &mut d_bias);
+    same("d bias", d_bias.values(), &expected);
+    let parts = [(0, 20), (20, 1), (21, 49)].map(|(from, count)| cpu.columns(&x, from, count));
+    assert_eq!(parts[1].values(), values(&cx.narrow(1, 20, 1).unwrap()));
+    assert_eq!(cpu.join_columns(&parts.each_ref()).values(), x.values());
+}
+
+#[test]
+fn dora_and_its_gradients() {
+    let cpu = Cpu::default();
+    let (tokens, input, output, rank, scale) = (13, 40, 70, 4, 0.5);
+    let ((_, cx), (w, cw)) = (pair(&cpu, tokens, input, 1), pair(&cpu, output, input, 2));
+    let ((a, ca), (b, cb)) = (pair(&cpu, rank, input, 3), pair(&cpu, output, rank, 4));
+    let ((magnitude, cm), (dy, _)) = (pair(&cpu, 1, output, 5), pair(&cpu, tokens, output, 6));
+    let lora = LoraRef { a: &a, b: &b, scale: scale as f32, dropout: None };
+    let factors = cpu.dora_factors(WeightRef::Trained(&w), &lora, &magnitude);
+    let adapted = (cw.as_tensor() + (cb.matmul(&ca).unwrap() * scale).unwrap()).unwrap();
+    let norms = adapted.sqr().unwrap().sum(1).unwrap().sqrt().unwrap().detach();
+    let expected = cm.broadcast_div(&norms.unsqueeze(0).unwrap()).unwrap();
+    same("factors", factors.values(), &values(&expected));
+
+    let y = cpu.upload(&values(&cx.matmul(&adapted.t().unwrap()).unwrap()), tokens, output);
+    let theirs = cx.matmul(&adapted.t().unwrap()).unwrap().detach().broadcast_mul(&expected).unwrap();
+    same("y", cpu.scale_columns(&y, &factors).values(), &values(&theirs));
+    let [expected] = autograd(&theirs, &dy, [&cm]);
+    let mut d_magnitude = cpu.zeros(1, output);
+    cpu.dora_backward(&y, &dy, &factors, &magnitude, &mut d_magnitude);
+    same("d magnitude", d_magnitude.values(), &expected);
+}
+
+#[test]
+fn neftune_noise_is_bounded_by_a_rows_length_and_drawn_anew_by_key() {
+    let cpu = Cpu::default();
+    let rows = cpu.rows(&[4, 12], 0, &[]);
+    let noise = |key| {
+        let mut x = cpu.zeros(16, 30);
+        cpu.neftune(&mut x, &rows, 5.0, key);
+        x.values().to_vec()
+    };
+    let largest = |x: &[f32]| x.iter().fold(0f32, |a, b| a.max(b.abs()));
+    let x = noise(1);
+    for (part, n) in [(&x[..4 * 30], 4), (&x[4 * 30..], 12)] {
+        let bound = 5.0 / (n as f32 * 30.0).sqrt();
+        assert!(largest(part) <= bound && largest(part) > 0.9 * bound);
+        assert!((part.iter().sum::<f32>() / part.len() as f32).abs() < 0.2 * bound);
+    }
+    assert_ne!(x, noise(2));
+    assert_eq!(x, noise(1));
+}
+
+#[test]
+fn the_embeddings_gradient_adds_up_where_a_token_repeats() {
+    let cpu = Cpu::default();
+    let (dx, _) = pair(&cpu, 3, 4, 1);
+    let mut d_table = cpu.zeros(5, 4);
+    cpu.embedding_backward(&dx, &[2, 0, 2], 3.0, Some(0), &mut d_table);
+    let dx = dx.values();
+    let expected: Vec<f32> = (0..4).map(|i| 3.0 * dx[i] + 3.0 * dx[8 + i]).collect();
+    same("a token that repeats", &d_table.values()[8..12], &expected);
+    assert_eq!(d_table.values()[..8], [0.0; 8], "neither the padding nor a token that is not there");
 }
 
 #[test]
@@ -172,29 +287,37 @@ fn rope(x: &Candle, dim: usize, lengths: &[usize], frequencies: &[f32]) -> Candl
 #[test]
 fn rope_and_its_gradient() {
     let cpu = Cpu::default();
-    let (dim, lengths, frequencies) = (8, [5, 1, 9], [1.0, 0.3, 0.1, 0.02]);
-    let rows = cpu.rows(&lengths, 0, &frequencies);
+    let (dim, lengths) = (8, [5, 1, 9]);
+    let rope_of = |theta| Rope { theta, dim, scaling: RopeScaling::None };
+    let rows = cpu.rows(&lengths, 0, &[rope_of(77.0), rope_of(500.0)]);
     let ((mut x, cx), (mut dy, _)) = (pair(&cpu, 15, 24, 1), pair(&cpu, 15, 24, 2));
-    let theirs = rope(&cx, dim, &lengths, &frequencies);
+    let theirs = rope(&cx, dim, &lengths, &rope_of(500.0).frequencies(9));
     let [expected] = autograd(&theirs, &dy, [&cx]);
-    cpu.rope(&mut x, dim, &rows);
+    cpu.rope(&mut x, dim, &rows, 1);
     same("y", x.values(), &values(&theirs));
-    cpu.rope_backward(&mut dy, dim, &rows);
+    cpu.rope_backward(&mut dy, dim, &rows, 1);
     same("dx", dy.values(), &expected);
 }
 
-/// Attention of one row as the paper writes it.
-fn attention_of_row(q: &Candle, k: &Candle, v: &Candle, heads: Heads) -> Candle {
-    let tokens = q.dim(0).unwrap();
-    let hidden_future: Vec<f32> =
-        (0..tokens * tokens).map(|i| if i % tokens > i / tokens { -1e9 } else { 0.0 }).collect();
-    let mask = Candle::from_vec(hidden_future, (tokens, tokens), &Device::Cpu).unwrap();
+/// Attention of one row as the papers write it.
+fn attention_of_row(q: &Candle, k: &Candle, v: &Candle, attention: Attention) -> Candle {
+    let (tokens, heads) = (q.dim(0).unwrap(), attention.heads);
+    let window = attention.window.unwrap_or(tokens);
+    let sees = |i: usize, j: usize| j <= i && i - j < window;
+    let hidden: Vec<f32> =
+        (0..tokens * tokens).map(|at| if sees(at / tokens, at % tokens) { 0.0 } else { -1e9 }).collect();
+    let mask = Candle::from_vec(hidden, (tokens, tokens), &Device::Cpu).unwrap();
     let outputs: Vec<Candle> = (0..heads.query)
         .map(|head| {
             let of = |x: &Candle, head: usize| x.narrow(1, head * heads.dim, heads.dim).unwrap();
             let kv = head / (heads.query / heads.key_value);
             let scores = of(q, head).matmul(&of(k, kv).t().unwrap()).unwrap();
-            let scores = ((scores / (heads.dim as f64).sqrt()).unwrap() + &mask).unwrap();
+            let scores = (scores * f64::from(attention.scale)).unwrap();
+            let scores = match attention.softcap.map(f64::from) {
+                None => scores,
+                Some(cap) => ((scores / cap).unwrap().tanh().unwrap() * cap).unwrap(),
+            };
+            let scores = (scores + &mask).unwrap();
             let largest = scores.max_keepdim(1).unwrap().detach();
             let weights = scores.broadcast_sub(&largest).unwrap().exp().unwrap();
             let sums = weights.sum_keepdim(1).unwrap();
@@ -210,8 +333,11 @@ fn attention_and_its_gradients_in_packed_rows() {
     // Rows shorter and longer than a block of queries, and one of one token.
     let lengths = [3, 70, 1, 130];
     let tokens = lengths.iter().sum();
-    for (query, key_value) in [(4, 2), (2, 2), (3, 1)] {
+    for (query, key_value, softcap, window) in
+        [(4, 2, None, None), (2, 2, Some(0.5), None), (3, 1, None, Some(20)), (2, 1, Some(0.7), Some(65))]
+    {
         let heads = Heads { query, key_value, dim: 16 };
+        let attention = Attention { heads, scale: 0.4, softcap, window };
         let (q, cq) = pair(&cpu, tokens, query * 16, 1);
         let (k, ck) = pair(&cpu, tokens, key_value * 16, 2);
         let (v, cv) = pair(&cpu, tokens, key_value * 16, 3);
@@ -221,17 +347,17 @@ fn attention_and_its_gradients_in_packed_rows() {
             .iter()
             .map(|&len| {
                 let of = |x: &Candle| x.narrow(0, start, len).unwrap();
-                let y = attention_of_row(&of(&cq), &of(&ck), &of(&cv), heads);
+                let y = attention_of_row(&of(&cq), &of(&ck), &of(&cv), attention);
                 start += len;
                 y
             })
             .collect();
         let theirs = Candle::cat(&theirs, 0).unwrap();
         let rows = cpu.rows(&lengths, 0, &[]);
-        let (y, log_sums) = cpu.attention(&q, &k, &v, heads, &rows);
+        let (y, log_sums) = cpu.attention(&q, &k, &v, attention, &rows);
         same("y", y.values(), &values(&theirs));
         let forward = AttentionForward { q: &q, k: &k, v: &v, out: &y, log_sums: &log_sums };
-        let [dq, dk, dv] = cpu.attention_backward(forward, &dy, heads, &rows);
+        let [dq, dk, dv] = cpu.attention_backward(forward, &dy, attention, &rows);
         let [eq, ek, ev] = autograd(&theirs, &dy, [&cq, &ck, &cv]);
         same("dq", dq.values(), &eq);
         same("dk", dk.values(), &ek);
@@ -243,53 +369,69 @@ fn attention_and_its_gradients_in_packed_rows() {
 fn attention_over_a_cache_is_the_end_of_attention_over_the_row() {
     let cpu = Cpu::default();
     let heads = Heads { query: 4, key_value: 2, dim: 8 };
-    let ((q, _), (k, _), (v, _)) = (pair(&cpu, 12, 32, 1), pair(&cpu, 12, 16, 2), pair(&cpu, 12, 16, 3));
-    let (whole, _) = cpu.attention(&q, &k, &v, heads, &cpu.rows(&[12], 0, &[]));
-    let mut caches = [cpu.zeros(20, 16), cpu.zeros(20, 16)];
-    cpu.write_rows(&mut caches[0], &k, 0);
-    cpu.write_rows(&mut caches[1], &v, 0);
-    let last = cpu.upload(&q.values()[9 * 32..], 3, 32);
-    let y = cpu.attention_cached(&last, &caches[0], &caches[1], heads, 9);
-    same("y", y.values(), &whole.values()[9 * 32..]);
+    for (softcap, window) in [(None, None), (Some(0.5), Some(5))] {
+        let attention = Attention { heads, scale: 0.3, softcap, window };
+        let ((q, _), (k, _), (v, _)) = (pair(&cpu, 12, 32, 1), pair(&cpu, 12, 16, 2), pair(&cpu, 12, 16, 3));
+        let (whole, _) = cpu.attention(&q, &k, &v, attention, &cpu.rows(&[12], 0, &[]));
+        let mut caches = [cpu.zeros(20, 16), cpu.zeros(20, 16)];
+        cpu.write_rows(&mut caches[0], &k, 0);
+        cpu.write_rows(&mut caches[1], &v, 0);
+        let last = cpu.upload(&q.values()[9 * 32..], 3, 32);
+        let y = cpu.attention_cached(&last, &caches[0], &caches[1], attention, 9);
+        same("y", y.values(), &whole.values()[9 * 32..]);
+    }
 }
 
 #[test]
-fn swiglu_and_its_gradients() {
+fn gated_products_and_their_gradients() {
     let cpu = Cpu::default();
     let (gate, cg) = pair(&cpu, 11, 37, 1);
     let (up, cu) = pair(&cpu, 11, 37, 2);
     let (dy, _) = pair(&cpu, 11, 37, 3);
     let sigmoid = (cg.neg().unwrap().exp().unwrap() + 1.0).unwrap().recip().unwrap();
-    let theirs = ((cg.as_tensor() * sigmoid).unwrap() * cu.as_tensor()).unwrap();
-    same("y", cpu.swiglu(&gate, &up).values(), &values(&theirs));
-    let (d_gate, d_up) = cpu.swiglu_backward(&gate, &up, &dy);
-    let [eg, eu] = autograd(&theirs, &dy, [&cg, &cu]);
-    same("d gate", d_gate.values(), &eg);
-    same("d up", d_up.values(), &eu);
+    for (activation, theirs) in
+        [(Activation::Silu, (cg.as_tensor() * sigmoid).unwrap()), (Activation::GeluTanh, cg.gelu().unwrap())]
+    {
+        let theirs = (theirs * cu.as_tensor()).unwrap();
+        same("y", cpu.gated(activation, &gate, &up).values(), &values(&theirs));
+        let (d_gate, d_up) = cpu.gated_backward(activation, &gate, &up, &dy);
+        let [eg, eu] = autograd(&theirs, &dy, [&cg, &cu]);
+        same("d gate", d_gate.values(), &eg);
+        same("d up", d_up.values(), &eu);
+    }
 }
 
 #[test]
-fn cross_entropy_and_its_gradient_over_several_chunks_of_the_vocabulary() {
+fn cross_entropy_and_its_gradients_over_several_chunks_of_the_vocabulary() {
     let cpu = Cpu::default();
-    for vocabulary in [5, 2048, 5000] {
+    for (vocabulary, softcap) in [(5, None), (2048, None), (5000, None), (5000, Some(0.8))] {
         let (tokens, hidden) = (7, 12);
         let ((x, cx), (w, cw)) = (pair(&cpu, tokens, hidden, 1), pair(&cpu, vocabulary, hidden, 2));
         let weight = cpu.weight(HostTensor::new(w.values().to_vec(), vec![vocabulary, hidden]));
         let last = vocabulary as u32 - 1;
         let targets = [0, last, 1, last / 2, last, 3, 2];
         let logits = cx.matmul(&cw.t().unwrap()).unwrap();
+        let logits = match softcap {
+            None => logits,
+            Some(cap) => ((logits / cap).unwrap().tanh().unwrap() * cap).unwrap(),
+        };
         let log_sums = logits.exp().unwrap().sum_keepdim(1).unwrap().log().unwrap();
         let indices = Candle::from_slice(&targets, (tokens, 1), &Device::Cpu).unwrap();
         let theirs = (log_sums - logits.gather(&indices, 1).unwrap()).unwrap();
 
-        let (losses, none) = cpu.linear_cross_entropy(&x, &weight, &targets, None);
+        let cap = softcap.map(|cap| cap as f32);
+        let frozen = WeightRef::Frozen(&weight);
+        let (losses, none) = cpu.linear_cross_entropy(&x, frozen, &targets, cap, None);
         assert!(none.is_none());
         same("losses", &losses, &values(&theirs));
-        let (again, dx) = cpu.linear_cross_entropy(&x, &weight, &targets, Some(0.25));
+        let mut dw = cpu.zeros(vocabulary, hidden);
+        let grads = CrossEntropyGrads { scale: 0.25, weight: Some(&mut dw) };
+        let (again, dx) = cpu.linear_cross_entropy(&x, frozen, &targets, cap, Some(grads));
         assert_eq!(losses, again);
         let dy = cpu.upload(&[0.25; 7], tokens, 1);
-        let [expected] = autograd(&theirs, &dy, [&cx]);
-        same("dx", dx.unwrap().values(), &expected);
+        let [ex, ew] = autograd(&theirs, &dy, [&cx, &cw]);
+        same("dx", dx.unwrap().values(), &ex);
+        same("dW", dw.values(), &ew);
     }
 }
 
@@ -299,7 +441,8 @@ fn cross_entropy_survives_logits_that_overflow_exp() {
     let x = cpu.upload(&[1000.0, -1000.0], 2, 1);
     let table: Vec<f32> = (0..3000).map(|i| i as f32 / 3000.0).collect();
     let weight = cpu.weight(HostTensor::new(table, vec![3000, 1]));
-    let (losses, dx) = cpu.linear_cross_entropy(&x, &weight, &[2999, 0], Some(1.0));
+    let grads = CrossEntropyGrads { scale: 1.0, weight: None };
+    let (losses, dx) = cpu.linear_cross_entropy(&x, WeightRef::Frozen(&weight), &[2999, 0], None, Some(grads));
     // ln Σ e^(−i/3) = −ln(1 − e^(−1/3)), from either end.
     let expected = -(1.0 - (-1.0f64 / 3.0).exp()).ln();
     assert!(losses.iter().all(|&loss| (f64::from(loss) - expected).abs() < 1e-3), "{losses:?}");

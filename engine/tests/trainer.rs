@@ -2,27 +2,26 @@
 
 use proptest::prelude::*;
 use tunesmith_engine::{
-    AdamWOptions, Error, Generator, IGNORE, LoraOptions, MicroBatch, Model, ModelConfig, NamedTensor, Recompute,
-    RopeScaling, Sampling, TargetModules, Trainer,
+    Error, Generator, IGNORE, LoraOptions, MicroBatch, Model, ModelConfig, NamedTensor, Optimizer, Recompute, Sampling,
+    TargetModules, Trainer, TrainerOptions,
 };
 
 const VOCABULARY: u32 = 300;
 
 fn config() -> ModelConfig {
-    ModelConfig {
-        vocab_size: VOCABULARY as usize,
-        hidden_size: 48,
-        intermediate_size: 80,
-        num_hidden_layers: 3,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 12,
-        max_position_embeddings: 400,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        tie_word_embeddings: true,
-    }
+    let config = serde_json::json!({
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 400,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": true,
+    });
+    ModelConfig::parse(&config.to_string()).unwrap()
 }
 
 fn options(dropout: f64) -> LoraOptions {
@@ -31,14 +30,15 @@ fn options(dropout: f64) -> LoraOptions {
         alpha: 16.0,
         dropout,
         target_modules: TargetModules::Pattern("all-linear".into()),
-        use_rslora: false,
         seed: 9,
+        ..LoraOptions::default()
     }
 }
 
 fn trainer_with(options: &LoraOptions, recompute: Recompute) -> Trainer {
     let model = Model::random(config(), 1);
-    let mut trainer = Trainer::new(model, options, AdamWOptions::default(), recompute).unwrap();
+    let options = TrainerOptions { recompute, ..options.clone().into() };
+    let mut trainer = Trainer::new(model, &options).unwrap();
     // A fresh adapter's B is zero, and with it A's gradient; one step makes all gradients count.
     trainer.accumulate(&batch(&[9, 5], 77), 0.1).unwrap();
     trainer.step(0.02, None).unwrap();
@@ -200,8 +200,9 @@ proptest! {
             trainer.step(1e-2 / f64::from(i + 1), Some(0.5)).unwrap()
         };
         let options = LoraOptions { seed, ..options(0.1) };
-        let optim = AdamWOptions { weight_decay: 0.1, ..AdamWOptions::default() };
-        let new = || Trainer::new(Model::random(config(), 1), &options, optim, Recompute::None).unwrap();
+        let optimizer = Optimizer { weight_decay: 0.1, ..Optimizer::default() };
+        let options = TrainerOptions { optimizer, ..options.into() };
+        let new = || Trainer::new(Model::random(config(), 1), &options).unwrap();
         let mut through = new();
         let mut state = through.state();
         for i in 0..5 {
@@ -228,7 +229,7 @@ fn adapters_above_frozen_blocks_get_the_gradients_they_would_get_with_adapters_b
     let fresh = |pattern_of: &str| {
         let model = Model::random(config(), 1);
         let options = pattern(pattern_of);
-        let mut trainer = Trainer::new(model, &options, AdamWOptions::default(), Recompute::None).unwrap();
+        let mut trainer = Trainer::new(model, &options.into()).unwrap();
         trainer.accumulate(&batch(&[30, 20], 8), 0.1).unwrap();
         trainer.gradients()
     };
@@ -307,7 +308,7 @@ fn inconsistent_batches_are_refused_by_name() {
 fn a_state_of_another_adapter_is_refused() {
     let mut trainer = trainer(0.0);
     let other = LoraOptions { rank: 8, ..options(0.0) };
-    let other = Trainer::new(Model::random(config(), 1), &other, AdamWOptions::default(), Recompute::None);
+    let other = Trainer::new(Model::random(config(), 1), &other.into());
     let error = trainer.restore(&other.unwrap().state()).unwrap_err().to_string();
     assert!(error.contains("another rank"), "{error}");
     let mut short = trainer.state();
@@ -318,8 +319,8 @@ fn a_state_of_another_adapter_is_refused() {
 fn adapted(targets: TargetModules) -> Result<Vec<String>, String> {
     let options = LoraOptions { target_modules: targets, ..options(0.0) };
     let model = Model::random(config(), 1);
-    let trainer = Trainer::new(model, &options, AdamWOptions::default(), Recompute::None);
-    Ok(trainer.map_err(|e| e.to_string())?.adapter().into_iter().map(|t| t.name).collect())
+    let trainer = Trainer::new(model, &options.into());
+    Ok(trainer.map_err(|e| e.to_string())?.weights().into_iter().map(|t| t.name).collect())
 }
 
 #[test]
@@ -355,7 +356,7 @@ fn options_out_of_range_are_refused() {
         (options(-0.1), "dropout is -0.1"),
         (LoraOptions { alpha: f64::NAN, ..options(0.0) }, "alpha is NaN"),
     ] {
-        let trainer = Trainer::new(Model::random(config(), 1), &bad, AdamWOptions::default(), Recompute::None);
+        let trainer = Trainer::new(Model::random(config(), 1), &bad.into());
         let error = trainer.err().unwrap().to_string();
         assert!(error.contains(words), "{error}");
     }
@@ -366,9 +367,9 @@ fn a_fresh_adapter_changes_nothing_and_its_a_is_kaiming_uniform() {
     let tokens = [5, 6, 7, 8];
     let base = Model::random(config(), 1).logits(&tokens).unwrap();
     let model = Model::random(config(), 1);
-    let trainer = Trainer::new(model, &options(0.5), AdamWOptions::default(), Recompute::None).unwrap();
+    let trainer = Trainer::new(model, &options(0.5).into()).unwrap();
     assert_eq!(trainer.model().logits(&tokens).unwrap(), base);
-    for tensor in trainer.adapter() {
+    for tensor in trainer.weights() {
         let largest = tensor.data.iter().fold(0f32, |m, x| m.max(x.abs()));
         if tensor.name.contains("lora_B") {
             assert_eq!(largest, 0.0);

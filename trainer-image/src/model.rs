@@ -216,29 +216,7 @@ fn header(path: &Path) -> Result<BTreeMap<String, Tensor>, String> {
 
 /// Checks that every weight that the configuration asks for is there, in its shape.
 fn check_tensors(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> Result<(), String> {
-    let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
-    let (query, key_value) = (config.query_size(), config.key_value_size());
-    let table = vec![config.vocab_size, hidden];
-    let mut expected = vec![("model.embed_tokens".to_owned(), table.clone()), ("model.norm".to_owned(), vec![hidden])];
-    if !config.tie_word_embeddings {
-        expected.push(("lm_head".to_owned(), table));
-    }
-    for layer in 0..config.num_hidden_layers {
-        let parts = [
-            ("input_layernorm", vec![hidden]),
-            ("self_attn.q_proj", vec![query, hidden]),
-            ("self_attn.k_proj", vec![key_value, hidden]),
-            ("self_attn.v_proj", vec![key_value, hidden]),
-            ("self_attn.o_proj", vec![hidden, query]),
-            ("post_attention_layernorm", vec![hidden]),
-            ("mlp.gate_proj", vec![mlp, hidden]),
-            ("mlp.up_proj", vec![mlp, hidden]),
-            ("mlp.down_proj", vec![hidden, mlp]),
-        ];
-        expected.extend(parts.map(|(part, shape)| (format!("model.layers.{layer}.{part}"), shape)));
-    }
-    for (name, shape) in expected {
-        let name = format!("{name}.weight");
+    for (name, shape) in config.tensors() {
         match tensors.get(&name) {
             None => return Err(format!("{name} is missing; config.json asks for shape {shape:?}")),
             Some(tensor) if tensor.shape != shape => {

@@ -1,4 +1,5 @@
-//! Causal attention within each row, y = softmax(scale · q·kᵀ) · v per head, and its gradients.
+//! Causal attention within each row, y = softmax(cap(scale · q·kᵀ)) · v per head, and its gradients; cap(s) = c·tanh(s/c)
+//! where the scores are capped, and a token may see no more than a window of tokens.
 //!
 //! q [tokens, query heads · dim]; k, v [tokens, key-value heads · dim]; each key-value head serves a group of query
 //! heads. A task is one row and query head. It takes [`BLOCK`] queries at a time against all keys they may see, so
@@ -11,8 +12,8 @@ use rayon::prelude::*;
 
 use super::Rows;
 use super::gemm::{Output, View, ViewMut, gemm_serial};
-use super::simd::{dot, exp, max, sum, vectorize};
-use crate::backend::{AttentionForward, Heads};
+use super::simd::{dot, exp, max, sum, tanh, vectorize};
+use crate::backend::{Attention, AttentionForward, Heads};
 
 /// Queries that are taken at a time.
 const BLOCK: usize = 64;
@@ -33,16 +34,27 @@ struct Layout {
     q_width: usize,
     kv_width: usize,
     scale: f32,
+    softcap: Option<f32>,
+    window: Option<usize>,
 }
 
 impl Layout {
-    fn new(heads: Heads) -> Self {
+    fn new(attention: Attention) -> Self {
+        let Attention { heads, scale, softcap, window } = attention;
         Layout {
             dim: heads.dim,
             q_width: heads.query * heads.dim,
             kv_width: heads.key_value * heads.dim,
-            scale: 1.0 / (heads.dim as f32).sqrt(),
+            scale,
+            softcap,
+            window,
         }
+    }
+
+    /// The first token that token `i` of a row sees.
+    #[inline(always)]
+    fn first_seen(&self, i: usize) -> usize {
+        self.window.map_or(0, |window| (i + 1).saturating_sub(window))
     }
 
     /// `len` of the task's queries (or of what is shaped like them), from the row's token `first` on.
@@ -51,9 +63,9 @@ impl Layout {
         View::strided(&q[from..], len, self.dim, self.q_width)
     }
 
-    /// The first `len` of the task's keys or values.
-    fn keys<'a>(&self, k: &'a [f32], task: Task, len: usize) -> View<'a> {
-        let from = task.start * self.kv_width + task.kv_head * self.dim;
+    /// `len` of the task's keys or values, from the row's token `first` on.
+    fn keys<'a>(&self, k: &'a [f32], task: Task, first: usize, len: usize) -> View<'a> {
+        let from = (task.start + first) * self.kv_width + task.kv_head * self.dim;
         View::strided(&k[from..], len, self.dim, self.kv_width)
     }
 }
@@ -104,13 +116,13 @@ thread_local! {
 /// y and log_sums, which is laid out [row, head, token]; `parts` is scratch as large as y.
 pub(super) fn forward(
     qkv: [&[f32]; 3],
-    heads: Heads,
+    attention: Attention,
     rows: &Rows,
     parts: &mut [f32],
     y: &mut [f32],
     log_sums: &mut [f32],
 ) {
-    let layout = Layout::new(heads);
+    let (layout, heads) = (Layout::new(attention), attention.heads);
     let tasks = tasks(heads, rows);
     let outputs = split(parts, &tasks, heads.dim).into_par_iter().zip(split(log_sums, &tasks, 1));
     tasks.par_iter().zip(outputs).with_max_len(1).for_each(|(&task, (part, log_sums))| {
@@ -130,16 +142,20 @@ fn forward_task(
     let dim = layout.dim;
     for first in (0..task.len).step_by(BLOCK) {
         let len = BLOCK.min(task.len - first);
-        let seen = first + len;
+        let from = layout.first_seen(first);
+        let seen = first + len - from;
         grow(scores, len * seen);
         let q = layout.queries(q, task, first, len);
         let s = ViewMut::new(scores, len, seen);
-        gemm_serial(s, Output::Set, layout.scale, q, layout.keys(k, task, seen).t());
+        gemm_serial(s, Output::Set, layout.scale, q, layout.keys(k, task, from, seen).t());
         vectorize(
             #[inline(always)]
             || {
                 for (i, s) in scores.chunks_exact_mut(seen).take(len).enumerate() {
-                    let (s, masked) = s.split_at_mut(first + i + 1);
+                    let s = unmasked(s, layout.first_seen(first + i) - from, first + i + 1 - from);
+                    if let Some(cap) = layout.softcap {
+                        s.iter_mut().for_each(|x| *x = cap * tanh(*x / cap));
+                    }
                     let largest = max(s);
                     for x in s.iter_mut() {
                         *x = exp(*x - largest);
@@ -148,27 +164,36 @@ fn forward_task(
                     for x in s.iter_mut() {
                         *x *= 1.0 / total;
                     }
-                    masked.fill(0.0);
                     log_sums[first + i] = largest + total.ln();
                 }
             },
         );
         let part = ViewMut::new(&mut part[first * dim..], len, dim);
         let p = View::new(scores, len, seen);
-        gemm_serial(part, Output::Set, 1.0, p, layout.keys(v, task, seen));
+        gemm_serial(part, Output::Set, 1.0, p, layout.keys(v, task, from, seen));
     }
+}
+
+/// The scores that a query has, from its first to its last key; all others become zero.
+#[inline(always)]
+fn unmasked(scores: &mut [f32], from: usize, to: usize) -> &mut [f32] {
+    let (before, rest) = scores.split_at_mut(from);
+    let (seen, after) = rest.split_at_mut(to - from);
+    before.fill(0.0);
+    after.fill(0.0);
+    seen
 }
 
 /// dq, dk and dv; `parts` are scratch, each as large as q.
 pub(super) fn backward(
     forward: &AttentionForward<'_, [f32]>,
     dy: &[f32],
-    heads: Heads,
+    attention: Attention,
     rows: &Rows,
     parts: [&mut [f32]; 3],
     [dq, dk, dv]: [&mut [f32]; 3],
 ) {
-    let layout = Layout::new(heads);
+    let (layout, heads) = (Layout::new(attention), attention.heads);
     let tasks = tasks(heads, rows);
     let log_sums = tasks.iter().scan(0, |from, task| {
         let part = &forward.log_sums[*from..*from + task.len];
@@ -206,13 +231,14 @@ fn backward_task(
     dv.fill(0.0);
     for first in (0..task.len).step_by(BLOCK) {
         let len = BLOCK.min(task.len - first);
-        let seen = first + len;
+        let from = layout.first_seen(first);
+        let seen = first + len - from;
         grow(p, len * seen);
         grow(ds, len * seen);
         let q = layout.queries(f.q, task, first, len);
         let d_out = layout.queries(dy, task, first, len);
-        let k = layout.keys(f.k, task, seen);
-        let v = layout.keys(f.v, task, seen);
+        let k = layout.keys(f.k, task, from, seen);
+        let v = layout.keys(f.v, task, from, seen);
         gemm_serial(ViewMut::new(p, len, seen), Output::Set, layout.scale, q, k.t());
         gemm_serial(ViewMut::new(ds, len, seen), Output::Set, 1.0, d_out, v.t());
         vectorize(
@@ -222,21 +248,30 @@ fn backward_task(
                 for (i, (p, ds)) in blocks.enumerate() {
                     let at = (task.start + first + i) * layout.q_width + task.head * dim;
                     let delta = dot(&dy[at..at + dim], &f.out[at..at + dim]);
-                    let (p, p_masked) = p.split_at_mut(first + i + 1);
-                    let (ds, ds_masked) = ds.split_at_mut(first + i + 1);
-                    for (p, ds) in p.iter_mut().zip(ds) {
-                        *p = exp(*p - log_sums[first + i]);
-                        *ds = *p * (*ds - delta) * layout.scale;
+                    let (low, high) = (layout.first_seen(first + i) - from, first + i + 1 - from);
+                    let (p, ds) = (unmasked(p, low, high), unmasked(ds, low, high));
+                    match layout.softcap {
+                        None => {
+                            for (p, ds) in p.iter_mut().zip(ds) {
+                                *p = exp(*p - log_sums[first + i]);
+                                *ds = *p * (*ds - delta) * layout.scale;
+                            }
+                        }
+                        Some(cap) => {
+                            for (p, ds) in p.iter_mut().zip(ds) {
+                                let t = tanh(*p / cap);
+                                *p = exp(cap * t - log_sums[first + i]);
+                                *ds = *p * (*ds - delta) * (1.0 - t * t) * layout.scale;
+                            }
+                        }
                     }
-                    p_masked.fill(0.0);
-                    ds_masked.fill(0.0);
                 }
             },
         );
         let (p, ds) = (View::new(p, len, seen), View::new(ds, len, seen));
         gemm_serial(ViewMut::new(&mut dq[first * dim..], len, dim), Output::Set, 1.0, ds, k);
-        gemm_serial(ViewMut::new(dk, seen, dim), Output::Add, 1.0, ds.t(), q);
-        gemm_serial(ViewMut::new(dv, seen, dim), Output::Add, 1.0, p.t(), d_out);
+        gemm_serial(ViewMut::new(&mut dk[from * dim..], seen, dim), Output::Add, 1.0, ds.t(), q);
+        gemm_serial(ViewMut::new(&mut dv[from * dim..], seen, dim), Output::Add, 1.0, p.t(), d_out);
     }
 }
 
@@ -248,23 +283,27 @@ fn grow(buffer: &mut Vec<f32>, len: usize) {
 
 /// Attention of the last tokens of one row over all keys and values up to each: q [new, query heads · dim], the caches
 /// [≥ past + new, key-value heads · dim].
-pub(super) fn cached(q: &[f32], keys: &[f32], values: &[f32], heads: Heads, past: usize, y: &mut [f32]) {
-    let layout = Layout::new(heads);
+pub(super) fn cached(q: &[f32], keys: &[f32], values: &[f32], attention: Attention, past: usize, y: &mut [f32]) {
+    let (layout, heads) = (Layout::new(attention), attention.heads);
     let group = heads.query / heads.key_value;
     let outputs = y.par_chunks_mut(heads.dim).zip(q.par_chunks(heads.dim)).enumerate();
     outputs.for_each(|(i, (y, q))| {
         let (token, head) = (i / heads.query, i % heads.query);
         let at = |j: usize| j * layout.kv_width + head / group * heads.dim;
+        let seen = layout.first_seen(past + token)..past + token + 1;
         vectorize(
             #[inline(always)]
             || {
-                let mut scores: Vec<f32> =
-                    (0..past + token + 1).map(|j| layout.scale * dot(q, &keys[at(j)..][..heads.dim])).collect();
+                let score = |j: usize| layout.scale * dot(q, &keys[at(j)..][..heads.dim]);
+                let mut scores: Vec<f32> = seen.clone().map(score).collect();
+                if let Some(cap) = layout.softcap {
+                    scores.iter_mut().for_each(|s| *s = cap * tanh(*s / cap));
+                }
                 let largest = max(&scores);
                 scores.iter_mut().for_each(|s| *s = exp(*s - largest));
                 let total: f32 = scores.iter().sum();
                 y.fill(0.0);
-                for (j, score) in scores.iter().enumerate() {
+                for (j, score) in seen.clone().zip(&scores) {
                     let v = &values[at(j)..][..heads.dim];
                     for (y, v) in y.iter_mut().zip(v) {
                         *y += score / total * v;

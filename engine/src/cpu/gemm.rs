@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::simd::{dot, vectorize};
 use super::transpose::{COLUMNS, interleave};
+use super::weight::Matrix;
 
 /// A matrix to read: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -39,6 +40,51 @@ impl<'a> View<'a> {
     /// The same elements with rows and columns exchanged.
     pub(crate) fn t(self) -> Self {
         View { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+}
+
+/// The right side of a product.
+#[derive(Clone, Copy)]
+pub(crate) enum Operand<'a> {
+    /// Read where it lies.
+    View(View<'a>),
+    /// B = W, widened as it is packed.
+    Stored(Matrix<'a>),
+    /// B = Wᵀ, widened as it is packed.
+    StoredTransposed(Matrix<'a>),
+}
+
+impl<'a> From<View<'a>> for Operand<'a> {
+    fn from(view: View<'a>) -> Self {
+        Operand::View(view)
+    }
+}
+
+impl<'a> Operand<'a> {
+    /// B = W.
+    pub(crate) fn new(w: Matrix<'a>) -> Self {
+        w.view().map_or(Operand::Stored(w), Operand::View)
+    }
+
+    /// B = Wᵀ.
+    pub(crate) fn transposed(w: Matrix<'a>) -> Self {
+        w.view().map_or(Operand::StoredTransposed(w), |view| Operand::View(view.t()))
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Operand::View(view) => view.rows,
+            Operand::Stored(w) => w.rows,
+            Operand::StoredTransposed(w) => w.cols,
+        }
+    }
+
+    fn cols(&self) -> usize {
+        match self {
+            Operand::View(view) => view.cols,
+            Operand::Stored(w) => w.cols,
+            Operand::StoredTransposed(w) => w.rows,
+        }
     }
 }
 
@@ -86,8 +132,8 @@ fn block_of_k(k: usize) -> usize {
 }
 
 /// C = alpha · A · B (or +=) on all threads.
-pub(crate) fn gemm(c: ViewMut<'_>, output: Output, alpha: f32, a: View<'_>, b: View<'_>) {
-    let product = Product::new(c, output, alpha, a, b);
+pub(crate) fn gemm<'b>(c: ViewMut<'_>, output: Output, alpha: f32, a: View<'_>, b: impl Into<Operand<'b>>) {
+    let product = Product::new(c, output, alpha, a, b.into());
     let col_tasks = product.n.div_ceil(TASK_COLS);
     let wanted = 4 * rayon::current_num_threads();
     let row_tasks = wanted.div_ceil(col_tasks.max(1)).clamp(1, product.m.div_ceil(TASK_ROWS).max(1));
@@ -101,25 +147,36 @@ pub(crate) fn gemm(c: ViewMut<'_>, output: Output, alpha: f32, a: View<'_>, b: V
 }
 
 /// C = alpha · A · B (or +=) on this thread, for products inside an already parallel loop.
-pub(crate) fn gemm_serial(c: ViewMut<'_>, output: Output, alpha: f32, a: View<'_>, b: View<'_>) {
-    let product = Product::new(c, output, alpha, a, b);
+pub(crate) fn gemm_serial<'b>(c: ViewMut<'_>, output: Output, alpha: f32, a: View<'_>, b: impl Into<Operand<'b>>) {
+    let product = Product::new(c, output, alpha, a, b.into());
     for col in (0..product.n).step_by(TASK_COLS) {
         product.compute(0, product.m, col, TASK_COLS.min(product.n - col));
     }
 }
 
 /// y [n] = W [n, k] · x [k], for writing one token at a time: bound by reading W, so nothing is packed.
-pub(crate) fn matvec(w: &[f32], x: &[f32], y: &mut [f32]) {
+pub(crate) fn matvec(w: Matrix<'_>, x: &[f32], y: &mut [f32]) {
     let rows = 64;
-    y.par_chunks_mut(rows).zip(w.par_chunks(rows * x.len())).for_each(|(y, w)| {
-        vectorize(
-            #[inline(always)]
-            || {
-                for (y, w) in y.iter_mut().zip(w.chunks_exact(x.len())) {
-                    *y = dot(w, x);
-                }
-            },
-        )
+    y.par_chunks_mut(rows).enumerate().for_each(|(task, y)| {
+        PANELS.with_borrow_mut(|scratch| {
+            scratch.resize(scratch.len().max(w.cols), 0.0);
+            let scratch = &mut scratch[..w.cols];
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (i, y) in y.iter_mut().enumerate() {
+                        let row = task * rows + i;
+                        *y = match w.row(row) {
+                            Some(row) => dot(row, x),
+                            None => {
+                                w.widen(row, 0, scratch);
+                                dot(scratch, x)
+                            }
+                        };
+                    }
+                },
+            )
+        });
     });
 }
 
@@ -133,7 +190,7 @@ struct Product<'a> {
     output: Output,
     alpha: f32,
     a: View<'a>,
-    b: View<'a>,
+    b: Operand<'a>,
 }
 
 // SAFETY: `c` comes from an exclusive borrow that outlives the product, and tasks write disjoint blocks of it.
@@ -145,9 +202,9 @@ thread_local! {
 }
 
 impl<'a> Product<'a> {
-    fn new(c: ViewMut<'a>, output: Output, alpha: f32, a: View<'a>, b: View<'a>) -> Self {
-        assert_eq!((c.rows, c.cols), (a.rows, b.cols), "the product's shape");
-        assert_eq!(a.cols, b.rows, "the length of the dot products");
+    fn new(c: ViewMut<'a>, output: Output, alpha: f32, a: View<'a>, b: Operand<'a>) -> Self {
+        assert_eq!((c.rows, c.cols), (a.rows, b.cols()), "the product's shape");
+        assert_eq!(a.cols, b.rows(), "the length of the dot products");
         Product { c: c.data.as_mut_ptr(), c_stride: c.row_stride, m: c.rows, n: c.cols, k: a.cols, output, alpha, a, b }
     }
 
@@ -158,8 +215,10 @@ impl<'a> Product<'a> {
             return self.compute_empty(row, rows, col, cols);
         }
         PANELS.with_borrow_mut(|panels| {
-            panels.resize(TASK_COLS * MAX_K_BLOCK, 0.0);
-            Arch::new().dispatch(Block { product: self, panels, row, rows, col, cols });
+            let panels_len = TASK_COLS * MAX_K_BLOCK;
+            panels.resize(panels.len().max(panels_len + COLUMNS * MAX_K_BLOCK), 0.0);
+            let (panels, scratch) = panels.split_at_mut(panels_len);
+            Arch::new().dispatch(Block { product: self, panels, scratch, row, rows, col, cols });
         });
     }
 
@@ -177,6 +236,8 @@ impl<'a> Product<'a> {
 struct Block<'p, 'a> {
     product: &'p Product<'a>,
     panels: &'p mut [f32],
+    /// For columns that are widened before they are packed.
+    scratch: &'p mut [f32],
     row: usize,
     rows: usize,
     col: usize,
@@ -196,7 +257,7 @@ impl WithSimd for Block<'_, '_> {
 impl Block<'_, '_> {
     #[inline(always)]
     fn run<S: Simd, const TILE_ROWS: usize>(self, simd: S) {
-        let Block { product: p, panels, row, rows, col, cols } = self;
+        let Block { product: p, panels, scratch, row, rows, col, cols } = self;
         let width = 2 * S::F32_LANES;
         let k_block = block_of_k(p.k);
         for k0 in (0..p.k).step_by(k_block) {
@@ -204,7 +265,7 @@ impl Block<'_, '_> {
             let output = if k0 == 0 { p.output } else { Output::Add };
             let panel_starts = (0..cols).step_by(width);
             for (j, panel) in panel_starts.clone().zip(panels.chunks_exact_mut(width * depth)) {
-                pack(panel, width, &p.b, k0, col + j, width.min(cols - j));
+                pack(panel, scratch, width, &p.b, k0, col + j, width.min(cols - j));
             }
             let mut i = 0;
             while i < rows {
@@ -247,35 +308,57 @@ impl Block<'_, '_> {
 
 /// Copies rows `k0 ..` and columns `col .. col + cols` of B into a panel [depth, width]; missing columns become zero.
 #[inline(always)]
-fn pack(panel: &mut [f32], width: usize, b: &View<'_>, k0: usize, col: usize, cols: usize) {
+fn pack(panel: &mut [f32], scratch: &mut [f32], width: usize, b: &Operand<'_>, k0: usize, col: usize, cols: usize) {
     let depth = panel.len() / width;
     if cols < width {
         panel.fill(0.0);
     }
-    if b.col_stride == 1 {
-        for (k, out) in panel.chunks_exact_mut(width).enumerate() {
-            let row = &b.data[(k0 + k) * b.row_stride + col..];
+    match b {
+        Operand::View(view) if view.col_stride == 1 => pack_rows(panel, width, cols, |k, out| {
             // With the constant length this is two vector moves; with the other, a call of memcpy.
-            if cols == width {
-                out.copy_from_slice(&row[..width]);
-            } else {
-                out[..cols].copy_from_slice(&row[..cols]);
+            let row = &view.data[(k0 + k) * view.row_stride + col..];
+            if out.len() == width { out.copy_from_slice(&row[..width]) } else { out.copy_from_slice(&row[..cols]) }
+        }),
+        Operand::Stored(w) => pack_rows(panel, width, cols, |k, out| w.widen(k0 + k, col, out)),
+        Operand::View(view) => {
+            // A transposed matrix: its columns are contiguous.
+            assert_eq!(view.row_stride, 1, "one stride is 1");
+            let column = |j: usize| &view.data[(col + j) * view.col_stride + k0..][..depth];
+            let whole = cols / COLUMNS * COLUMNS;
+            for j in (0..whole).step_by(COLUMNS) {
+                interleave(&std::array::from_fn(|i| column(j + i)), &mut panel[j..], width);
+            }
+            (whole..cols).for_each(|j| place(panel, width, j, column(j)));
+        }
+        Operand::StoredTransposed(w) => {
+            let scratch = &mut scratch[..COLUMNS * depth];
+            for j in (0..cols).step_by(COLUMNS) {
+                let count = COLUMNS.min(cols - j);
+                for (i, column) in scratch.chunks_exact_mut(depth).take(count).enumerate() {
+                    w.widen(col + j + i, k0, column);
+                }
+                let column = |i: usize| &scratch[i * depth..][..depth];
+                match count {
+                    COLUMNS => interleave(&std::array::from_fn(column), &mut panel[j..], width),
+                    _ => (0..count).for_each(|i| place(panel, width, j + i, column(i))),
+                }
             }
         }
-        return;
     }
-    // B is a transposed matrix: its columns are contiguous.
-    assert_eq!(b.row_stride, 1, "one stride is 1");
-    let column = |j: usize| &b.data[(col + j) * b.col_stride + k0..][..depth];
-    let whole = cols / COLUMNS * COLUMNS;
-    for j in (0..whole).step_by(COLUMNS) {
-        let columns = std::array::from_fn(|i| column(j + i));
-        interleave(&columns, &mut panel[j..], width);
+}
+
+#[inline(always)]
+fn pack_rows(panel: &mut [f32], width: usize, cols: usize, write: impl Fn(usize, &mut [f32])) {
+    for (k, out) in panel.chunks_exact_mut(width).enumerate() {
+        if cols == width { write(k, out) } else { write(k, &mut out[..cols]) }
     }
-    for j in whole..cols {
-        for (k, value) in column(j).iter().enumerate() {
-            panel[k * width + j] = *value;
-        }
+}
+
+/// Writes one column into a panel.
+#[inline(always)]
+fn place(panel: &mut [f32], width: usize, j: usize, column: &[f32]) {
+    for (k, value) in column.iter().enumerate() {
+        panel[k * width + j] = *value;
     }
 }
 

@@ -1,48 +1,45 @@
-//! The CPU backend: f32, on all threads of the current rayon pool, the same bits for any number of them.
+//! The CPU backend: computes in f32 on all threads of the current rayon pool, the same bits for any number of them.
 
-mod adamw;
 mod attention;
+mod columns;
 mod cross_entropy;
+mod dora;
+mod four_bit;
+mod gated;
 mod gemm;
+mod int8;
 mod lora;
+mod neftune;
+mod optimizers;
 mod rms_norm;
 mod rope;
 mod simd;
-mod swiglu;
 mod tensor;
 mod transpose;
+mod weight;
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::backend::{AdamWStep, AttentionForward, Backend, Dropout, Heads, LoraGrads, LoraRef};
+use crate::backend::{
+    AdamWStep, Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout, LoraGrads, LoraRef, RmsNorm, SgdStep,
+    WeightRef,
+};
+use crate::config::{Activation, Rope};
+use crate::quantize::Quantization;
 use crate::weights::HostTensor;
-use gemm::{Output, View, ViewMut, gemm};
+use gemm::{Operand, Output, View, ViewMut, gemm};
+use rope::Angles;
 use tensor::Pool;
 pub use tensor::Tensor;
+use weight::Matrix;
+pub use weight::Weight;
 
 /// The host's processors.
 #[derive(Default)]
 pub struct Cpu {
     pool: Arc<Pool>,
-}
-
-/// A frozen weight [out, in] in f32: where the checkpoint's file is mapped, or widened into memory.
-pub struct Weight {
-    tensor: HostTensor,
-    outputs: usize,
-    inputs: usize,
-}
-
-impl Weight {
-    fn values(&self) -> &[f32] {
-        self.tensor.as_f32().expect("Backend::weight widened it")
-    }
-
-    fn view(&self) -> View<'_> {
-        View::new(self.values(), self.outputs, self.inputs)
-    }
 }
 
 /// Rows of a micro-batch and their rotary angles.
@@ -52,9 +49,8 @@ pub struct Rows {
     /// Per token: its row, and its place in it counted from the row's start.
     row_of: Vec<usize>,
     positions: Vec<usize>,
-    /// [longest row, head_dim / 2].
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    /// Of each rotary embedding.
+    angles: Vec<Angles>,
 }
 
 impl Cpu {
@@ -72,22 +68,35 @@ impl Cpu {
     }
 }
 
+fn matrix<'a>(w: WeightRef<'a, Cpu>) -> Matrix<'a> {
+    match w {
+        WeightRef::Frozen(weight) => weight.matrix(),
+        WeightRef::Trained(x) => Matrix::new(x.values(), x.rows(), x.cols()),
+    }
+}
+
 /// y (+)= x · Wᵀ.
-fn project(x: &Tensor, w: &Weight, output: Output, y: &mut Tensor) {
+fn project(x: &Tensor, w: Matrix<'_>, output: Output, y: &mut Tensor) {
     let (rows, cols) = (y.rows(), y.cols());
+    if let Some(w) = w.eight_bit() {
+        return int8::linear(x.values(), w, output, y.values_mut());
+    }
     if rows == 1 && output == Output::Set {
-        return gemm::matvec(w.values(), x.values(), y.values_mut());
+        return gemm::matvec(w, x.values(), y.values_mut());
     }
     let x = View::new(x.values(), x.rows(), x.cols());
-    gemm(ViewMut::new(y.values_mut(), rows, cols), output, 1.0, x, w.view().t());
+    gemm(ViewMut::new(y.values_mut(), rows, cols), output, 1.0, x, Operand::transposed(w));
 }
 
 /// dx (+)= dy · W.
-fn project_back(dy: &Tensor, w: &Weight, output: Output, dx: &mut Tensor) {
+fn project_back(dy: &Tensor, w: Matrix<'_>, output: Output, dx: &mut Tensor) {
     let (rows, cols) = (dx.rows(), dx.cols());
     let dy = View::new(dy.values(), dy.rows(), dy.cols());
-    gemm(ViewMut::new(dx.values_mut(), rows, cols), output, 1.0, dy, w.view());
+    gemm(ViewMut::new(dx.values_mut(), rows, cols), output, 1.0, dy, Operand::new(w));
 }
+
+/// Elements that one task of an element-wise operation takes.
+const TASK: usize = 1 << 15;
 
 fn lora_shape(x: &Tensor, lora: &LoraRef<'_, Tensor>) -> lora::Shape {
     lora::Shape { tokens: x.rows(), input: x.cols(), output: lora.b.rows(), rank: lora.a.rows() }
@@ -120,17 +129,31 @@ impl Backend for Cpu {
 
     fn copy(&self, x: &Tensor) -> Tensor {
         let mut y = self.stale(x.rows(), x.cols());
-        let chunks = y.values_mut().par_chunks_mut(1 << 15).zip(x.values().par_chunks(1 << 15));
+        let chunks = y.values_mut().par_chunks_mut(TASK).zip(x.values().par_chunks(TASK));
         chunks.for_each(|(y, x)| y.copy_from_slice(x));
         y
     }
 
     fn weight(&self, weight: HostTensor) -> Weight {
-        let &[outputs, inputs] = weight.shape() else { panic!("a linear weight is a matrix") };
-        Weight { tensor: weight.into_f32(), outputs, inputs }
+        Weight::new(weight)
     }
 
-    fn rows(&self, lengths: &[usize], offset: usize, rope_frequencies: &[f32]) -> Rows {
+    fn quantized_weight(&self, weight: HostTensor, quantization: Quantization) -> Weight {
+        Weight::quantized(&weight, quantization)
+    }
+
+    fn weight_values(&self, weight: &Weight) -> Tensor {
+        let w = weight.matrix();
+        let mut x = self.stale(w.rows, w.cols);
+        x.values_mut().par_chunks_mut(w.cols).enumerate().for_each(|(row, x)| w.widen(row, 0, x));
+        x
+    }
+
+    fn bf16_weight(&self, x: &Tensor) -> Weight {
+        Weight::new(HostTensor::bf16(x.values(), vec![x.rows(), x.cols()]))
+    }
+
+    fn rows(&self, lengths: &[usize], offset: usize, ropes: &[Rope]) -> Rows {
         let mut starts = Vec::with_capacity(lengths.len());
         let (mut row_of, mut positions) = (Vec::new(), Vec::new());
         for (row, &len) in lengths.iter().enumerate() {
@@ -138,58 +161,147 @@ impl Backend for Cpu {
             positions.extend(0..len);
             row_of.resize(positions.len(), row);
         }
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        // transformers multiplies position and frequency in f32.
-        let angles: Vec<f32> = (offset..offset + longest)
-            .flat_map(|position| rope_frequencies.iter().map(move |f| position as f32 * f))
-            .collect();
-        Rows {
-            starts,
-            lengths: lengths.to_vec(),
-            row_of,
-            positions,
-            cos: angles.iter().map(|a| a.cos()).collect(),
-            sin: angles.iter().map(|a| a.sin()).collect(),
-        }
+        let angles = |rope: &Rope| {
+            let frequencies: Vec<Vec<f32>> = lengths.iter().map(|len| rope.frequencies(offset + len)).collect();
+            let tokens = row_of.iter().zip(&positions);
+            Angles::new(tokens.map(|(&row, &position)| (offset + position, frequencies[row].as_slice())))
+        };
+        let angles = ropes.iter().map(angles).collect();
+        Rows { starts, lengths: lengths.to_vec(), angles, row_of, positions }
     }
 
-    fn embedding(&self, table: &Weight, tokens: &[u32]) -> Tensor {
-        let width = table.inputs;
-        let mut x = self.stale(tokens.len(), width);
-        for (x, &token) in x.values_mut().chunks_exact_mut(width).zip(tokens) {
-            x.copy_from_slice(&table.values()[token as usize * width..][..width]);
-        }
+    fn embedding(&self, table: WeightRef<'_, Self>, tokens: &[u32], scale: f32) -> Tensor {
+        let table = matrix(table);
+        let mut x = self.stale(tokens.len(), table.cols);
+        x.values_mut().par_chunks_mut(table.cols).zip(tokens).for_each(|(x, &token)| {
+            table.widen(token as usize, 0, x);
+            if scale != 1.0 {
+                x.iter_mut().for_each(|x| *x *= scale);
+            }
+        });
         x
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Tensor {
+    fn embedding_backward(&self, dx: &Tensor, tokens: &[u32], scale: f32, pad: Option<u32>, d_table: &mut Tensor) {
+        let width = dx.cols();
+        for (dx, &token) in dx.values().chunks_exact(width).zip(tokens).filter(|(_, token)| Some(**token) != pad) {
+            let d_row = &mut d_table.values_mut()[token as usize * width..][..width];
+            d_row.iter_mut().zip(dx).for_each(|(d, dx)| *d += scale * dx);
+        }
+    }
+
+    fn neftune(&self, x: &mut Tensor, rows: &Rows, alpha: f32, key: u64) {
+        let width = x.cols();
+        neftune::add(x.values_mut(), width, rows, alpha, key);
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, norm: RmsNorm) -> Tensor {
         let mut y = self.stale(x.rows(), x.cols());
-        rms_norm::forward(x.values(), weight.values(), eps, y.values_mut());
+        rms_norm::forward(x.values(), weight.values(), norm, y.values_mut());
         y
     }
 
-    fn rms_norm_backward(&self, x: &Tensor, weight: &Tensor, eps: f32, dy: &Tensor, dx: &mut Tensor) {
-        rms_norm::backward(x.values(), weight.values(), eps, dy.values(), dx.values_mut());
+    fn rms_norm_backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        norm: RmsNorm,
+        dy: &Tensor,
+        dx: &mut Tensor,
+        d_weight: Option<&mut Tensor>,
+    ) {
+        rms_norm::backward(x.values(), weight.values(), norm, dy.values(), dx.values_mut());
+        if let Some(d_weight) = d_weight {
+            rms_norm::weight_backward(x.values(), norm, dy.values(), d_weight.values_mut());
+        }
     }
 
-    fn linear(&self, x: &Tensor, w: &Weight) -> Tensor {
-        let mut y = self.stale(x.rows(), w.outputs);
+    fn linear(&self, x: &Tensor, w: WeightRef<'_, Self>) -> Tensor {
+        let w = matrix(w);
+        let mut y = self.stale(x.rows(), w.rows);
         project(x, w, Output::Set, &mut y);
         y
     }
 
-    fn linear_add(&self, x: &Tensor, w: &Weight, y: &mut Tensor) {
-        project(x, w, Output::Add, y);
+    fn linear_add(&self, x: &Tensor, w: WeightRef<'_, Self>, y: &mut Tensor) {
+        project(x, matrix(w), Output::Add, y);
     }
 
-    fn linear_backward(&self, dy: &Tensor, w: &Weight) -> Tensor {
-        let mut dx = self.stale(dy.rows(), w.inputs);
+    fn linear_backward(&self, dy: &Tensor, w: WeightRef<'_, Self>) -> Tensor {
+        let w = matrix(w);
+        let mut dx = self.stale(dy.rows(), w.cols);
         project_back(dy, w, Output::Set, &mut dx);
         dx
     }
 
-    fn linear_backward_add(&self, dy: &Tensor, w: &Weight, dx: &mut Tensor) {
-        project_back(dy, w, Output::Add, dx);
+    fn linear_backward_add(&self, dy: &Tensor, w: WeightRef<'_, Self>, dx: &mut Tensor) {
+        project_back(dy, matrix(w), Output::Add, dx);
+    }
+
+    fn linear_weight_backward(&self, x: &Tensor, dy: &Tensor, d_weight: &mut Tensor) {
+        let (x, dy) = (View::new(x.values(), x.rows(), x.cols()), View::new(dy.values(), dy.rows(), dy.cols()));
+        let (outputs, inputs) = (d_weight.rows(), d_weight.cols());
+        gemm(ViewMut::new(d_weight.values_mut(), outputs, inputs), Output::Add, 1.0, dy.t(), x);
+    }
+
+    fn add_bias(&self, y: &mut Tensor, bias: &Tensor) {
+        let width = y.cols();
+        columns::add_to_rows(y.values_mut(), width, bias.values());
+    }
+
+    fn bias_backward(&self, dy: &Tensor, d_bias: &mut Tensor) {
+        columns::add_sums(dy.values(), dy.cols(), d_bias.values_mut());
+    }
+
+    fn add(&self, y: &mut Tensor, x: &Tensor) {
+        let chunks = y.values_mut().par_chunks_mut(TASK).zip(x.values().par_chunks(TASK));
+        chunks.for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y += x));
+    }
+
+    fn columns(&self, x: &Tensor, from: usize, count: usize) -> Tensor {
+        let mut y = self.stale(x.rows(), count);
+        let rows = y.values_mut().par_chunks_mut(count).zip(x.values().par_chunks(x.cols()));
+        rows.for_each(|(y, x)| y.copy_from_slice(&x[from..from + count]));
+        y
+    }
+
+    fn join_columns(&self, parts: &[&Tensor]) -> Tensor {
+        let width = parts.iter().map(|part| part.cols()).sum();
+        let mut y = self.stale(parts[0].rows(), width);
+        y.values_mut().par_chunks_mut(width).enumerate().for_each(|(row, mut y)| {
+            for part in parts {
+                let (left, rest) = y.split_at_mut(part.cols());
+                left.copy_from_slice(part.row(row));
+                y = rest;
+            }
+        });
+        y
+    }
+
+    fn softcap(&self, x: &mut Tensor, cap: f32) {
+        x.values_mut().par_chunks_mut(TASK).for_each(|x| {
+            simd::vectorize(
+                #[inline(always)]
+                || x.iter_mut().for_each(|x| *x = cap * simd::tanh(*x / cap)),
+            )
+        });
+    }
+
+    fn dora_factors(&self, w: WeightRef<'_, Self>, lora: &LoraRef<'_, Tensor>, magnitude: &Tensor) -> Tensor {
+        let mut factors = self.stale(1, magnitude.cols());
+        dora::factors(matrix(w), lora, magnitude.values(), factors.values_mut());
+        factors
+    }
+
+    fn scale_columns(&self, y: &Tensor, factors: &Tensor) -> Tensor {
+        let mut scaled = self.stale(y.rows(), y.cols());
+        columns::scale(y.values(), factors.values(), scaled.values_mut());
+        scaled
+    }
+
+    fn dora_backward(&self, y: &Tensor, dy: &Tensor, factors: &Tensor, magnitude: &Tensor, d_magnitude: &mut Tensor) {
+        let factors = factors.values().iter().zip(magnitude.values()).map(|(factor, magnitude)| factor / magnitude);
+        columns::add_products(y.values(), dy.values(), &factors.collect::<Vec<f32>>(), d_magnitude.values_mut());
     }
 
     fn lora(&self, x: &Tensor, lora: &LoraRef<'_, Tensor>, y: &mut Tensor) -> Tensor {
@@ -238,23 +350,23 @@ impl Backend for Cpu {
         }
     }
 
-    fn rope(&self, x: &mut Tensor, head_dim: usize, rows: &Rows) {
+    fn rope(&self, x: &mut Tensor, head_dim: usize, rows: &Rows, rope: usize) {
         let width = x.cols();
-        rope::rotate(x.values_mut(), width, head_dim, rows, false);
+        rope::rotate(x.values_mut(), width, head_dim, &rows.angles[rope], false);
     }
 
-    fn rope_backward(&self, dx: &mut Tensor, head_dim: usize, rows: &Rows) {
+    fn rope_backward(&self, dx: &mut Tensor, head_dim: usize, rows: &Rows, rope: usize) {
         let width = dx.cols();
-        rope::rotate(dx.values_mut(), width, head_dim, rows, true);
+        rope::rotate(dx.values_mut(), width, head_dim, &rows.angles[rope], true);
     }
 
-    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, rows: &Rows) -> (Tensor, Tensor) {
+    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, attention: Attention, rows: &Rows) -> (Tensor, Tensor) {
         let mut y = self.stale(q.rows(), q.cols());
-        let mut log_sums = self.stale(q.rows(), heads.query);
+        let mut log_sums = self.stale(q.rows(), attention.heads.query);
         let mut parts = self.stale(q.rows(), q.cols());
         attention::forward(
             [q.values(), k.values(), v.values()],
-            heads,
+            attention,
             rows,
             parts.values_mut(),
             y.values_mut(),
@@ -267,7 +379,7 @@ impl Backend for Cpu {
         &self,
         forward: AttentionForward<'_, Tensor>,
         dy: &Tensor,
-        heads: Heads,
+        attention: Attention,
         rows: &Rows,
     ) -> [Tensor; 3] {
         let [mut q_parts, mut k_parts, mut v_parts] = [(); 3].map(|()| self.stale(dy.rows(), dy.cols()));
@@ -284,7 +396,7 @@ impl Backend for Cpu {
         attention::backward(
             &forward,
             dy.values(),
-            heads,
+            attention,
             rows,
             [q_parts.values_mut(), k_parts.values_mut(), v_parts.values_mut()],
             [dq.values_mut(), dk.values_mut(), dv.values_mut()],
@@ -292,9 +404,16 @@ impl Backend for Cpu {
         [dq, dk, dv]
     }
 
-    fn attention_cached(&self, q: &Tensor, keys: &Tensor, values: &Tensor, heads: Heads, past: usize) -> Tensor {
+    fn attention_cached(
+        &self,
+        q: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        attention: Attention,
+        past: usize,
+    ) -> Tensor {
         let mut y = self.stale(q.rows(), q.cols());
-        attention::cached(q.values(), keys.values(), values.values(), heads, past, y.values_mut());
+        attention::cached(q.values(), keys.values(), values.values(), attention, past, y.values_mut());
         y
     }
 
@@ -303,16 +422,17 @@ impl Backend for Cpu {
         cache.values_mut()[from..from + x.values().len()].copy_from_slice(x.values());
     }
 
-    fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+    fn gated(&self, activation: Activation, gate: &Tensor, up: &Tensor) -> Tensor {
         let mut y = self.stale(gate.rows(), gate.cols());
-        swiglu::forward(gate.values(), up.values(), y.values_mut());
+        gated::forward(activation, gate.values(), up.values(), y.values_mut());
         y
     }
 
-    fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor) -> (Tensor, Tensor) {
+    fn gated_backward(&self, activation: Activation, gate: &Tensor, up: &Tensor, dy: &Tensor) -> (Tensor, Tensor) {
         let mut d_gate = self.stale(gate.rows(), gate.cols());
         let mut d_up = self.stale(gate.rows(), gate.cols());
-        swiglu::backward(gate.values(), up.values(), dy.values(), d_gate.values_mut(), d_up.values_mut());
+        let (gate, up, dy) = (gate.values(), up.values(), dy.values());
+        gated::backward(activation, gate, up, dy, d_gate.values_mut(), d_up.values_mut());
         (d_gate, d_up)
     }
 
@@ -336,26 +456,38 @@ impl Backend for Cpu {
     fn linear_cross_entropy(
         &self,
         x: &Tensor,
-        w: &Weight,
+        w: WeightRef<'_, Self>,
         targets: &[u32],
-        grad_scale: Option<f32>,
+        softcap: Option<f32>,
+        grads: Option<CrossEntropyGrads<'_, Tensor>>,
     ) -> (Vec<f32>, Option<Tensor>) {
-        let problem = cross_entropy::Problem { x: x.values(), w: w.values(), targets, hidden: x.cols() };
+        let problem = cross_entropy::Problem { x: x.values(), w: matrix(w), targets, softcap };
         let mut scratch = self.stale(1, problem.scratch_len());
-        let mut dx = grad_scale.map(|scale| (self.stale(x.rows(), x.cols()), scale));
-        let losses = problem.solve(scratch.values_mut(), dx.as_mut().map(|(dx, scale)| (dx.values_mut(), *scale)));
-        (losses, dx.map(|(dx, _)| dx))
+        let mut dx = grads.is_some().then(|| self.stale(x.rows(), x.cols()));
+        let gradients = grads.zip(dx.as_mut()).map(|(grads, dx)| cross_entropy::Gradients {
+            scale: grads.scale,
+            x: dx.values_mut(),
+            weight: grads.weight.map(Tensor::values_mut),
+        });
+        let losses = problem.solve(scratch.values_mut(), gradients);
+        (losses, dx)
     }
 
     fn sum_of_squares(&self, x: &Tensor) -> f64 {
-        x.values().iter().map(|&x| f64::from(x) * f64::from(x)).sum()
+        let square = |x: &f32| f64::from(*x) * f64::from(*x);
+        let parts: Vec<f64> = x.values().par_chunks(TASK).map(|x| x.iter().map(square).sum()).collect();
+        parts.iter().sum()
     }
 
     fn clear(&self, x: &mut Tensor) {
-        x.values_mut().fill(0.0);
+        x.values_mut().par_chunks_mut(TASK).for_each(|x| x.fill(0.0));
+    }
+
+    fn sgd(&self, param: &mut Tensor, grad: &Tensor, momentum: Option<&mut Tensor>, step: &SgdStep) {
+        optimizers::sgd(param.values_mut(), grad.values(), momentum.map(Tensor::values_mut), step);
     }
 
     fn adamw(&self, param: &mut Tensor, grad: &Tensor, (m, v): (&mut Tensor, &mut Tensor), step: &AdamWStep) {
-        adamw::step(param.values_mut(), grad.values(), m.values_mut(), v.values_mut(), step);
+        optimizers::adamw(param.values_mut(), grad.values(), m.values_mut(), v.values_mut(), step);
     }
 }

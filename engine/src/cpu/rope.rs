@@ -1,20 +1,41 @@
 //! Rotary position embedding (Su et al., 2021) in transformers' layout: element i of a head's first half and element
-//! i of its second half are a point that position p turns by p · frequency[i].
+//! i of its second half are a point that position p turns by p · frequency[i]. Where only a part of a head is rotated,
+//! these are the halves of that part.
 
 use rayon::prelude::*;
 
-use super::Rows;
+/// The rotary angles of every token of a micro-batch, [tokens, half].
+pub(super) struct Angles {
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
 
-/// Rotates the heads of x [tokens, heads · head_dim] in place: forward by each position's angles, backward by their
+impl Angles {
+    /// Angles of tokens at these positions, each with its row's frequencies.
+    pub(super) fn new<'a>(tokens: impl Iterator<Item = (usize, &'a [f32])>) -> Self {
+        let (mut half, mut cos, mut sin) = (0, Vec::new(), Vec::new());
+        for (position, frequencies) in tokens {
+            half = frequencies.len();
+            // transformers multiplies position and frequency in f32.
+            let angles = frequencies.iter().map(|frequency| position as f32 * frequency);
+            let (sines, cosines): (Vec<f32>, Vec<f32>) = angles.map(f32::sin_cos).unzip();
+            cos.extend(cosines);
+            sin.extend(sines);
+        }
+        Angles { half, cos, sin }
+    }
+}
+
+/// Rotates the heads of x [tokens, heads · head_dim] in place: forward by each token's angles, backward by their
 /// opposites.
-pub(super) fn rotate(x: &mut [f32], width: usize, head_dim: usize, rows: &Rows, backward: bool) {
-    let half = head_dim / 2;
+pub(super) fn rotate(x: &mut [f32], width: usize, head_dim: usize, angles: &Angles, backward: bool) {
+    let half = angles.half;
     let sign = if backward { -1.0 } else { 1.0 };
-    x.par_chunks_mut(width).zip(&rows.positions).for_each(|(x, &position)| {
-        let cos = &rows.cos[position * half..][..half];
-        let sin = &rows.sin[position * half..][..half];
+    let angles = angles.cos.par_chunks(half).zip(angles.sin.par_chunks(half));
+    x.par_chunks_mut(width).zip(angles).for_each(|(x, (cos, sin))| {
         for head in x.chunks_exact_mut(head_dim) {
-            let (first, second) = head.split_at_mut(half);
+            let (first, second) = head[..2 * half].split_at_mut(half);
             for i in 0..half {
                 let (a, b, sin) = (first[i], second[i], sign * sin[i]);
                 first[i] = a * cos[i] - b * sin;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use run::{Run, accumulate, read_json, read_tensors, train, trainer};
 use serde::Deserialize;
-use tunesmith_engine::{Model, NamedTensor, Recompute};
+use tunesmith_engine::{Model, NamedTensor, Recompute, Trainer, TrainerOptions, Tuning};
 
 #[derive(Deserialize)]
 struct Expected {
@@ -75,7 +75,7 @@ fn curves_equal(name: &str) {
     let losses = difference(&curve.losses, &expected.losses);
     let norms = difference(&curve.grad_norms, &expected.grad_norms);
     assert!(losses < 1e-4 && norms < 1e-3, "losses differ by {losses:.1e}, norms by {norms:.1e}");
-    let adapter = relative_difference(&trainer.adapter(), &read_tensors(&dir.join("final.safetensors")));
+    let adapter = relative_difference(&trainer.weights(), &read_tensors(&dir.join("final.safetensors")));
     assert!(adapter < 1e-4, "adapters differ by {adapter:.1e}");
 }
 
@@ -97,4 +97,36 @@ fn gradients_equal_peft() {
 fn twenty_steps_equal_peft() {
     curves_equal("tied");
     curves_equal("sharded");
+}
+
+const FAMILIES: [&str; 7] = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"];
+
+#[test]
+fn every_family_has_transformers_logits_with_and_without_an_adapter() {
+    FAMILIES.iter().for_each(|family| logits_equal(&format!("families/{family}")));
+}
+
+#[test]
+fn every_family_has_pefts_gradients() {
+    for family in FAMILIES {
+        for recompute in [Recompute::None, Recompute::Full] {
+            gradients_equal(&format!("families/{family}"), recompute);
+        }
+    }
+}
+
+#[test]
+fn every_weight_of_every_family_has_transformers_gradient() {
+    for family in FAMILIES {
+        let dir = fixture("families").join(family);
+        let run: Run = read_json(&dir.join("run.json"));
+        for recompute in [Recompute::None, Recompute::Full] {
+            let options = TrainerOptions { recompute, ..TrainerOptions::new(Tuning::Full { bf16: false }) };
+            let mut trainer = Trainer::new(Model::load(&dir.join("model")).unwrap(), &options).unwrap();
+            accumulate(&mut trainer, &run.steps[0]);
+            let expected = read_tensors(&dir.join("full_gradients.safetensors"));
+            let worst = relative_difference(&trainer.gradients(), &expected);
+            assert!(worst < 1e-4, "{family}: gradients differ by {worst:.1e}");
+        }
+    }
 }

@@ -5,18 +5,27 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tunesmith_engine::{
-    AdamWOptions, LoraOptions, MicroBatch, Model, NamedTensor, Recompute, Schedule, ScheduleKind, TrainState, Trainer,
-    Warmup,
+    LoraOptions, MicroBatch, Model, NamedTensor, Optimizer, Recompute, Rule, Schedule, ScheduleKind, Trainer,
+    TrainerOptions, Tuning, Warmup,
 };
 
 /// The options of a run, and per optimizer step its micro-batches.
 #[derive(Deserialize)]
 pub struct Run {
-    lora: LoraOptions,
-    optim: AdamWOptions,
+    /// None trains every weight.
+    lora: Option<LoraOptions>,
+    optim: RunOptim,
     schedule: RunSchedule,
     max_grad_norm: f64,
     pub steps: Vec<Vec<MicroBatch>>,
+}
+
+#[derive(Deserialize)]
+struct RunOptim {
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    weight_decay: f64,
 }
 
 #[derive(Deserialize)]
@@ -50,19 +59,29 @@ pub fn read_tensors(path: &Path) -> Vec<NamedTensor> {
         .collect()
 }
 
-/// A trainer whose adapter is that of a PEFT folder.
+/// A trainer whose adapter is that of a PEFT folder, or one of every weight.
 pub fn trainer(model: &Path, adapter: &Path, run: &Run, recompute: Recompute) -> Trainer {
     let model = Model::load(model).expect("a model folder");
-    let mut trainer = Trainer::new(model, &run.lora, run.optim, recompute).expect("valid options");
-    let mut tensors = Vec::new();
-    for tensor in read_tensors(&adapter.join("adapter_model.safetensors")) {
-        for moment in ["exp_avg", "exp_avg_sq"] {
-            let (name, data) = (format!("{}.{moment}", tensor.name), vec![0.0; tensor.data.len()]);
-            tensors.push(NamedTensor { name, data, shape: tensor.shape.clone() });
-        }
-        tensors.push(tensor);
+    let RunOptim { beta1, beta2, eps, weight_decay } = run.optim;
+    let rule = Rule::AdamW { beta1, beta2, eps };
+    let tuning = run.lora.clone().map_or(Tuning::Full { bf16: false }, Tuning::Lora);
+    let options = TrainerOptions {
+        optimizer: Optimizer { rule, weight_decay, ..Optimizer::default() },
+        recompute,
+        ..TrainerOptions::new(tuning)
+    };
+    let mut trainer = Trainer::new(model, &options).expect("valid options");
+    if run.lora.is_none() {
+        return trainer;
     }
-    let state = TrainState { tensors, step: 0, micro_step: 0 };
+    // The state of a trainer that has not stepped yet, with the folder's weights in it.
+    let mut state = trainer.state();
+    for tensor in read_tensors(&adapter.join("adapter_model.safetensors")) {
+        match state.tensors.iter_mut().find(|known| known.name == tensor.name) {
+            Some(place) => *place = tensor,
+            None => panic!("{} is not trained", tensor.name),
+        }
+    }
     trainer.restore(&state).expect("the adapter fits the options");
     trainer
 }

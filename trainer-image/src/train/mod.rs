@@ -19,8 +19,8 @@ use tunesmith_crds::{
     run::{Outcome, TrainStage, TrainTask},
 };
 use tunesmith_engine::{
-    AdamWOptions, Error as EngineError, LoraOptions, LossSum, Model, Recompute, Schedule, ScheduleKind, TargetModules,
-    Trainer, Warmup,
+    Error as EngineError, LoraOptions, LossSum, Model, Optimizer, Recompute, Schedule, ScheduleKind, TargetModules,
+    Trainer, TrainerOptions, Warmup,
 };
 
 use self::checkpoint::Checkpoints;
@@ -85,7 +85,7 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
         spec,
         task,
         lora,
-        adapter: run.trainer.adapter(),
+        adapter: run.trainer.weights(),
         epochs: inputs.batches.epoch(run.history.step),
         manifest: Manifest::new(spec, task, &method, inputs.dataset.clone(), run.metrics()),
         history: &run.history,
@@ -120,6 +120,7 @@ pub fn lora_options(lora: &Lora, training: &Training) -> LoraOptions {
         },
         use_rslora: lora.use_rslora,
         seed: training.seed,
+        ..LoraOptions::default()
     }
 }
 
@@ -181,13 +182,16 @@ impl<'a> Run<'a> {
         context: Context<'a>,
     ) -> Result<Self, Error> {
         let training = &spec.training;
-        let optim = AdamWOptions { weight_decay: training.weight_decay, ..AdamWOptions::default() };
-        let recompute = if training.gradient_checkpointing { Recompute::Full } else { Recompute::None };
+        let options = TrainerOptions {
+            optimizer: Optimizer { weight_decay: training.weight_decay, ..Optimizer::default() },
+            recompute: if training.gradient_checkpointing { Recompute::Full } else { Recompute::None },
+            ..lora_options(lora, training).into()
+        };
         let model = Model::load(&inputs.model.folder)?;
         Ok(Self {
             training,
             inputs,
-            trainer: Trainer::new(model, &lora_options(lora, training), optim, recompute)?,
+            trainer: Trainer::new(model, &options)?,
             schedule: schedule(training, inputs.batches.total_steps()),
             checkpoints,
             history: History::default(),

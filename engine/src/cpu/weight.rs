@@ -1,0 +1,145 @@
+//! Weights as they are stored, and as products read them: f32 where it lies, all else widened a few rows at a time.
+
+use super::four_bit;
+use super::gemm::View;
+use crate::quantize::{EightBit, FourBit, Quantization};
+use crate::weights::HostTensor;
+
+/// A frozen weight [out, in].
+pub struct Weight(Stored);
+
+enum Stored {
+    /// f32 or bf16, where a file is mapped or in memory.
+    Plain {
+        tensor: HostTensor,
+        outputs: usize,
+        inputs: usize,
+    },
+    FourBit(FourBit),
+    EightBit(EightBit),
+}
+
+/// A weight, or some of its rows, to read.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    form: Form<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Form<'a> {
+    Floats(&'a [f32]),
+    Bf16(&'a [u8]),
+    /// From this element on.
+    FourBit(&'a FourBit, usize),
+    EightBit(&'a EightBit),
+    /// Without their scales.
+    Codes(&'a EightBit),
+}
+
+impl Weight {
+    /// Keeps f32 and bf16 as they are, and widens f16.
+    pub(super) fn new(tensor: HostTensor) -> Self {
+        let &[outputs, inputs] = tensor.shape() else { panic!("a linear weight is a matrix") };
+        let tensor = if tensor.as_bf16().is_some() { tensor } else { tensor.into_f32() };
+        Weight(Stored::Plain { tensor, outputs, inputs })
+    }
+
+    pub(super) fn quantized(tensor: &HostTensor, quantization: Quantization) -> Self {
+        let &[rows, cols] = tensor.shape() else { panic!("a linear weight is a matrix") };
+        let values = tensor.to_f32();
+        Weight(match quantization {
+            Quantization::FourBit { code, double_quant } => {
+                Stored::FourBit(FourBit::quantize(&values, rows, cols, code, double_quant))
+            }
+            Quantization::Int8 => Stored::EightBit(EightBit::quantize(&values, rows, cols)),
+        })
+    }
+
+    pub(super) fn matrix(&self) -> Matrix<'_> {
+        match &self.0 {
+            Stored::Plain { tensor, outputs, inputs } => {
+                let form = match (tensor.as_f32(), tensor.as_bf16()) {
+                    (Some(values), _) => Form::Floats(values),
+                    (_, Some(bytes)) => Form::Bf16(bytes),
+                    _ => unreachable!("Weight::new widened it"),
+                };
+                Matrix { rows: *outputs, cols: *inputs, form }
+            }
+            Stored::FourBit(w) => Matrix { rows: w.rows, cols: w.cols, form: Form::FourBit(w, 0) },
+            Stored::EightBit(w) => Matrix { rows: w.rows, cols: w.cols, form: Form::EightBit(w) },
+        }
+    }
+}
+
+impl<'a> Matrix<'a> {
+    /// A dense row-major matrix of f32.
+    pub(crate) fn new(values: &'a [f32], rows: usize, cols: usize) -> Self {
+        Matrix { rows, cols, form: Form::Floats(values) }
+    }
+
+    /// The codes of 8 bits, without their scales.
+    pub(super) fn codes(w: &'a EightBit) -> Self {
+        Matrix { rows: w.rows, cols: w.cols, form: Form::Codes(w) }
+    }
+
+    /// The weight, if activations are to be multiplied with it in 8 bits too.
+    pub(super) fn eight_bit(&self) -> Option<&'a EightBit> {
+        match self.form {
+            Form::EightBit(w) => Some(w),
+            _ => None,
+        }
+    }
+
+    /// `count` rows from `first` on.
+    pub(crate) fn rows(self, first: usize, count: usize) -> Self {
+        let elements = first * self.cols..(first + count) * self.cols;
+        let form = match self.form {
+            Form::Floats(values) => Form::Floats(&values[elements]),
+            Form::Bf16(bytes) => Form::Bf16(&bytes[2 * elements.start..2 * elements.end]),
+            Form::FourBit(w, start) => Form::FourBit(w, start + elements.start),
+            Form::EightBit(_) | Form::Codes(_) => unreachable!("output layers are never in 8 bits"),
+        };
+        Matrix { rows: count, form, ..self }
+    }
+
+    /// The values, where they are f32.
+    pub(crate) fn view(self) -> Option<View<'a>> {
+        match self.form {
+            Form::Floats(values) => Some(View::new(values, self.rows, self.cols)),
+            _ => None,
+        }
+    }
+
+    /// The row's values, where they are f32.
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> Option<&'a [f32]> {
+        match self.form {
+            Form::Floats(values) => Some(&values[row * self.cols..][..self.cols]),
+            _ => None,
+        }
+    }
+
+    /// Widens the row's values from column `from` on, as many as `out` holds.
+    #[inline(always)]
+    pub(crate) fn widen(&self, row: usize, from: usize, out: &mut [f32]) {
+        debug_assert!(from + out.len() <= self.cols);
+        let start = row * self.cols + from;
+        match self.form {
+            Form::Floats(values) => out.copy_from_slice(&values[start..][..out.len()]),
+            Form::Bf16(bytes) => {
+                let bytes = &bytes[2 * start..][..2 * out.len()];
+                for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *out = f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16);
+                }
+            }
+            Form::FourBit(w, first) => four_bit::widen(w, first + start, out),
+            Form::EightBit(w) => {
+                let scale = w.absmax[row] / 127.0;
+                out.iter_mut().zip(&w.codes[start..]).for_each(|(out, code)| *out = f32::from(*code) * scale);
+            }
+            Form::Codes(w) => out.iter_mut().zip(&w.codes[start..]).for_each(|(out, code)| *out = f32::from(*code)),
+        }
+    }
+}
