@@ -38,7 +38,9 @@ fi
 
 echo "Fixtures: are the committed ones what the reference computes today?"
 rm -rf "$cache/fixtures"
-"$python" -W ignore fixtures.py "$cache/fixtures" 2>"$cache/fixtures.log" || { cat "$cache/fixtures.log"; exit 1; }
+for script in fixtures.py families.py quantized.py; do
+    "$python" -W ignore "$script" "$cache/fixtures" >"$cache/fixtures.log" 2>&1 || { cat "$cache/fixtures.log"; exit 1; }
+done
 "$python" same_fixtures.py ../../engine/tests/fixtures "$cache/fixtures"
 
 echo "SmolLM2-135M-Instruct"

@@ -35,6 +35,17 @@ pub(crate) fn uniform(n: usize, bound: f32, key: u64) -> Vec<f32> {
     words.take(n).map(|bits| (2.0 * unit(bits) - 1.0) * bound).collect()
 }
 
+/// `n` numbers of the standard normal distribution (Box and Muller, 1958).
+#[cfg(test)]
+pub(crate) fn normal(n: usize, key: u64) -> Vec<f32> {
+    let pair = |i: u64| {
+        let [a, b, ..] = philox(i, key).map(|bits| f64::from(unit(bits)));
+        let (radius, angle) = ((-2.0 * (1.0 - a).ln()).sqrt(), 2.0 * std::f64::consts::PI * b);
+        [radius * angle.cos(), radius * angle.sin()]
+    };
+    (0..n.div_ceil(2) as u64).flat_map(pair).take(n).map(|x| x as f32).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,7 +7,6 @@ mod dora;
 mod four_bit;
 mod gated;
 mod gemm;
-mod int8;
 mod lora;
 mod neftune;
 mod optimizers;
@@ -78,9 +77,6 @@ fn matrix<'a>(w: WeightRef<'a, Cpu>) -> Matrix<'a> {
 /// y (+)= x · Wᵀ.
 fn project(x: &Tensor, w: Matrix<'_>, output: Output, y: &mut Tensor) {
     let (rows, cols) = (y.rows(), y.cols());
-    if let Some(w) = w.eight_bit() {
-        return int8::linear(x.values(), w, output, y.values_mut());
-    }
     if rows == 1 && output == Output::Set {
         return gemm::matvec(w, x.values(), y.values_mut());
     }

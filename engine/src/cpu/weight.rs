@@ -34,8 +34,6 @@ enum Form<'a> {
     /// From this element on.
     FourBit(&'a FourBit, usize),
     EightBit(&'a EightBit),
-    /// Without their scales.
-    Codes(&'a EightBit),
 }
 
 impl Weight {
@@ -79,19 +77,6 @@ impl<'a> Matrix<'a> {
         Matrix { rows, cols, form: Form::Floats(values) }
     }
 
-    /// The codes of 8 bits, without their scales.
-    pub(super) fn codes(w: &'a EightBit) -> Self {
-        Matrix { rows: w.rows, cols: w.cols, form: Form::Codes(w) }
-    }
-
-    /// The weight, if activations are to be multiplied with it in 8 bits too.
-    pub(super) fn eight_bit(&self) -> Option<&'a EightBit> {
-        match self.form {
-            Form::EightBit(w) => Some(w),
-            _ => None,
-        }
-    }
-
     /// `count` rows from `first` on.
     pub(crate) fn rows(self, first: usize, count: usize) -> Self {
         let elements = first * self.cols..(first + count) * self.cols;
@@ -99,7 +84,7 @@ impl<'a> Matrix<'a> {
             Form::Floats(values) => Form::Floats(&values[elements]),
             Form::Bf16(bytes) => Form::Bf16(&bytes[2 * elements.start..2 * elements.end]),
             Form::FourBit(w, start) => Form::FourBit(w, start + elements.start),
-            Form::EightBit(_) | Form::Codes(_) => unreachable!("output layers are never in 8 bits"),
+            Form::EightBit(_) => unreachable!("output layers are never in 8 bits"),
         };
         Matrix { rows: count, form, ..self }
     }
@@ -139,7 +124,6 @@ impl<'a> Matrix<'a> {
                 let scale = w.absmax[row] / 127.0;
                 out.iter_mut().zip(&w.codes[start..]).for_each(|(out, code)| *out = f32::from(*code) * scale);
             }
-            Form::Codes(w) => out.iter_mut().zip(&w.codes[start..]).for_each(|(out, code)| *out = f32::from(*code)),
         }
     }
 }

@@ -11,8 +11,7 @@ pub(super) fn dynamic_map() -> &'static [f32; 256] {
         for exponent in 0..7 {
             let boundaries = linspace(0.1, 1.0, (1 << exponent) + 1);
             for pair in boundaries.windows(2) {
-                let mean = f64::from((pair[0] + pair[1]) / 2.0);
-                let value = (10f64.powi(exponent - 6) * mean) as f32;
+                let value = 10f64.powi(exponent - 6) as f32 * ((pair[0] + pair[1]) / 2.0);
                 values.extend([value, -value]);
             }
         }
@@ -21,17 +20,22 @@ pub(super) fn dynamic_map() -> &'static [f32; 256] {
     })
 }
 
-/// As torch computes it: from either end to the middle.
+/// As torch computes it: from either end to the middle, each value rounded once.
 fn linspace(start: f32, end: f32, steps: usize) -> Vec<f32> {
     let step = (end - start) / (steps - 1) as f32;
-    (0..steps)
-        .map(|i| if i < steps / 2 { start + step * i as f32 } else { end - step * (steps - i - 1) as f32 })
-        .collect()
+    let value = |i: usize| match i < steps / 2 {
+        true => step.mul_add(i as f32, start),
+        false => (-step).mul_add((steps - i - 1) as f32, end),
+    };
+    (0..steps).map(value).collect()
 }
 
-/// The code whose value is nearest; a tie goes to the lower.
+/// The code whose value is nearest; a tie goes to the lower. x, in [−1, 1], is first rounded to one of 65,536 steps, as
+/// bitsandbytes' CPU kernel does: near the middle between two values, that decides.
 pub(super) fn nearest(map: &[f32; 256], x: f32) -> u8 {
+    const STEPS: f32 = 65_535.0;
+    let step = ((x.clamp(-1.0, 1.0) + 1.0) * 0.5 * STEPS + 0.5) as u16;
+    let x = -1.0 + 2.0 * f32::from(step) / STEPS;
     let above = map.partition_point(|value| *value < x).clamp(1, 255);
-    let (low, high) = (map[above - 1], map[above]);
-    if x > (low + high) / 2.0 { above as u8 } else { (above - 1) as u8 }
+    if x > 0.5 * (map[above - 1] + map[above]) { above as u8 } else { (above - 1) as u8 }
 }

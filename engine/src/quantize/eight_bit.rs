@@ -1,8 +1,5 @@
-//! A weight in 8 bits, row by row, and LLM.int8() (Dettmers et al., 2022): its product with activations in 8 bits too,
-//! but for the features in which one is an outlier.
-
-/// Activations of at least this magnitude are outliers.
-pub(crate) const OUTLIER: f32 = 6.0;
+//! A weight in 8 bits, row by row, as LLM.int8() stores it (Dettmers et al., 2022). Activations are not rounded: it is
+//! with float activations that bitsandbytes trains on a CPU, too.
 
 /// A weight [rows, cols]: each value is code · absmax / 127.
 pub(crate) struct EightBit {
@@ -18,8 +15,11 @@ impl EightBit {
     pub(crate) fn quantize(values: &[f32], rows: usize, cols: usize) -> Self {
         let (mut codes, mut absmax) = (Vec::with_capacity(values.len()), Vec::with_capacity(rows));
         for row in values.chunks_exact(cols) {
+            // bitsandbytes rounds to f16 first.
+            let row: Vec<f32> = row.iter().map(|&value| half::f16::from_f32(value).to_f32()).collect();
             let largest = row.iter().fold(0f32, |largest, value| value.abs().max(largest));
-            let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+            // As torch divides a number by a tensor: by way of the reciprocal.
+            let factor = if largest > 0.0 { 1.0 / largest * 127.0 } else { 0.0 };
             codes.extend(row.iter().map(|value| (value * factor).round_ties_even() as i8));
             absmax.push(largest);
         }

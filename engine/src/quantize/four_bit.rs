@@ -145,8 +145,9 @@ impl Scales {
             let centred: Vec<f32> = scales.iter().map(|scale| scale - offset).collect();
             let largest = largest(&centred);
             absmax.push(largest);
+            // Where all scales are alike, the code doesn't matter: it is multiplied by zero.
             let inverse = if largest > 0.0 { 1.0 / largest } else { 0.0 };
-            codes.extend(centred.iter().map(|x| nearest(map, x * inverse)));
+            codes.extend(centred.iter().map(|x| if largest > 0.0 { nearest(map, x * inverse) } else { 0 }));
         }
         Scales::Nested { codes, absmax, offset }
     }

@@ -4,9 +4,9 @@ mod run;
 
 use std::path::{Path, PathBuf};
 
-use run::{Run, accumulate, read_json, read_tensors, train, trainer};
+use run::{Run, accumulate, read_json, read_tensors, train, trainer, trainer_of};
 use serde::Deserialize;
-use tunesmith_engine::{Model, NamedTensor, Recompute, Trainer, TrainerOptions, Tuning};
+use tunesmith_engine::{FourBitCode, Model, NamedTensor, Quantization, Recompute, Trainer, TrainerOptions, Tuning};
 
 #[derive(Deserialize)]
 struct Expected {
@@ -128,5 +128,34 @@ fn every_weight_of_every_family_has_transformers_gradient() {
             let worst = relative_difference(&trainer.gradients(), &expected);
             assert!(worst < 1e-4, "{family}: gradients differ by {worst:.1e}");
         }
+    }
+}
+
+#[test]
+fn quantized_bases_have_the_logits_and_gradients_of_bitsandbytes() {
+    let tied = fixture("tied");
+    let (run, tokens): (Run, Vec<u32>) = (read_json(&tied.join("run.json")), read_json(&tied.join("tokens.json")));
+    let expected = read_tensors(&fixture("quantized/models.safetensors"));
+    let four_bit = |code, double_quant| Quantization::FourBit { code, double_quant };
+    for (kind, quantization) in [
+        ("nf4", four_bit(FourBitCode::Nf4, true)),
+        ("fp4", four_bit(FourBitCode::Fp4, false)),
+        ("int8", Quantization::Int8),
+    ] {
+        let expected: Vec<NamedTensor> = expected
+            .iter()
+            .filter_map(|t| Some(NamedTensor { name: t.name.strip_prefix(&format!("{kind}."))?.into(), ..t.clone() }))
+            .collect();
+        let (logits, gradients): (Vec<_>, Vec<_>) = expected.into_iter().partition(|t| t.name == "logits");
+        let load = || Model::load_quantized(&tied.join("model"), quantization).unwrap();
+        let mut model = load();
+        model.load_adapter(&tied.join("adapter")).unwrap();
+        let shape = logits[0].shape.clone();
+        let ours = NamedTensor { name: "logits".into(), shape, data: model.logits(&tokens).unwrap() };
+        let logits = relative_difference(&[ours], &logits);
+        let mut trainer = trainer_of(load(), &tied.join("adapter"), &run, Recompute::None);
+        accumulate(&mut trainer, &run.steps[0]);
+        let gradients = relative_difference(&trainer.gradients(), &gradients);
+        assert!(logits < 1e-5 && gradients < 1e-5, "{kind}: {logits:.1e} {gradients:.1e}");
     }
 }

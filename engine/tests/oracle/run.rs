@@ -61,7 +61,11 @@ pub fn read_tensors(path: &Path) -> Vec<NamedTensor> {
 
 /// A trainer whose adapter is that of a PEFT folder, or one of every weight.
 pub fn trainer(model: &Path, adapter: &Path, run: &Run, recompute: Recompute) -> Trainer {
-    let model = Model::load(model).expect("a model folder");
+    trainer_of(Model::load(model).expect("a model folder"), adapter, run, recompute)
+}
+
+/// The same of a loaded model.
+pub fn trainer_of(model: Model, adapter: &Path, run: &Run, recompute: Recompute) -> Trainer {
     let RunOptim { beta1, beta2, eps, weight_decay } = run.optim;
     let rule = Rule::AdamW { beta1, beta2, eps };
     let tuning = run.lora.clone().map_or(Tuning::Full { bf16: false }, Tuning::Lora);

@@ -1,0 +1,105 @@
+"""Writes engine/tests/fixtures/quantized: what bitsandbytes makes of weights in 4 and 8 bits; and the logits and gradients
+of the model of fixtures/tied with its linear layers stored so.
+
+usage: quantized.py [FOLDER]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import bitsandbytes as bnb
+import peft
+import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+from safetensors.torch import save_file
+
+from reference import gradients, load, run_json, write_json
+
+HERE = Path(__file__).parents[2] / "engine/tests/fixtures"
+
+
+def codes(out):
+    """Weights of ordinary and odd sizes, one with zeros and values half way between codes."""
+    torch.manual_seed(1)
+    weights = {"even": torch.randn(52, 320), "odd": torch.randn(7, 27) * 3, "special": torch.randn(4, 64)}
+    weights["special"][0] = 0
+    weights["special"][1] = torch.linspace(-1, 1, 64)
+    tensors = {}
+    for name, weight in weights.items():
+        tensors[f"{name}.weight"] = weight
+        for kind in ["nf4", "fp4"]:
+            packed, state = quantize_4bit(weight, blocksize=64, quant_type=kind)
+            tensors[f"{name}.{kind}.codes"] = packed.flatten()
+            tensors[f"{name}.{kind}.absmax"] = state.absmax
+            if name != "even":
+                tensors[f"{name}.{kind}.values"] = dequantize_4bit(packed, state)
+            packed, state = quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=True)
+            tensors[f"{name}.{kind}.nested.absmax"] = state.absmax
+            tensors[f"{name}.{kind}.nested.nested_absmax"] = state.state2.absmax
+            tensors[f"{name}.{kind}.nested.offset"] = state.offset.reshape(1)
+            tensors[f"{name}.{kind}.nested.map"] = state.state2.code.clone()
+            if name != "even" or kind == "nf4":
+                tensors[f"{name}.{kind}.nested.values"] = dequantize_4bit(packed, state)
+        rows, stats, _ = int8_vectorwise_quant(weight.half())  # as Int8Params does
+        tensors[f"{name}.int8.codes"] = rows
+        tensors[f"{name}.int8.SCB"] = stats
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, out / "codes.safetensors")
+
+
+def four_bit(linear, kind, double):
+    packed, state = quantize_4bit(linear.weight.data, blocksize=64, quant_type=kind, compress_statistics=double)
+    linear.weight.data = dequantize_4bit(packed, state)
+    return linear
+
+
+def eight_bit(linear):
+    new = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0)
+    new.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+    return new.to("cpu")
+
+
+def models(out):
+    tied = HERE / "tied"
+    tokens = json.loads((tied / "tokens.json").read_text())
+    run = json.loads((tied / "run.json").read_text())
+    tensors = {}
+    for name, change in {
+        "nf4": lambda linear: four_bit(linear, "nf4", True),
+        "fp4": lambda linear: four_bit(linear, "fp4", False),
+        "int8": eight_bit,
+    }.items():
+        model = load(tied / "model")
+        for block in model.model.layers:
+            for part in [block.self_attn, block.mlp]:
+                for child, linear in list(part.named_children()):
+                    if isinstance(linear, torch.nn.Linear):
+                        setattr(part, child, change(linear))
+        model = peft.PeftModel.from_pretrained(model, tied / "adapter", is_trainable=True)
+        # In training, int8 weights meet float activations on a CPU.
+        model.train()
+        tensors[f"{name}.logits"] = model(torch.tensor([tokens])).logits[0].detach()
+        steps = [[unpacked(batch) for batch in run["steps"][0]]]
+        found, _ = gradients(model, steps[0])
+        tensors |= {f"{name}.{n}": g for n, g in found.items()}
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, out / "models.safetensors")
+
+
+def unpacked(batch):
+    rows, start = [], 0
+    for length in batch["row_lengths"]:
+        rows.append((batch["tokens"][start : start + length], batch["targets"][start : start + length]))
+        start += length
+    return rows
+
+
+def main():
+    out = (Path(sys.argv[1]) if len(sys.argv) > 1 else HERE) / "quantized"
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    codes(out)
+    models(out)
+
+
+if __name__ == "__main__":
+    main()
