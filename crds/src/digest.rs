@@ -4,7 +4,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    fine_tune_job::{DataFormat, LrScheduler, Training},
+    fine_tune_job::{DataFormat, LrScheduler, Optim, Training},
     run::{Method, PreflightReport, RunSpec},
 };
 
@@ -23,6 +23,7 @@ struct Inputs<'a> {
     max_steps: Option<u64>,
     per_device_train_batch_size: u32,
     gradient_accumulation_steps: u32,
+    optim: Optim,
     learning_rate: f64,
     lr_scheduler_type: LrScheduler,
     warmup_ratio: f64,
@@ -32,6 +33,8 @@ struct Inputs<'a> {
     max_length: u32,
     packing: bool,
     seed: u64,
+    neftune_noise_alpha: Option<f64>,
+    bf16: bool,
 }
 
 /// Digest (`sha256:…`) of a run's inputs: the base model and data that preflight read, the method and every option
@@ -43,6 +46,7 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         max_steps,
         per_device_train_batch_size,
         gradient_accumulation_steps,
+        optim,
         learning_rate,
         lr_scheduler_type,
         warmup_ratio,
@@ -52,6 +56,8 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         max_length,
         packing,
         seed,
+        neftune_noise_alpha,
+        bf16,
         gradient_checkpointing: _,
         logging_steps: _,
         eval_steps: _,
@@ -70,6 +76,7 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         max_steps,
         per_device_train_batch_size,
         gradient_accumulation_steps,
+        optim,
         learning_rate,
         lr_scheduler_type,
         warmup_ratio,
@@ -79,6 +86,8 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         max_length,
         packing,
         seed,
+        neftune_noise_alpha,
+        bf16,
     };
     let mut hash = Sha256::new();
     hash.update(serde_json::to_vec(&inputs).unwrap_or_default());

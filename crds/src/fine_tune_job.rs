@@ -5,6 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use crate::method::{Lora, LoraBias, MethodName, Quantization, QuantizationType};
 use crate::uri::Uri;
 
 /// Fine-tunes a language model on a data set and publishes the result as an AdapterVersion.
@@ -148,82 +149,6 @@ pub enum DataFormat {
     Text,
 }
 
-/// How to train.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
-pub enum MethodName {
-    /// Every parameter.
-    Full,
-    /// A frozen base and small trained matrices.
-    LoRA,
-    /// LoRA over a base stored in 4 or 8 bits.
-    QLoRA,
-    /// LoRA where the base fits, else QLoRA.
-    #[default]
-    Auto,
-}
-
-/// Options of LoRA, in PEFT's words.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Lora {
-    /// Inner dimension r of the trained matrices.
-    #[schemars(range(min = 1, max = 1024))]
-    pub rank: u32,
-    /// Scale: the adapter's output is multiplied by alpha / rank (alpha / √rank with useRslora).
-    #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
-    pub alpha: f64,
-    /// Share of the adapter's inputs that a training step zeroes, in [0, 1).
-    #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0 && self < 1.0", "must lie in [0, 1)")))]
-    pub dropout: f64,
-    /// Linear layers to adapt: names matched exactly or as the last part of a module's name, or `all-linear` alone for
-    /// every one but the output layer.
-    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253)))]
-    pub target_modules: Vec<String>,
-    /// Scale by alpha / √rank, which keeps high ranks learning.
-    pub use_rslora: bool,
-}
-
-impl Default for Lora {
-    fn default() -> Self {
-        Self {
-            rank: 8,
-            alpha: 32.0,
-            dropout: 0.05,
-            target_modules: vec!["q_proj".into(), "v_proj".into()],
-            use_rslora: false,
-        }
-    }
-}
-
-/// How QLoRA stores the frozen base.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[x_kube(validation = Rule::new("(self.bits == 8) == (self.type == 'int8')")
-    .message("bits: 4 goes with type nf4 or fp4, bits: 8 with type int8"))]
-#[serde(rename_all = "camelCase")]
-pub struct Quantization {
-    /// Bits of a stored weight: 4 or 8.
-    #[schemars(extend("x-kubernetes-validations" = rule("self in [4, 8]", "must be 4 or 8")))]
-    pub bits: u32,
-    /// The code of a stored weight.
-    #[serde(rename = "type")]
-    pub kind: QuantizationType,
-    /// Quantize the scales too (4 bits only).
-    #[serde(default = "defaults::yes")]
-    pub double_quant: bool,
-}
-
-/// The code of a stored weight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum QuantizationType {
-    /// 4-bit NormalFloat.
-    Nf4,
-    /// 4-bit float.
-    Fp4,
-    /// Row-wise 8-bit integers.
-    Int8,
-}
-
 /// The training loop, in the words of Hugging Face TrainingArguments.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -241,7 +166,9 @@ pub struct Training {
     /// Micro-batches that one optimizer step sums up.
     #[schemars(range(min = 1, max = 65_536))]
     pub gradient_accumulation_steps: u32,
-    /// Peak learning rate of AdamW.
+    /// The optimizer, in Hugging Face's words.
+    pub optim: Optim,
+    /// Peak learning rate.
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub learning_rate: f64,
     /// How the learning rate falls after warm-up.
@@ -253,7 +180,7 @@ pub struct Training {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 100_000_000))]
     pub warmup_steps: Option<u64>,
-    /// AdamW's decoupled weight decay.
+    /// Weight decay: decoupled from the gradient with AdamW. Norm weights and biases never decay.
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
     pub weight_decay: f64,
     /// Scales the gradient down to this norm; 0 does not clip.
@@ -268,6 +195,12 @@ pub struct Training {
     /// Seed of the shuffles, the adapter's first values and dropout.
     #[schemars(range(min = 0, max = 4_294_967_295_u64))]
     pub seed: u64,
+    /// Noise on the embeddings while training (NEFTune): uniform within ± alpha / √(tokens · width) of each row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
+    pub neftune_noise_alpha: Option<f64>,
+    /// Method Full: compute with matrices rounded to bfloat16; the optimizer keeps them in float32.
+    pub bf16: bool,
     /// Recompute activations in the backward pass: less memory, about a third more time.
     pub gradient_checkpointing: bool,
     /// Steps between two reported losses.
@@ -292,6 +225,7 @@ impl Default for Training {
             max_steps: None,
             per_device_train_batch_size: 2,
             gradient_accumulation_steps: 1,
+            optim: Optim::AdamwTorch,
             learning_rate: 2e-4,
             lr_scheduler_type: LrScheduler::Cosine,
             warmup_ratio: 0.03,
@@ -301,6 +235,8 @@ impl Default for Training {
             max_length: 1024,
             packing: false,
             seed: 42,
+            neftune_noise_alpha: None,
+            bf16: false,
             gradient_checkpointing: false,
             logging_steps: 10,
             eval_steps: None,
@@ -308,6 +244,17 @@ impl Default for Training {
             save_total_limit: 2,
         }
     }
+}
+
+/// The optimizer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Optim {
+    /// AdamW with torch's betas (0.9, 0.999) and eps (1e-8).
+    #[default]
+    AdamwTorch,
+    /// Stochastic gradient descent without momentum.
+    Sgd,
 }
 
 /// How the learning rate falls after warm-up.
@@ -525,12 +472,12 @@ pub struct RunRecord {
 }
 
 /// A CEL rule on a field. (`#[x_kube]` on a field would need a type without container-level defaults.)
-fn rule(rule: &str, message: &str) -> serde_json::Value {
+pub(crate) fn rule(rule: &str, message: &str) -> serde_json::Value {
     serde_json::json!([{"rule": rule, "message": message}])
 }
 
-mod defaults {
-    pub(super) fn yes() -> bool {
+pub(crate) mod defaults {
+    pub(crate) fn yes() -> bool {
         true
     }
 

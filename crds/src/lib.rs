@@ -13,6 +13,7 @@ pub mod digest;
 pub mod fine_tune_job;
 pub mod gpu_class;
 pub mod manifests;
+pub mod method;
 pub mod names;
 pub mod run;
 pub mod uri;

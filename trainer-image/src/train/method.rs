@@ -1,0 +1,99 @@
+//! A job's method in the engine's words.
+
+use std::path::Path;
+
+use tunesmith_crds::{
+    Method,
+    fine_tune_job::{Lora, LoraBias, Optim, Quantization, QuantizationType, Training},
+};
+use tunesmith_engine::{
+    FourBitCode, LoraOptions, Model, ModelConfig, Optimizer, Quantization as EngineQuantization, Recompute, Rule,
+    TargetModules, TrainerOptions, Tuning,
+};
+
+use crate::error::Error;
+
+/// The options of the low-rank matrices, unless every parameter is trained.
+pub fn lora_of(method: &Method) -> Option<&Lora> {
+    match method {
+        Method::Full => None,
+        Method::LoRA { lora } | Method::QLoRA { lora, .. } => Some(lora),
+    }
+}
+
+/// Parameters that each rank of the method's matrices trains; 0 if it has none.
+///
+/// # Errors
+/// The options select no layer of this model.
+pub fn parameters_per_rank(method: &Method, training: &Training, config: &ModelConfig) -> Result<u64, Error> {
+    let per_rank = lora_of(method).map(|lora| lora_options(lora, training).parameters_per_rank(config)).transpose()?;
+    Ok(per_rank.unwrap_or(0) as u64)
+}
+
+/// Loads a model folder in the form that the method trains.
+///
+/// # Errors
+/// A file is missing or damaged.
+pub(super) fn load(folder: &Path, method: &Method) -> Result<Model, Error> {
+    Ok(match method {
+        Method::Full | Method::LoRA { .. } => Model::load(folder)?,
+        Method::QLoRA { quantization, .. } => Model::load_quantized(folder, engine_quantization(quantization))?,
+    })
+}
+
+fn engine_quantization(quantization: &Quantization) -> EngineQuantization {
+    let code = match quantization.kind {
+        QuantizationType::Nf4 => FourBitCode::Nf4,
+        QuantizationType::Fp4 => FourBitCode::Fp4,
+        QuantizationType::Int8 => return EngineQuantization::Int8,
+    };
+    EngineQuantization::FourBit { code, double_quant: quantization.double_quant }
+}
+
+/// How the engine trains.
+pub(super) fn trainer_options(method: &Method, training: &Training) -> TrainerOptions {
+    let lora = lora_of(method);
+    let rule = match training.optim {
+        Optim::AdamwTorch => Optimizer::default().rule,
+        Optim::Sgd => Rule::Sgd { momentum: 0.0 },
+    };
+    TrainerOptions {
+        tuning: match lora {
+            None => Tuning::Full { bf16: training.bf16 },
+            Some(lora) => Tuning::Lora(lora_options(lora, training)),
+        },
+        optimizer: Optimizer {
+            rule,
+            weight_decay: training.weight_decay,
+            lora_plus_lr_ratio: lora.map_or(1.0, |lora| lora.lora_plus_lr_ratio),
+        },
+        recompute: if training.gradient_checkpointing { Recompute::Full } else { Recompute::None },
+        neftune_noise_alpha: training.neftune_noise_alpha,
+        seed: training.seed,
+    }
+}
+
+/// The options of LoRA. The seed of the run decides A's first values and dropout.
+fn lora_options(lora: &Lora, training: &Training) -> LoraOptions {
+    LoraOptions {
+        rank: lora.rank as usize,
+        alpha: lora.alpha,
+        dropout: lora.dropout,
+        target_modules: match (&lora.target_modules_regex, lora.target_modules.as_slice()) {
+            (Some(regex), _) => TargetModules::Pattern(regex.clone()),
+            (None, [all]) if all == "all-linear" => TargetModules::Pattern(all.clone()),
+            (None, names) => TargetModules::Names(names.to_vec()),
+        },
+        use_rslora: lora.use_rslora,
+        use_dora: lora.use_dora,
+        bias: match lora.bias {
+            LoraBias::None => tunesmith_engine::LoraBias::None,
+            LoraBias::All => tunesmith_engine::LoraBias::All,
+            LoraBias::LoraOnly => tunesmith_engine::LoraBias::LoraOnly,
+        },
+        modules_to_save: lora.modules_to_save.clone(),
+        rank_pattern: lora.rank_pattern.iter().map(|(key, rank)| (key.clone(), *rank as usize)).collect(),
+        alpha_pattern: lora.alpha_pattern.clone(),
+        seed: training.seed,
+    }
+}
