@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    evaluation::GateResult,
     fine_tune_job::{MethodName, SecretRef},
     uri::Uri,
 };
@@ -55,6 +56,10 @@ pub struct AdapterVersionSpec {
     pub source: Source,
     /// What was measured.
     pub metrics: Metrics,
+    /// What it was held to when it was published. One that failed makes it Rejected.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub gates: Vec<GateResult>,
 }
 
 /// The published files.
@@ -156,6 +161,21 @@ pub struct Metrics {
     /// Eval loss of the published weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_loss: Option<f64>,
+    /// exp(baseEvalLoss).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_perplexity: Option<f64>,
+    /// exp(evalLoss).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
+    /// Share of the probe's questions that the base model answers right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_recall: Option<f64>,
+    /// Share of the probe's questions that the published weights answer right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recall: Option<f64>,
+    /// Digest of all that recall depends on besides the weights: the questions, maxNewTokens and the system turn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_digest: Option<String>,
     /// Training loss over the last logged steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_loss: Option<f64>,
@@ -190,9 +210,9 @@ pub struct AdapterVersionStatus {
 pub enum AdapterVersionPhase {
     /// A pod compares the files with the manifest.
     Verifying,
-    /// Every file is as the manifest says.
+    /// Every file is as the manifest says, and every gate passed.
     Available,
-    /// A file differs from the manifest.
+    /// A gate failed, or a file differs from the manifest: `Ready` says which.
     Rejected,
     /// The manifest or a file is gone.
     Missing,

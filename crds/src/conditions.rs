@@ -60,6 +60,8 @@ pub mod reason {
     pub const VERIFIED: &str = "Verified";
     /// The artifact's files differ from its manifest.
     pub const REJECTED: &str = "Rejected";
+    /// A gate of `spec.evaluation` failed: the version is published, but must not be served.
+    pub const GATE_FAILED: &str = "GateFailed";
     /// The artifact is not where the record says.
     pub const MISSING: &str = "Missing";
 }

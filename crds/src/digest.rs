@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// What goes into the digest, in the order in which it is written. How often a run logs, evaluates and saves is left
-/// out, and so is recomputation: they change nothing in the weights.
+/// out, and so are recomputation and the gates: they change nothing in the weights.
 #[derive(Serialize)]
 struct Inputs<'a> {
     numerics_version: u32,
@@ -124,6 +124,7 @@ mod tests {
             lora_parameters_per_rank: 1,
             numerics_version: 1,
             highest_version: 0,
+            probe_digest: None,
         }
     }
 
@@ -141,6 +142,10 @@ mod tests {
         logs_more.spec.training.logging_steps = 1;
         logs_more.spec.training.gradient_checkpointing = true;
         logs_more.spec.backoff_limit = 9;
+        logs_more.spec.evaluation = serde_json::from_value(serde_json::json!({
+            "gates": [{"metric": "eval_loss", "max": 1.5}],
+        }))
+        .unwrap();
         assert_eq!(digest_of(&logs_more, &preflight()), same);
 
         let mut other_seed = job();

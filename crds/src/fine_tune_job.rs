@@ -6,7 +6,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use crate::method::{Lora, LoraBias, MethodName, Quantization, QuantizationType};
-use crate::uri::Uri;
+use crate::{
+    evaluation::{Evaluation, GateResult},
+    uri::Uri,
+};
 
 /// Fine-tunes a language model on a data set and publishes the result as an AdapterVersion.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,6 +65,9 @@ pub struct FineTuneJobSpec {
     pub resources: Resources,
     /// What the result is called and where it goes.
     pub output: Output,
+    /// What a version must reach before it may be served.
+    #[serde(default)]
+    pub evaluation: Evaluation,
     /// Ends the pods, after a checkpoint; false goes on from there.
     #[serde(default)]
     pub suspend: bool,
@@ -344,9 +350,12 @@ pub struct FineTuneJobStatus {
     /// What the run asks the cluster for, and what it will take.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
-    /// Name of the newest AdapterVersion that this job's inputs lead to.
+    /// Name of the newest AdapterVersion that this job's inputs lead to and that passed its gates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latest_version: Option<String>,
+    /// What the current run's version was held to, and what came out.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<GateResult>,
     /// The last 10 runs that ended, newest first.
     pub history: Vec<RunRecord>,
 }
@@ -368,7 +377,7 @@ pub enum FineTuneJobPhase {
     Publishing,
     /// An AdapterVersion is available.
     Succeeded,
-    /// Ended without a version: `message` says why.
+    /// Ended without a version that may be served: `message` says why.
     Failed,
     /// `spec.suspend` is true.
     Suspended,

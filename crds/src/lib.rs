@@ -10,6 +10,7 @@
 pub mod adapter_version;
 pub mod conditions;
 pub mod digest;
+pub mod evaluation;
 pub mod fine_tune_job;
 pub mod gpu_class;
 pub mod manifests;
@@ -20,6 +21,7 @@ pub mod uri;
 
 pub use adapter_version::{AdapterVersion, AdapterVersionPhase, AdapterVersionSpec, AdapterVersionStatus};
 pub use digest::input_digest;
+pub use evaluation::Evaluation;
 pub use fine_tune_job::{FineTuneJob, FineTuneJobPhase, FineTuneJobSpec, FineTuneJobStatus};
 pub use gpu_class::{GpuClass, GpuClassSpec};
 pub use run::{Method, RunReport, RunSpec};

@@ -49,6 +49,8 @@ pub mod exit_code {
     pub const STORAGE: i32 = 4;
     /// A peer of a multi-pod run was lost: tried again.
     pub const PEER_LOST: i32 = 5;
+    /// A gate failed. For `run` alone: in a pod the training is done, and the operator judges.
+    pub const GATE_FAILED: i32 = 6;
     /// SIGTERM: checkpointed, tried again without counting against `backoffLimit`.
     pub const PREEMPTED: i32 = 143;
 }

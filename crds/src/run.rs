@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     adapter_version::{Artifact, ArtifactFile, ArtifactType, DatasetRecord, Metrics},
+    evaluation::Evaluation,
     fine_tune_job::{Dataset, FineTuneJob, FineTuneJobSpec, Lora, MethodName, Progress, Quantization, Training},
     uri::Uri,
 };
@@ -35,6 +36,9 @@ pub struct RunSpec {
     pub method: Option<Method>,
     /// The training loop.
     pub training: Training,
+    /// What to measure after the last step.
+    #[serde(default)]
+    pub evaluation: Evaluation,
     /// Name of the adapter.
     pub adapter_name: String,
     /// Folder of the adapter's versions and checkpoints is `<output>/<adapterName>`.
@@ -147,6 +151,7 @@ impl RunSpec {
             dataset: spec.dataset.clone(),
             method: spec.method_as(spec.method),
             training: spec.training.clone(),
+            evaluation: spec.evaluation.clone(),
             adapter_name: spec.output.adapter_name.clone(),
             output: spec.output.uri.clone(),
             train: None,
@@ -228,6 +233,9 @@ pub struct PreflightReport {
     pub numerics_version: u32,
     /// Highest version that is already in the output folder, 0 if none.
     pub highest_version: u32,
+    /// Digest of the probe, if a gate has one: recall that was recorded with it counts for these gates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe_digest: Option<String>,
 }
 
 /// Dimensions of a decoder language model.
@@ -305,6 +313,8 @@ pub enum TrainStage {
     Loading,
     /// Trains.
     Training,
+    /// Measures the loss on the held-out rows, or asks the probe's questions.
+    Evaluating,
     /// Writes the artifact.
     Publishing,
 }

@@ -83,6 +83,37 @@ fn each_rule_refuses_the_manifest_that_breaks_it_and_says_what_to_do() {
 }
 
 #[test]
+fn each_rule_of_a_gate_refuses_the_gate_that_breaks_it() {
+    let gates = |gates: Value| refusals(with(job(), &[("/spec/evaluation", json!({"gates": gates}))]));
+    let probe = json!({"uri": "s3://datasets/probe.jsonl"});
+    let sound = json!([
+        {"metric": "eval_loss", "max": 1.9},
+        {"metric": "perplexity", "max": 6.7},
+        {"metric": "recall", "min": 0.8, "probe": probe},
+    ]);
+    assert_eq!(gates(sound), "");
+    for (gate, message) in [
+        (json!({"metric": "recall"}), "metric recall needs min and probe"),
+        (json!({"metric": "recall", "min": 0.8}), "metric recall needs min and probe"),
+        (json!({"metric": "recall", "probe": probe}), "metric recall needs min and probe"),
+        (json!({"metric": "recall", "min": 0.8, "max": 0.9, "probe": probe}), "recall takes min, not max"),
+        (json!({"metric": "recall", "min": 0.0, "probe": probe}), "min is a share of the questions"),
+        (json!({"metric": "recall", "min": 80.0, "probe": probe}), "min is a share of the questions"),
+        (json!({"metric": "eval_loss"}), "need max"),
+        (json!({"metric": "perplexity", "min": 2.0}), "need max"),
+        (json!({"metric": "eval_loss", "max": 2.0, "min": 0.5}), "min and probe are for metric recall only"),
+        (json!({"metric": "eval_loss", "max": 2.0, "probe": probe}), "min and probe are for metric recall only"),
+        (json!({"metric": "eval_loss", "max": 0.0}), "max must be greater than 0"),
+        (json!({"metric": "perplexity", "max": 1.0}), "than 1 for perplexity"),
+    ] {
+        let refused = gates(json!([gate]));
+        assert!(refused.contains(message), "{gate}: expected `{message}`, got `{refused}`");
+    }
+    let twice = json!([{"metric": "eval_loss", "max": 1.9}, {"metric": "eval_loss", "max": 2.9}]);
+    assert!(gates(twice).contains("give each metric one gate"));
+}
+
+#[test]
 fn a_uri_of_an_unknown_scheme_is_no_job_at_all() {
     let manifest = with(job(), &[("/spec/baseModel/uri", json!("gopher://models"))]);
     let error = serde_json::from_value::<FineTuneJob>(manifest).unwrap_err().to_string();
@@ -98,6 +129,10 @@ fn bounds_and_defaults_are_in_the_schema() {
     assert_eq!(spec["training"]["properties"]["learningRate"]["default"], json!(2e-4));
     assert_eq!(spec["training"]["default"]["numTrainEpochs"], json!(3.0));
     assert_eq!(spec["method"]["default"], json!("Auto"));
+    let gates = &spec["evaluation"]["properties"]["gates"];
+    assert_eq!(gates["maxItems"], json!(8));
+    let probe = &gates["items"]["properties"]["probe"]["properties"];
+    assert_eq!(probe["maxNewTokens"]["default"], json!(120));
 }
 
 /// Whether every property below has a description, which `kubectl explain` shows.

@@ -131,12 +131,13 @@ pub fn preflight_report() -> PreflightReport {
         lora_parameters_per_rank: 512,
         numerics_version: 1,
         highest_version: 0,
+        probe_digest: None,
     }
 }
 
 /// A preflight that passes.
 pub fn passed() -> Cause {
-    Cause::Done { outcome: Outcome::Preflight(preflight_report()) }
+    Cause::done(Outcome::Preflight(preflight_report()))
 }
 
 /// What a training of this version reports.
@@ -153,7 +154,7 @@ pub fn train_report(version: u32) -> TrainReport {
 
 /// A training that published this version.
 pub fn trained(version: u32) -> Cause {
-    Cause::Done { outcome: Outcome::Trained(train_report(version)) }
+    Cause::done(Outcome::Trained(train_report(version)))
 }
 
 /// What the attempts of a run that has reserved `version` work on.

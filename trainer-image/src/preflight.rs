@@ -36,6 +36,7 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<PreflightReport
         lora_parameters_per_rank: per_rank as u64,
         numerics_version: NUMERICS_VERSION,
         highest_version,
+        probe_digest: None,
     })
 }
 

@@ -257,6 +257,7 @@ fn adapter_version(job: &FineTuneJob, run: &Run, report: &TrainReport) -> Option
                 trainer_image: task.trainer_image.clone(),
             },
             metrics: report.metrics.clone(),
+            gates: spec.evaluation.judge(&report.metrics),
         },
     );
     version.metadata.namespace = job.namespace();

@@ -1,14 +1,16 @@
 //! What to do next for a FineTuneJob: a state machine without a client and without a clock of its own.
 //!
 //! It reads from top to bottom like a run: wait for the pods of an older run, preflight, reuse or reserve a version,
-//! attempts, the version's record. Every object that it asks for has a name that follows from job, run and attempt, so
-//! that deciding twice from an old view is a conflict, not a duplicate.
+//! attempts, the version's record and its gates. Every object that it asks for has a name that follows from job, run and
+//! attempt, so that deciding twice from an old view is a conflict, not a duplicate.
+
+mod outcome;
 
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use tunesmith_crds::{
-    AdapterVersion, AdapterVersionPhase, FineTuneJobPhase as Phase, RunSpec,
+    FineTuneJobPhase as Phase, RunSpec,
     conditions::reason,
     digest::input_digest,
     fine_tune_job::MethodName,
@@ -16,6 +18,7 @@ use tunesmith_crds::{
     run::{LiveProgress, PreflightReport, TrainReport, TrainStage},
 };
 
+use self::outcome::outcome;
 use super::observed::{Named, Observed, Run};
 use crate::{
     plan::{Planned, plan},
@@ -202,75 +205,6 @@ fn clear_older(observed: &Observed, current: u32, steps: &mut Vec<Step>) -> Opti
     None
 }
 
-/// A run that has published, or whose inputs had been trained before, is as good as its version.
-fn outcome(observed: &Observed, run: &Run, steps: &mut Vec<Step>) -> Option<State> {
-    if let Some(name) = &run.version {
-        let reuses = run.attempts.is_empty();
-        return Some(match observed.version(name) {
-            Some(version) => published(version, name, reuses),
-            None => State::new(
-                Phase::Failed,
-                reason::MISSING,
-                format!("AdapterVersion {name} was deleted: change the spec to train again"),
-            ),
-        });
-    }
-    if let Some(report) = run.train_report() {
-        return Some(match &run.task {
-            Some(_) => State::new(Phase::Publishing, reason::PUBLISHING, "records the version"),
-            None => State::new(
-                Phase::Failed,
-                reason::TRAINING_FAILED,
-                format!(
-                    "version {} is published, but the run's ConfigMap was deleted: change the spec",
-                    report.version
-                ),
-            ),
-        });
-    }
-    // Nothing was trained yet: the same inputs may lead to a version that is there already.
-    let report = run.preflight_report().filter(|_| run.attempts.is_empty())?;
-    let digest = digest_of(observed, run, report)?;
-    let same = |phase: fn(Option<AdapterVersionPhase>) -> bool| {
-        observed.versions.iter().find(|version| {
-            version.spec.source.input_digest == digest && phase(version.status.as_ref().and_then(|s| s.phase))
-        })
-    };
-    if let Some(name) = same(|phase| phase == Some(AdapterVersionPhase::Available)).and_then(name_of) {
-        steps.push(Step::SettleRun { run: run.number, version: name.into() });
-        return Some(State::new(Phase::Publishing, reason::PUBLISHING, format!("reuses AdapterVersion {name}")));
-    }
-    let unverified = same(|phase| matches!(phase, None | Some(AdapterVersionPhase::Verifying))).and_then(name_of)?;
-    let message = format!("AdapterVersion {unverified} has the same inputs and is being verified");
-    Some(State::new(Phase::Publishing, reason::PUBLISHING, message))
-}
-
-fn published(version: &AdapterVersion, name: &str, reused: bool) -> State {
-    let status = version.status.as_ref();
-    let ready = status.and_then(|status| status.conditions.iter().find(|c| c.type_ == "Ready"));
-    let words = ready.map(|condition| condition.message.as_str()).filter(|message| !message.is_empty());
-    match status.and_then(|status| status.phase) {
-        Some(AdapterVersionPhase::Available) if reused => State::new(
-            Phase::Succeeded,
-            reason::REUSED,
-            format!("AdapterVersion {name} was trained from the same inputs"),
-        ),
-        Some(AdapterVersionPhase::Available) => {
-            State::new(Phase::Succeeded, reason::PUBLISHED, format!("AdapterVersion {name} is available"))
-        }
-        Some(AdapterVersionPhase::Rejected) => {
-            State::new(Phase::Failed, reason::REJECTED, format!("{name}: {}", words.unwrap_or("its files are corrupt")))
-        }
-        Some(AdapterVersionPhase::Missing) => {
-            State::new(Phase::Failed, reason::MISSING, format!("{name}: {}", words.unwrap_or("its files are gone")))
-        }
-        None | Some(AdapterVersionPhase::Verifying) => {
-            let words = words.map(|words| format!(": {words}")).unwrap_or_default();
-            State::new(Phase::Publishing, reason::PUBLISHING, format!("verifies AdapterVersion {name}{words}"))
-        }
-    }
-}
-
 /// Preflight; None once it has passed.
 fn check(observed: &Observed, run: &Run, steps: &mut Vec<Step>) -> Option<State> {
     let suspend = observed.job.spec.suspend;
@@ -433,6 +367,10 @@ fn runs(live: Option<&LiveProgress>, retried: &str) -> State {
             let (step, total) = (live.progress.step, live.progress.total_steps);
             State::new(Phase::Running, reason::TRAINING, format!("step {step} of {total}{retried}"))
         }
+        TrainStage::Evaluating => {
+            let (step, total) = (live.progress.step, live.progress.total_steps);
+            State::new(Phase::Running, reason::TRAINING, format!("evaluating after step {step} of {total}{retried}"))
+        }
         TrainStage::Publishing => {
             State::new(Phase::Publishing, reason::PUBLISHING, format!("writes the artifact{retried}"))
         }
@@ -468,10 +406,6 @@ fn method_of(run: &Run) -> Option<MethodName> {
 
 fn delete(job: &TrainerJob) -> Option<Step> {
     (!job.deleting).then(|| Step::DeleteJob(Named { name: job.name.clone(), uid: job.uid.clone() }))
-}
-
-fn name_of(version: &AdapterVersion) -> Option<&str> {
-    version.metadata.name.as_deref()
 }
 
 #[cfg(test)]

@@ -113,16 +113,16 @@ impl Run {
 
     /// What preflight found, if it passed.
     pub fn preflight_report(&self) -> Option<&PreflightReport> {
-        match &self.preflight.as_ref()?.ending()?.cause {
-            Cause::Done { outcome: Outcome::Preflight(report) } => Some(report),
+        match self.preflight.as_ref()?.ending()?.cause.outcome()? {
+            Outcome::Preflight(report) => Some(report),
             _ => None,
         }
     }
 
     /// What its training published.
     pub fn train_report(&self) -> Option<&TrainReport> {
-        self.attempts.iter().find_map(|attempt| match &attempt.ending()?.cause {
-            Cause::Done { outcome: Outcome::Trained(report) } => Some(report),
+        self.attempts.iter().find_map(|attempt| match attempt.ending()?.cause.outcome()? {
+            Outcome::Trained(report) => Some(report),
             _ => None,
         })
     }

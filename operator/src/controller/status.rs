@@ -9,6 +9,7 @@ use tunesmith_crds::{
     FineTuneJobPhase as Phase, FineTuneJobStatus, RunSpec,
     conditions::{PODS_READY, PREFLIGHT_PASSED, PUBLISHED, QUOTA_RESERVED, READY, RECONCILING, STALLED, reason},
     digest::input_digest,
+    evaluation::{GateResult, failure},
     fine_tune_job::{Plan, Progress, RunRecord, RunStatus},
 };
 
@@ -46,7 +47,8 @@ pub fn status(observed: &Observed, state: &State, now: Timestamp) -> FineTuneJob
         run: run.map(|run| run_status(observed, run, state, &previous, now)),
         progress: run.and_then(|run| progress(observed, run, &previous)),
         plan: current_plan(observed, run),
-        latest_version: run.and_then(|run| run.version.clone()).or_else(|| previous.latest_version.clone()),
+        latest_version: run.and_then(|run| latest(observed, run)).or_else(|| previous.latest_version.clone()),
+        gates: run.map(|run| gates(observed, run, &previous)).unwrap_or_default(),
         history: history(observed, run, state, &previous, now),
     }
 }
@@ -98,7 +100,8 @@ fn conditions(
     }
     let pods_run = observed.live.is_some() || state.phase == Phase::Running;
     conditions.set(PODS_READY, Verdict::of(pods_run), reason, message);
-    let published = state.phase == Phase::Succeeded;
+    // A version that failed its gates is published all the same: nothing is lost.
+    let published = state.phase == Phase::Succeeded || reason == reason::GATE_FAILED;
     conditions.set(PUBLISHED, Verdict::of(published), reason, message);
     conditions.into_vec()
 }
@@ -156,6 +159,22 @@ fn progress(observed: &Observed, run: &Run, previous: &FineTuneJobStatus) -> Opt
     }
     let report = run.preflight_report().filter(|_| run.version.is_none())?;
     Some(with_summary(Progress { total_steps: report.total_steps, ..before }))
+}
+
+/// The version that the run led to, unless it failed the gates.
+fn latest(observed: &Observed, run: &Run) -> Option<String> {
+    let name = run.version.as_ref()?;
+    let results = observed.job.spec.evaluation.judge(&observed.version(name)?.spec.metrics);
+    failure(&results).is_none().then(|| name.clone())
+}
+
+/// What the gates say of the run's version; what they said, once its record was deleted.
+fn gates(observed: &Observed, run: &Run, previous: &FineTuneJobStatus) -> Vec<GateResult> {
+    let known = previous.run.as_ref().filter(|before| before.number == run.number);
+    match run.version.as_ref().and_then(|name| observed.version(name)) {
+        Some(version) => observed.job.spec.evaluation.judge(&version.spec.metrics),
+        None => known.map(|_| previous.gates.clone()).unwrap_or_default(),
+    }
 }
 
 /// What the last attempt was made from, else what the next one would ask for.
@@ -296,6 +315,32 @@ mod tests {
         observed.job.status = Some(first.clone());
         let now = at(20_000);
         assert_eq!(status(&observed, &decide(&observed, now).state, now), first);
+    }
+
+    #[test]
+    fn a_version_that_fails_a_gate_is_published_and_shown_but_not_the_latest() {
+        let gates = json!({"evaluation": {"gates": [{"metric": "eval_loss", "max": 1.2}]}});
+        let mut observed = succeeded();
+        observed.job.status =
+            Some(FineTuneJobStatus { latest_version: Some("support-v0".into()), ..FineTuneJobStatus::default() });
+        observed.job.spec = job(gates).spec;
+        observed.runs.get_mut(&1).unwrap().spec = Some(observed.job.spec.clone());
+        let status = status_of(&observed);
+        assert_eq!(verdict(&status, READY), ("False", reason::GATE_FAILED));
+        assert_eq!(verdict(&status, STALLED), ("True", reason::GATE_FAILED));
+        assert_eq!(verdict(&status, PUBLISHED), ("True", reason::GATE_FAILED));
+        assert_eq!(status.latest_version.as_deref(), Some("support-v0"));
+        let [gate] = &status.gates[..] else { panic!("{:?}", status.gates) };
+        assert_eq!((gate.value, gate.max, gate.passed), (Some(1.5), Some(1.2), false));
+        let [record] = &status.history[..] else { panic!("{:?}", status.history) };
+        assert_eq!((record.phase, record.version.as_deref()), (Phase::Failed, Some("support-v1")));
+        assert!(record.message.as_deref().unwrap().contains("eval_loss 1.50 is above 1.20"), "{record:?}");
+
+        // Once its record is deleted, what was measured is still there to read.
+        observed.job.status = Some(status);
+        observed.versions.clear();
+        let status = status_of(&observed);
+        assert_eq!((status.gates.len(), status.latest_version.as_deref()), (1, Some("support-v0")));
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub enum Cause {
     /// Exit code 0 and a report.
     Done {
         /// What the report says.
-        outcome: Outcome,
+        outcome: Box<Outcome>,
     },
     /// It was ended from outside: another attempt follows, and this one does not count.
     Disrupted {
@@ -86,6 +86,19 @@ impl Ending {
 }
 
 impl Cause {
+    /// The end of a pod that left this report.
+    pub fn done(outcome: Outcome) -> Self {
+        Self::Done { outcome: Box::new(outcome) }
+    }
+
+    /// What its report says, if it ended well.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        match self {
+            Self::Done { outcome } => Some(outcome),
+            _ => None,
+        }
+    }
+
     /// What to tell the user, if it did not end well.
     pub fn complaint(&self) -> Option<&str> {
         match self {
@@ -122,7 +135,7 @@ fn container_cause(pod: &Pod, container: &ContainerStateTerminated) -> Cause {
     match container.exit_code {
         0 => match report {
             Ok(RunReport { outcome: Outcome::Failed { message }, .. }) => Cause::Final { message },
-            Ok(report) => Cause::Done { outcome: report.outcome },
+            Ok(report) => Cause::done(report.outcome),
             Err(error) => Cause::Final { message: format!("the trainer exited with 0, but left {error}") },
         },
         exit_code::BAD_SPEC | exit_code::BAD_INPUT => Cause::Final { message: failure(report, container) },

@@ -6,6 +6,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tunesmith_crds::{
     AdapterVersion, AdapterVersionPhase as Phase,
     conditions::reason,
+    evaluation::failure,
     run::{Outcome, Verdict},
 };
 
@@ -80,6 +81,10 @@ impl State {
         Self { phase, reason, message: message.into(), requeue: None }
     }
 
+    fn gate_failed(failed: String) -> Self {
+        Self { phase: Phase::Rejected, reason: reason::GATE_FAILED, message: failed, requeue: None }
+    }
+
     /// The same, after the cluster has refused the Job.
     pub fn refused(self, refusal: &Refusal) -> Self {
         Self { reason: refusal.reason, message: refusal.message.clone(), ..self }
@@ -102,7 +107,8 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
         true => Vec::new(),
         false => vec![Step::Remove { uid: job.uid.clone() }],
     };
-    if let Some(state) = settled(&observed.version) {
+    let gated = failure(&observed.version.spec.gates).map(State::gate_failed);
+    if let Some(state) = gated.or_else(|| settled(&observed.version)) {
         return Decision { steps: observed.job.as_ref().map(remove).unwrap_or_default(), state };
     }
     let Some(job) = &observed.job else {
@@ -111,8 +117,8 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
     let (steps, state) = match &job.state {
         _ if job.deleting => (Vec::new(), State::verifying("starts again")),
         JobState::Active { pods, last_failure } => (Vec::new(), waits(observed, pods, last_failure.as_deref())),
-        JobState::Ended { ending, .. } => match &ending.cause {
-            Cause::Done { outcome: Outcome::Verified(report) } => {
+        JobState::Ended { ending, .. } => match (&ending.cause, ending.cause.outcome()) {
+            (_, Some(Outcome::Verified(report))) => {
                 let phase = match report.verdict {
                     Verdict::Intact => Phase::Available,
                     Verdict::Corrupt => Phase::Rejected,
@@ -120,8 +126,8 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
                 };
                 (remove(job), State::verdict(phase, &report.message))
             }
-            Cause::Disrupted { message } => (remove(job), State::verifying(format!("starts again: {message}"))),
-            cause => {
+            (Cause::Disrupted { message }, _) => (remove(job), State::verifying(format!("starts again: {message}"))),
+            (cause, _) => {
                 let left = (ending.finished.0 + TRY_AGAIN).duration_since(now);
                 let steps = if left.is_positive() { Vec::new() } else { remove(job) };
                 let words = cause.complaint().unwrap_or("the pod left the report of another subcommand");
@@ -173,7 +179,7 @@ mod tests {
 
     fn reported(verdict: Verdict, message: &str) -> TrainerJob {
         let report = VerifyReport { verdict, message: message.into() };
-        ended(job(), Cause::Done { outcome: Outcome::Verified(report) })
+        ended(job(), Cause::done(Outcome::Verified(report)))
     }
 
     fn removes(decision: &Decision) -> bool {
@@ -207,6 +213,38 @@ mod tests {
         let decision = decide(&left_behind, at(1000));
         assert!(removes(&decision));
         assert_eq!(decision.state.phase, Phase::Available);
+    }
+
+    #[test]
+    fn a_version_that_failed_a_gate_is_rejected_without_a_pod_and_says_which() {
+        let mut gated = observed(None, None);
+        gated.version.spec.gates = serde_json::from_value(serde_json::json!([
+            {"metric": "eval_loss", "value": 1.5, "max": 1.9, "passed": true},
+            {"metric": "recall", "value": 0.02, "min": 0.8, "passed": false},
+        ]))
+        .unwrap();
+        let expected = (Phase::Rejected, reason::GATE_FAILED, "recall 0.02 is below 0.80");
+        for status in [None, Some(Phase::Rejected)] {
+            gated.version.status = observed(status, None).version.status;
+            let decision = decide(&gated, at(1000));
+            let State { phase, reason, message, .. } = &decision.state;
+            assert_eq!((*phase, *reason, message.as_str()), expected);
+            assert!(decision.steps.is_empty() && decision.state.is_verdict() && decision.state.is_bad());
+        }
+        let status = super::super::status::status(&gated.version, &decide(&gated, at(1000)).state, at(1000));
+        let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready").unwrap();
+        assert_eq!((ready.status.as_str(), ready.reason.as_str()), ("False", reason::GATE_FAILED));
+        assert_eq!((ready.message.as_str(), status.verified_time), (expected.2, None), "no file was read");
+    }
+
+    #[test]
+    fn a_version_that_passed_its_gates_is_verified_like_any_other() {
+        let mut passed = observed(None, None);
+        passed.version.spec.gates = serde_json::from_value(
+            serde_json::json!([{"metric": "eval_loss", "value": 1.5, "max": 1.9, "passed": true}]),
+        )
+        .unwrap();
+        assert_eq!(decide(&passed, at(1000)).steps, [Step::Start]);
     }
 
     #[test]

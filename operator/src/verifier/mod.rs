@@ -1,4 +1,5 @@
-//! The controller of AdapterVersions: a pod in the version's namespace compares its files with their manifest, once.
+//! The controller of AdapterVersions: a pod in the version's namespace compares its files with their manifest, once. A
+//! version that failed a gate is Rejected without one: nobody is to load it.
 
 mod build;
 mod decide;

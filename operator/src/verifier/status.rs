@@ -3,7 +3,7 @@
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use tunesmith_crds::{
     AdapterVersion, AdapterVersionPhase as Phase, AdapterVersionStatus,
-    conditions::{READY, RECONCILING, STALLED},
+    conditions::{READY, RECONCILING, STALLED, reason},
 };
 
 use super::decide::State;
@@ -17,7 +17,8 @@ pub fn status(version: &AdapterVersion, state: &State, now: Timestamp) -> Adapte
     set(READY, state.phase == Phase::Available);
     set(RECONCILING, !state.is_verdict());
     set(STALLED, state.is_bad());
-    let verified = previous.verified_time.or(Some(Time(now))).filter(|_| state.is_verdict());
+    let compared = state.is_verdict() && state.reason != reason::GATE_FAILED;
+    let verified = previous.verified_time.or(Some(Time(now))).filter(|_| compared);
     AdapterVersionStatus {
         phase: Some(state.phase),
         observed_generation: version.metadata.generation,

@@ -45,6 +45,7 @@ impl Progress {
         self.message(match stage {
             TrainStage::Loading => "loading model and data",
             TrainStage::Training => "training",
+            TrainStage::Evaluating => "evaluating",
             TrainStage::Publishing => "publishing",
         });
     }

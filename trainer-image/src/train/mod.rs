@@ -362,6 +362,7 @@ impl<'a> Run<'a> {
             steps: self.history.step,
             tokens: self.history.tokens,
             train_seconds: (self.history.train_seconds * 10.0).round() / 10.0,
+            ..Metrics::default()
         }
     }
 

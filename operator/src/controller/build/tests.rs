@@ -234,4 +234,16 @@ fn a_version_records_what_made_it_and_has_no_owner() {
     assert_eq!((built.spec.source.uid.as_str(), built.spec.source.input_digest.as_str()), ("uid-j", "sha256:x"));
     assert_eq!(built.spec.hyperparameters["lora"]["rank"], 8);
     assert_eq!(built.spec.hyperparameters["training"]["seed"], 42);
+    assert_eq!(built.spec.gates, []);
+}
+
+#[test]
+fn a_version_records_what_the_gates_of_its_own_run_say() {
+    let gated = |max: f64| job(json!({"evaluation": {"gates": [{"metric": "eval_loss", "max": max}]}}));
+    // The job has other gates by now.
+    let observed = observed_checked(gated(9.0), |run| run.task = Some(task(&gated(1.2), 1, 1, "sha256:x")));
+    let step = Step::CreateVersion { run: 1, report: train_report(1) };
+    let Some(Change::CreateVersion(built)) = build(&step, &observed, &image()) else { panic!() };
+    let [gate] = &built.spec.gates[..] else { panic!("{:?}", built.spec.gates) };
+    assert_eq!((gate.value, gate.max, gate.passed), (Some(1.5), Some(1.2), false));
 }

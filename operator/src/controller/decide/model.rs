@@ -3,6 +3,7 @@
 
 use proptest::prelude::*;
 use serde_json::json;
+use tunesmith_crds::AdapterVersionPhase;
 
 use super::*;
 use crate::{
@@ -26,6 +27,8 @@ enum Event {
     Verify(u8),
     /// The user changes the spec, or changes it back.
     ChangeSpec(u64),
+    /// The user sets the one gate to this eval loss, in tenths; what is trained has 1.5.
+    ChangeGate(u8),
     /// The user suspends or resumes.
     Suspend(bool),
     /// The user changes backoffLimit.
@@ -52,6 +55,7 @@ fn turns() -> impl Strategy<Value = Vec<Turn>> {
         4 => Just(Event::Collect),
         3 => (0..4_u8).prop_map(Event::Verify),
         1 => (0..3_u64).prop_map(Event::ChangeSpec),
+        1 => (10..20_u8).prop_map(Event::ChangeGate),
         1 => any::<bool>().prop_map(Event::Suspend),
         1 => (0..4).prop_map(Event::Limit),
         1 => Just(Event::DeleteVersion),
@@ -120,6 +124,10 @@ impl World {
                 }
             }
             Event::ChangeSpec(seed) => self.observed.job.spec.training.seed = *seed,
+            Event::ChangeGate(tenths) => {
+                let gate = json!({"metric": "eval_loss", "max": f64::from(*tenths) / 10.0});
+                self.observed.job.spec.evaluation = serde_json::from_value(json!({"gates": [gate]})).unwrap();
+            }
             Event::Suspend(suspend) => self.observed.job.spec.suspend = *suspend,
             Event::Limit(limit) => self.observed.job.spec.backoff_limit = *limit,
             Event::DeleteVersion => drop(self.observed.versions.pop()),
@@ -286,8 +294,11 @@ proptest! {
             if decision.state.phase == Phase::Succeeded {
                 let run = view.current().expect("success without a run");
                 let version = view.version(run.version.as_ref().expect("success without a version"));
-                let phase = version.and_then(|version| version.status.as_ref()?.phase);
+                let version = version.expect("success without a record");
+                let phase = version.status.as_ref().and_then(|status| status.phase);
                 prop_assert_eq!(phase, Some(AdapterVersionPhase::Available));
+                let gates = view.job.spec.evaluation.judge(&version.spec.metrics);
+                prop_assert!(gates.iter().all(|gate| gate.passed), "success with a failed gate: {:?}", gates);
             }
             for step in decision.steps.iter().take(turn.steps) {
                 if let Step::CreateAttempt { run, .. } = step {

@@ -1,13 +1,16 @@
 //! Every transition of the state machine, one at a time. [`super::model`] tests that they go together.
 
 use serde_json::json;
-use tunesmith_crds::{FineTuneJob, run::LiveProgress};
+use tunesmith_crds::{
+    AdapterVersionPhase, FineTuneJob,
+    run::{LiveProgress, Outcome},
+};
 
 use super::*;
 use crate::{
     fixtures::{
-        at, attempt, class, ended, failed, job, observed, observed_checked, observed_run, passed, task, train_report,
-        trained, trainer_job, version, with_pods,
+        at, attempt, class, ended, failed, job, observed, observed_checked, observed_run, passed, preflight_report,
+        task, train_report, trained, trainer_job, version, with_pods,
     },
     refusal::Refusal,
     trainer::Stage,
@@ -159,6 +162,112 @@ fn a_corrupt_version_of_the_same_inputs_is_trained_anew() {
     assert!(matches!(decision.steps[0], Step::ReserveVersion { version: 4, .. }));
 }
 
+/// A job with one gate: eval loss up to `max`. The versions of the fixtures have 1.5.
+fn gated(max: f64) -> FineTuneJob {
+    job(json!({"evaluation": {"gates": [{"metric": "eval_loss", "max": max}]}}))
+}
+
+#[test]
+fn a_version_that_fails_a_gate_is_recorded_and_fails_the_job_at_once_and_for_good() {
+    let mut observed = observed_checked(gated(1.2), |run| {
+        run.task = Some(task(&gated(1.2), 1, 1, "sha256:x"));
+        run.attempts = vec![ended(attempt(1), trained(1))];
+    });
+    let recorded = check(&observed, Phase::Publishing, reason::PUBLISHING);
+    assert!(matches!(&recorded.steps[..], [Step::CreateVersion { .. }, Step::SettleRun { .. }]), "{recorded:?}");
+
+    observed.runs.get_mut(&1).unwrap().version = Some("support-v1".into());
+    for phase in [None, Some(AdapterVersionPhase::Rejected)] {
+        observed.versions = vec![version(1, "sha256:x", phase)];
+        let decision = check(&observed, Phase::Failed, reason::GATE_FAILED);
+        let expected = "AdapterVersion support-v1 must not be served: eval_loss 1.50 is above 1.20";
+        assert_eq!((decision.steps.len(), decision.state.message.as_str()), (0, expected));
+    }
+}
+
+#[test]
+fn a_version_that_passes_its_gates_is_as_good_as_one_without() {
+    let mut observed = observed_checked(gated(1.5), |run| {
+        run.task = Some(task(&gated(1.5), 1, 1, "sha256:x"));
+        run.attempts = vec![ended(attempt(1), trained(1))];
+        run.version = Some("support-v1".into());
+    });
+    observed.versions = vec![version(1, "sha256:x", None)];
+    check(&observed, Phase::Publishing, reason::PUBLISHING);
+    observed.versions = vec![version(1, "sha256:x", Some(AdapterVersionPhase::Available))];
+    check(&observed, Phase::Succeeded, reason::PUBLISHED);
+}
+
+#[test]
+fn inputs_whose_recorded_metrics_fail_the_gates_are_not_trained_again() {
+    // Whatever became of the version: with gates of its own it is Rejected, without any it may be Available.
+    let phases = [None, Some(AdapterVersionPhase::Rejected), Some(AdapterVersionPhase::Available)];
+    for phase in phases {
+        let mut observed = observed_checked(gated(1.2), |_| {});
+        observed.versions = vec![version(3, &digest(), phase)];
+        let decision = check(&observed, Phase::Publishing, reason::PUBLISHING);
+        assert_eq!(decision.steps, [Step::SettleRun { run: 1, version: "support-v3".into() }]);
+
+        observed.runs.get_mut(&1).unwrap().version = Some("support-v3".into());
+        let decision = check(&observed, Phase::Failed, reason::GATE_FAILED);
+        let expected = "AdapterVersion support-v3, trained from the same inputs, must not be served: eval_loss 1.50 is \
+            above 1.20";
+        assert_eq!((decision.steps.len(), decision.state.message.as_str()), (0, expected));
+    }
+}
+
+#[test]
+fn gates_that_the_recorded_metrics_pass_reuse_an_available_version() {
+    let mut observed = observed_checked(gated(1.9), |_| {});
+    observed.versions = vec![version(3, &digest(), None)];
+    assert_eq!(check(&observed, Phase::Publishing, reason::PUBLISHING).steps, []);
+    observed.versions = vec![version(3, &digest(), Some(AdapterVersionPhase::Available))];
+    let decision = check(&observed, Phase::Publishing, reason::PUBLISHING);
+    assert_eq!(decision.steps, [Step::SettleRun { run: 1, version: "support-v3".into() }]);
+    observed.runs.get_mut(&1).unwrap().version = Some("support-v3".into());
+    check(&observed, Phase::Succeeded, reason::REUSED);
+}
+
+#[test]
+fn gates_that_ask_for_what_was_not_measured_train_anew() {
+    let recall = json!({"metric": "recall", "min": 0.8, "probe": {"uri": "s3://data/probe.jsonl"}});
+    let asks = job(json!({"evaluation": {"gates": [recall]}}));
+    let with_probe = |recorded: Option<&str>| {
+        let mut observed = observed_checked(asks.clone(), |run| {
+            let outcome =
+                Outcome::Preflight(PreflightReport { probe_digest: Some("sha256:asked".into()), ..preflight_report() });
+            run.preflight = Some(ended(preflight(), Cause::done(outcome)));
+        });
+        let mut there = version(3, &digest(), Some(AdapterVersionPhase::Available));
+        there.spec.metrics.recall = recorded.map(|_| 0.9);
+        there.spec.metrics.probe_digest = recorded.map(str::to_owned);
+        observed.versions = vec![there];
+        observed
+    };
+    for recorded in [None, Some("sha256:other")] {
+        let decision = check(&with_probe(recorded), Phase::Starting, reason::STARTING);
+        assert!(matches!(decision.steps[0], Step::ReserveVersion { version: 4, .. }), "{decision:?}");
+    }
+    let decision = check(&with_probe(Some("sha256:asked")), Phase::Publishing, reason::PUBLISHING);
+    assert_eq!(decision.steps, [Step::SettleRun { run: 1, version: "support-v3".into() }]);
+}
+
+#[test]
+fn a_rejected_version_that_passes_looser_gates_is_followed_by_a_new_one() {
+    let mut observed = observed_checked(gated(1.9), |_| {});
+    observed.versions = vec![version(3, &digest(), Some(AdapterVersionPhase::Rejected))];
+    let decision = check(&observed, Phase::Starting, reason::STARTING);
+    assert!(matches!(decision.steps[0], Step::ReserveVersion { version: 4, .. }), "{decision:?}");
+}
+
+#[test]
+fn changed_gates_start_the_next_run() {
+    let mut observed = observed_checked(gated(1.9), |run| run.attempts = vec![attempt(1)]);
+    observed.job.spec.evaluation.gates[0].max = Some(1.8);
+    let decision = check(&observed, Phase::Pending, reason::PENDING);
+    assert!(matches!(&decision.steps[..], [Step::DeleteJob(job)] if job.name == "j-1-1"));
+}
+
 #[test]
 fn a_refused_pod_is_queued_with_the_reason_that_the_cluster_gives() {
     let mut observed = observed_checked(plain(), |run| run.attempts = vec![attempt(1)]);
@@ -182,13 +291,16 @@ fn a_pod_goes_from_queued_over_starting_to_running() {
 }
 
 #[test]
-fn the_pods_own_stage_tells_training_from_publishing() {
+fn the_pods_own_stage_tells_training_from_evaluating_and_publishing() {
     let running = Pods::Running { address: None, since: None };
     let mut observed = observed_checked(plain(), |run| run.attempts = vec![with_pods(attempt(1), running)]);
     let mut live = LiveProgress { stage: TrainStage::Training, ..LiveProgress::default() };
     (live.progress.step, live.progress.total_steps) = (120, 400);
     observed.live = Some(live.clone());
     assert_eq!(check(&observed, Phase::Running, reason::TRAINING).state.message, "step 120 of 400");
+    observed.live = Some(LiveProgress { stage: TrainStage::Evaluating, ..live.clone() });
+    let evaluating = check(&observed, Phase::Running, reason::TRAINING).state.message;
+    assert_eq!(evaluating, "evaluating after step 120 of 400");
     observed.live = Some(LiveProgress { stage: TrainStage::Publishing, ..live });
     check(&observed, Phase::Publishing, reason::PUBLISHING);
 }

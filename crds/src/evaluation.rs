@@ -1,0 +1,250 @@
+//! `spec.evaluation`: the gates that a version must pass before it may be served, and how they are judged.
+//!
+//! Judging is pure and knows only recorded numbers, so that trainer, operator and command line come to one verdict.
+
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{adapter_version::Metrics, uri::Uri};
+
+/// What a version must reach before it may be served.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("self.gates.all(gate, self.gates.exists_one(other, other.metric == gate.metric))")
+    .message("give each metric one gate").field_path(".gates"))]
+#[serde(rename_all = "camelCase")]
+pub struct Evaluation {
+    /// Bounds on what is measured after the last step. A version that misses one is published and recorded, but
+    /// Rejected, and the job fails. They change no weights, so they are not part of the input digest.
+    #[serde(default)]
+    #[schemars(length(max = 8))]
+    pub gates: Vec<Gate>,
+}
+
+/// A bound on one metric.
+///
+/// The probe is the gate's own, not the evaluation's: recall is the only metric that needs one, so beside it neither
+/// can be given without the other, and a metric to come may bring questions of its own.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[x_kube(
+    validation = Rule::new("self.metric != 'recall' || (has(self.min) && has(self.probe))")
+        .message("metric recall needs min and probe, e.g. {metric: recall, min: 0.8, probe: {uri: s3://…}}"),
+    validation = Rule::new("self.metric != 'recall' || !has(self.max)")
+        .message("recall takes min, not max: more of it is better").field_path(".max"),
+    validation = Rule::new("self.metric == 'recall' || has(self.max)")
+        .message("metrics eval_loss and perplexity need max, e.g. {metric: eval_loss, max: 1.9}"),
+    validation = Rule::new("self.metric == 'recall' || !(has(self.min) || has(self.probe))")
+        .message("min and probe are for metric recall only"),
+    validation = Rule::new("!has(self.min) || (self.min > 0.0 && self.min <= 1.0)")
+        .message("min is a share of the questions: greater than 0, at most 1").field_path(".min"),
+    validation = Rule::new("!has(self.max) || self.max > (self.metric == 'perplexity' ? 1.0 : 0.0)")
+        .message("max must be greater than 0, and than 1 for perplexity, which is never less").field_path(".max")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct Gate {
+    /// What is measured.
+    pub metric: Metric,
+    /// Passes up to this value: for eval_loss and perplexity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max: Option<f64>,
+    /// Passes from this value on: for recall.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min: Option<f64>,
+    /// The questions of recall.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<Probe>,
+}
+
+/// What a gate is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    /// Mean loss of an evaluation token, in nats.
+    EvalLoss,
+    /// exp(eval_loss).
+    Perplexity,
+    /// Share of the probe's questions that are answered right.
+    Recall,
+}
+
+/// Questions with what a right answer holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Probe {
+    /// JSON Lines: `{"id", "question", "must_contain": ["…"]}`. Each question is asked alone and answered greedily; the
+    /// answer is right if it holds every string of must_contain, ignoring case. Read with the data set's Secret.
+    pub uri: Uri,
+    /// Tokens of an answer at most.
+    #[serde(default = "Probe::default_max_new_tokens")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub max_new_tokens: u32,
+    /// What the system turn before each question says. Default: what the training rows begin with, if all of them begin
+    /// with the same system turn; else there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 8192))]
+    pub system: Option<String>,
+}
+
+impl Probe {
+    /// Tokens of an answer, if the user doesn't say.
+    pub fn default_max_new_tokens() -> u32 {
+        120
+    }
+}
+
+/// How a gate was judged.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GateResult {
+    /// What was measured.
+    pub metric: Metric,
+    /// What came out; absent if it was not measured, which fails the gate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<f64>,
+    /// The bound, if it is one from above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max: Option<f64>,
+    /// The bound, if it is one from below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min: Option<f64>,
+    /// Whether the value keeps to the bound.
+    pub passed: bool,
+}
+
+impl Evaluation {
+    /// The questions to ask, if a gate has any.
+    pub fn probe(&self) -> Option<&Probe> {
+        self.gates.iter().find_map(|gate| gate.probe.as_ref())
+    }
+
+    /// Every gate's result.
+    pub fn judge(&self, metrics: &Metrics) -> Vec<GateResult> {
+        self.gates.iter().map(|gate| gate.judge(metrics)).collect()
+    }
+
+    /// Whether `metrics`, recorded of the same inputs, hold all that the gates ask for; recall counts only if it was
+    /// measured with the probe of this digest.
+    pub fn is_measured_by(&self, metrics: &Metrics, probe_digest: Option<&str>) -> bool {
+        let same_probe = probe_digest.is_some() && metrics.probe_digest.as_deref() == probe_digest;
+        self.gates.iter().all(|gate| gate.metric.of(metrics).is_some() && (gate.metric != Metric::Recall || same_probe))
+    }
+}
+
+impl Gate {
+    fn judge(&self, metrics: &Metrics) -> GateResult {
+        let Self { metric, max, min, probe: _ } = *self;
+        let value = metric.of(metrics);
+        let within = |value: f64| max.is_none_or(|max| value <= max) && min.is_none_or(|min| value >= min);
+        GateResult { metric, value, max, min, passed: value.is_some_and(within) }
+    }
+}
+
+impl Metric {
+    /// The word for it in manifests and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::EvalLoss => "eval_loss",
+            Self::Perplexity => "perplexity",
+            Self::Recall => "recall",
+        }
+    }
+
+    /// Its value, if it was measured.
+    fn of(self, metrics: &Metrics) -> Option<f64> {
+        match self {
+            Self::EvalLoss => metrics.eval_loss,
+            Self::Perplexity => metrics.eval_loss.and_then(perplexity),
+            Self::Recall => metrics.recall,
+        }
+    }
+}
+
+/// exp(`eval_loss`), with six decimals like every recorded number; None where that is more than a number can hold.
+pub fn perplexity(eval_loss: f64) -> Option<f64> {
+    Some((eval_loss.exp() * 1e6).round() / 1e6).filter(|perplexity| perplexity.is_finite())
+}
+
+impl GateResult {
+    /// Metric, value and bound in words: `recall 0.02 is below 0.80`.
+    pub fn describe(&self) -> String {
+        let metric = self.metric.name();
+        let Some(value) = self.value else { return format!("{metric} was not measured") };
+        let (bound, kept, missed) = match (self.max, self.min) {
+            (Some(max), _) => (max, "at most", "above"),
+            (None, Some(min)) => (min, "at least", "below"),
+            (None, None) => return format!("{metric} {value:.2} has no bound"),
+        };
+        let (value, bound) = told_apart(value, bound);
+        format!("{metric} {value} is {} {bound}", if self.passed { kept } else { missed })
+    }
+}
+
+/// The gates that failed, in words; None if all passed.
+pub fn failure(results: &[GateResult]) -> Option<String> {
+    let failed: Vec<String> = results.iter().filter(|result| !result.passed).map(GateResult::describe).collect();
+    (!failed.is_empty()).then(|| failed.join(", "))
+}
+
+/// Two decimals, or as many as it takes to see that one number is not the other.
+fn told_apart(value: f64, bound: f64) -> (String, String) {
+    let with = |decimals: usize| (format!("{value:.decimals$}"), format!("{bound:.decimals$}"));
+    (2..6).map(with).find(|(value, bound)| value != bound).unwrap_or_else(|| with(if value == bound { 2 } else { 6 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn evaluation(gates: serde_json::Value) -> Evaluation {
+        serde_json::from_value(json!({"gates": gates})).unwrap()
+    }
+
+    fn recall(min: f64) -> Evaluation {
+        evaluation(json!([{"metric": "recall", "min": min, "probe": {"uri": "s3://data/probe.jsonl"}}]))
+    }
+
+    fn words(evaluation: &Evaluation, metrics: &Metrics) -> String {
+        failure(&evaluation.judge(metrics)).unwrap_or_default()
+    }
+
+    #[test]
+    fn a_bound_itself_passes_and_what_is_beyond_it_is_named_with_value_and_bound() {
+        let gates = evaluation(json!([{"metric": "eval_loss", "max": 1.5}, {"metric": "perplexity", "max": 4.0}]));
+        let measured = |loss: f64| Metrics { eval_loss: Some(loss), ..Metrics::default() };
+        assert_eq!(words(&gates, &measured(1.5)), "perplexity 4.48 is above 4.00");
+        assert_eq!(words(&gates, &measured(2.0)), "eval_loss 2.00 is above 1.50, perplexity 7.39 is above 4.00");
+        assert_eq!(failure(&gates.judge(&measured(1.0))), None);
+        let learned = Metrics { recall: Some(0.02), ..Metrics::default() };
+        assert_eq!(words(&recall(0.8), &learned), "recall 0.02 is below 0.80");
+        assert_eq!(recall(0.02).judge(&learned)[0].describe(), "recall 0.02 is at least 0.02");
+    }
+
+    #[test]
+    fn a_near_miss_is_told_with_enough_decimals() {
+        let near = Metrics { recall: Some(0.7989), ..Metrics::default() };
+        assert_eq!(words(&recall(0.8), &near), "recall 0.799 is below 0.800");
+    }
+
+    #[test]
+    fn what_was_not_measured_fails() {
+        assert_eq!(words(&recall(0.1), &Metrics::default()), "recall was not measured");
+        let explosive = Metrics { eval_loss: Some(1e4), ..Metrics::default() };
+        let gates = evaluation(json!([{"metric": "perplexity", "max": 9.0}]));
+        assert_eq!(words(&gates, &explosive), "perplexity was not measured");
+    }
+
+    #[test]
+    fn recorded_metrics_suffice_only_if_recall_comes_from_the_same_probe() {
+        let gates = recall(0.8);
+        let recorded = Metrics { recall: Some(0.5), probe_digest: Some("sha256:p".into()), ..Metrics::default() };
+        assert!(gates.is_measured_by(&recorded, Some("sha256:p")));
+        assert!(!gates.is_measured_by(&recorded, Some("sha256:q")));
+        assert!(!gates.is_measured_by(&recorded, None));
+        assert!(!gates.is_measured_by(&Metrics::default(), None));
+        let loss = evaluation(json!([{"metric": "eval_loss", "max": 2.0}]));
+        assert!(loss.is_measured_by(&Metrics { eval_loss: Some(3.0), ..Metrics::default() }, None));
+        assert!(Evaluation::default().is_measured_by(&Metrics::default(), None));
+    }
+}
