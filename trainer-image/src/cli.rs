@@ -20,6 +20,7 @@ use tunesmith_engine::Sampling;
 use crate::{
     convert::convert,
     error::Error,
+    evaluate::{self, evaluate},
     generate::Writer,
     local,
     pod::{read_spec, report_to},
@@ -65,6 +66,13 @@ enum Command {
         max_new_tokens: usize,
         #[command(flatten)]
         sampling: SamplingArgs,
+        #[command(flatten)]
+        local: Local,
+    },
+    /// Ask a model the questions of a probe, with or without an adapter, and print its recall
+    Evaluate {
+        #[command(flatten)]
+        exam: evaluate::Args,
         #[command(flatten)]
         local: Local,
     },
@@ -173,6 +181,13 @@ fn run(command: Command, runtime: &Runtime) -> i32 {
         Command::Train { pod, listen } => train_pod(&pod, listen, &stores, runtime),
         Command::Verify { pod } => verify_pod(&pod, &stores, runtime),
         Command::Run { manifest, local } => exit(run_here(&manifest, &local, &stores, runtime)),
+        Command::Evaluate { exam, local } => {
+            let stores = stores.or_local(&local.store);
+            exit(evaluate(&exam, &stores, &local.work_dir).map(|report| {
+                println!("{report}");
+                0
+            }))
+        }
         Command::Convert { model, out } => exit(convert(&model, &out).map_err(Error::from).map(|()| {
             println!("{}", out.display());
             0
@@ -202,12 +217,13 @@ fn run_here(manifest: &Path, local: &Local, stores: &Stores, runtime: &Runtime) 
     let stores = stores.clone().or_local(&local.store);
     let (stop, progress) = (Stop::on_signals(runtime.handle()).map_err(no_signals)?, Progress::new());
     let context = Context { stores: &stores, work: &local.work_dir, progress: &progress, stop: &stop };
-    let outcome = local::run(manifest, context);
+    let ended = local::run(manifest, context);
     progress.finish();
-    let outcome = outcome?;
-    println!("{}", local::summary(&outcome, &stores)?);
-    Ok(match outcome {
+    let ended = ended?;
+    println!("{}", local::summary(&ended, &stores)?);
+    Ok(match ended.outcome {
         Outcome::Preempted { .. } => exit_code::PREEMPTED,
+        _ if ended.gates.iter().any(|gate| !gate.passed) => exit_code::GATE_FAILED,
         _ => 0,
     })
 }

@@ -7,7 +7,7 @@ use tunesmith_crds::Uri;
 use tunesmith_engine::{Generator, Model, Sampling};
 
 use crate::{
-    data::encode::Vocabulary,
+    data::encode::{Vocabulary, VocabularyError},
     error::Error,
     model::ModelFolder,
     store::{Role, Stores},
@@ -16,11 +16,65 @@ use crate::{
 /// What the engine reads of an adapter.
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
+/// What lets a model be asked in words: its tokenizer and chat template, and the tokens at which it stops.
+pub struct Voice {
+    vocabulary: Vocabulary,
+    stop: Vec<u32>,
+}
+
+impl Voice {
+    /// Reads them from the model's folder.
+    ///
+    /// # Errors
+    /// The tokenizer is missing or damaged.
+    pub fn load(folder: &Path) -> Result<Self, VocabularyError> {
+        Ok(Self::new(folder, Vocabulary::load(folder)?))
+    }
+
+    /// The same, if the vocabulary of the model's folder is loaded already.
+    pub fn new(folder: &Path, vocabulary: Vocabulary) -> Self {
+        Self { stop: stop_tokens(folder, &vocabulary), vocabulary }
+    }
+
+    /// Tokens that make the model answer `user`.
+    ///
+    /// # Errors
+    /// The chat template refuses it.
+    pub fn prompt(&self, system: Option<&str>, user: &str) -> Result<Vec<u32>, String> {
+        self.vocabulary.prompt(system, user)
+    }
+
+    /// The answer to a prompt; None once `go_on` says no, which is asked before each token.
+    ///
+    /// # Errors
+    /// The prompt is longer than the model reads.
+    pub fn answer(
+        &self,
+        model: &Model,
+        prompt: &[u32],
+        sampling: Sampling,
+        max_new_tokens: usize,
+        go_on: impl Fn() -> bool,
+    ) -> Result<Option<String>, Error> {
+        let mut generator = Generator::new(model, prompt, sampling, &self.stop)?;
+        let mut tokens = Vec::new();
+        while tokens.len() < max_new_tokens {
+            if !go_on() {
+                return Ok(None);
+            }
+            match generator.next_token()? {
+                Some(token) => tokens.push(token),
+                None => break,
+            }
+        }
+        self.vocabulary.decode(&tokens).map(Some).map_err(Error::Input)
+    }
+}
+
 /// A model that answers.
 pub struct Writer {
     model: Model,
-    vocabulary: Vocabulary,
-    stop: Vec<u32>,
+    voice: Voice,
 }
 
 impl Writer {
@@ -30,13 +84,22 @@ impl Writer {
     /// A file is missing, or model and adapter don't fit.
     pub fn load(model: &str, adapter: Option<&str>, stores: &Stores, work: &Path) -> Result<Self, Error> {
         let folder = ModelFolder::fetch(&stores.open(Role::Model, &uri(model)?)?, &work.join("model"))?.folder;
-        let vocabulary = Vocabulary::load(&folder).map_err(|error| Error::Input(format!("{model}: {error}")))?;
-        let stop = stop_tokens(&folder, &vocabulary);
+        let voice = Voice::load(&folder).map_err(|error| Error::Input(format!("{model}: {error}")))?;
         let mut model = Model::load(&folder)?;
         if let Some(adapter) = adapter {
             model.load_adapter(&fetch_adapter(&uri(adapter)?, stores, &work.join("adapter"))?)?;
         }
-        Ok(Self { model, vocabulary, stop })
+        Ok(Self { model, voice })
+    }
+
+    /// The model, with its adapter if it has one.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The means to ask it, apart from the model.
+    pub fn into_parts(self) -> (Model, Voice) {
+        (self.model, self.voice)
     }
 
     /// The answer to a user's message; greedy unless `sampling` says otherwise.
@@ -50,20 +113,14 @@ impl Writer {
         sampling: Sampling,
         max_new_tokens: usize,
     ) -> Result<String, Error> {
-        let prompt = self.vocabulary.prompt(system, prompt).map_err(Error::Input)?;
-        let mut generator = Generator::new(&self.model, &prompt, sampling, &self.stop)?;
-        let mut tokens = Vec::new();
-        while tokens.len() < max_new_tokens
-            && let Some(token) = generator.next_token()?
-        {
-            tokens.push(token);
-        }
-        self.vocabulary.decode(&tokens).map_err(Error::Input)
+        let prompt = self.voice.prompt(system, prompt).map_err(Error::Input)?;
+        let answer = self.voice.answer(&self.model, &prompt, sampling, max_new_tokens, || true)?;
+        Ok(answer.unwrap_or_default())
     }
 }
 
 /// A URI, or a folder of this machine as one.
-fn uri(text: &str) -> Result<Uri, Error> {
+pub(crate) fn uri(text: &str) -> Result<Uri, Error> {
     match text.contains("://") {
         true => text.parse(),
         false => Uri::try_from(format!("file://{text}")),

@@ -15,6 +15,8 @@ use crate::{
     },
     digest,
     error::Error,
+    exam::{Exam, Settings},
+    generate::Voice,
     model::ModelFolder,
     store::{Location, Role, StoreError, Stores},
 };
@@ -31,6 +33,8 @@ pub struct Inputs {
     pub dataset: DatasetRecord,
     /// The order of training.
     pub batches: Batches,
+    /// The questions of the recall gate, if there is one.
+    pub exam: Option<Exam>,
 }
 
 impl Inputs {
@@ -71,6 +75,8 @@ impl Inputs {
             }
         };
         check_lengths(&model, train.iter().chain(&eval))?;
+        let voice = Voice::new(&model.folder, encoder.vocabulary);
+        let exam = load_exam(spec, stores, work, &path, (&model, voice))?;
         let tokens = train.iter().map(|example| example.tokens.len() as u64).sum();
         Ok(Self {
             batches: Batches::new(&train, &spec.training),
@@ -78,12 +84,32 @@ impl Inputs {
             model,
             train,
             eval,
+            exam,
         })
     }
 }
 
+/// The probe, asked as its gate says; `train` is the file of training rows.
+fn load_exam(
+    spec: &RunSpec,
+    stores: &Stores,
+    work: &Path,
+    train: &Path,
+    (model, voice): (&ModelFolder, Voice),
+) -> Result<Option<Exam>, Error> {
+    let Some(probe) = spec.evaluation.probe() else { return Ok(None) };
+    let (path, file) = fetch(stores, &probe.uri, &work.join("data/probe"), "probe")?;
+    let system = match &probe.system {
+        Some(system) => Some(system.clone()),
+        None => data::probe::constant_system(train, spec.dataset.format)?,
+    };
+    let context = model.config.max_position_embeddings;
+    let settings = Settings { system: system.as_deref(), max_new_tokens: probe.max_new_tokens, context };
+    Ok(Some(Exam::load(&path, &file, voice, settings)?))
+}
+
 /// Brings a data file here; its digest goes by what the file is for, so that renaming it changes nothing.
-fn fetch(stores: &Stores, uri: &Uri, work: &Path, purpose: &str) -> Result<(PathBuf, ArtifactFile), Error> {
+pub(crate) fn fetch(stores: &Stores, uri: &Uri, work: &Path, purpose: &str) -> Result<(PathBuf, ArtifactFile), Error> {
     let object: Location = stores.open(Role::Dataset, uri)?;
     let (path, file) = match object.on_disk() {
         Some(path) if !path.exists() => {

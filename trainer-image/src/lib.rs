@@ -2,13 +2,15 @@
 //!
 //! The way of one run: [`preflight`] reads the [`inputs`] (the base [`model`] and the [`data`]) from the [`store`];
 //! [`train`] makes the steps and checkpoints, [`publish`] the version, [`verify`] compares it with its manifest.
-//! [`pod`] is the frame of these in a cluster, [`local`] that of all of them on a laptop.
+//! [`exam`] measures recall. [`pod`] is the frame of these in a cluster, [`local`] that of all of them on a laptop.
 
 pub mod cli;
 pub mod convert;
 pub mod data;
 pub mod digest;
 pub mod error;
+pub mod evaluate;
+pub mod exam;
 pub mod generate;
 pub mod inputs;
 pub mod local;

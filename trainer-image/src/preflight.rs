@@ -27,6 +27,7 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<PreflightReport
     let per_rank = lora_options(lora, &spec.training).parameters_per_rank(&inputs.model.config)?;
     let truncated = inputs.train.iter().filter(|row| row.truncated).count();
     Ok(PreflightReport {
+        probe_digest: inputs.exam.map(|exam| exam.digest),
         base_digest: inputs.model.digest,
         dataset: inputs.dataset,
         eval_rows: inputs.eval.len() as u64,
@@ -36,7 +37,6 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<PreflightReport
         lora_parameters_per_rank: per_rank as u64,
         numerics_version: NUMERICS_VERSION,
         highest_version,
-        probe_digest: None,
     })
 }
 

@@ -4,6 +4,7 @@ pub mod batches;
 pub mod chat;
 pub mod encode;
 pub mod packing;
+pub mod probe;
 pub mod rows;
 pub mod shuffle;
 #[cfg(test)]

@@ -114,6 +114,14 @@ spec:
                 JOB.replace("method: LoRA", "training: {perDeviceTrainBatchSize: 0}"),
                 "spec.training.perDeviceTrainBatchSize is 0",
             ),
+            (
+                JOB.replace("method: LoRA", "evaluation: {gates: [{metric: recall, min: 0.8}]}"),
+                "metric recall needs min and probe",
+            ),
+            (
+                JOB.replace("method: LoRA", "evaluation: {gates: [{metric: eval_loss, max: 2, mox: 1}]}"),
+                "spec.evaluation.gates[0] has no field `mox`",
+            ),
             (JOB.replace("s3://models/m", "models/m"), "s3://bucket/key"),
             (JOB.replace("adapterName: support", "adapterName: Support_1"), "must be a DNS label"),
             (JOB.replace("FineTuneJob", "Job"), "holds no FineTuneJob"),

@@ -7,9 +7,11 @@ mod tests;
 use std::path::Path;
 
 use tunesmith_crds::{
-    FineTuneJob, Method, RunSpec, Uri,
+    FineTuneJob, FineTuneJobSpec, Method, RunSpec, Uri,
+    adapter_version::Metrics,
     digest::input_digest,
-    fine_tune_job::{DataSource, MethodName},
+    evaluation::GateResult,
+    fine_tune_job::MethodName,
     run::{Outcome, PreflightReport, TrainReport, TrainTask},
 };
 
@@ -21,12 +23,30 @@ use crate::{
     train::{Context, train},
 };
 
-/// Reads the FineTuneJob in a manifest, trains it here and publishes the result.
+/// How a run ended.
+pub struct Ended {
+    /// What came of it.
+    pub outcome: Outcome,
+    /// What the job's gates say of it; none if nothing was published.
+    pub gates: Vec<GateResult>,
+}
+
+/// Reads the FineTuneJob in a manifest, trains it here, publishes the result and judges it.
 ///
 /// # Errors
 /// What the API server, preflight or training would refuse.
-pub fn run(manifest: &Path, context: Context<'_>) -> Result<Outcome, Error> {
-    let mut job = manifest::read(manifest)?;
+pub fn run(manifest: &Path, context: Context<'_>) -> Result<Ended, Error> {
+    let job = manifest::read(manifest)?;
+    let gates = job.spec.evaluation.clone();
+    let outcome = publish(job, manifest, context)?;
+    let gates = match &outcome {
+        Outcome::Trained(report) => gates.judge(&report.metrics),
+        _ => Vec::new(),
+    };
+    Ok(Ended { outcome, gates })
+}
+
+fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Result<Outcome, Error> {
     if job.spec.suspend {
         return Err(Error::Spec("spec.suspend is true: set it to false to run the job".into()));
     }
@@ -46,8 +66,9 @@ pub fn run(manifest: &Path, context: Context<'_>) -> Result<Outcome, Error> {
     progress.note(&describe(&report));
     let digest = input_digest(&spec, &method, &report);
     let adapter = context.stores.open(Role::Output, &spec.adapter_uri())?;
-    if let Some(report) = same_inputs(&adapter, &digest)? {
-        progress.note(&format!("these inputs were trained before: {} serves, nothing to do", report.uri));
+    let suffices = |metrics: &Metrics| job.spec.evaluation.is_measured_by(metrics, report.probe_digest.as_deref());
+    if let Some(report) = same_inputs(&adapter, &digest, suffices)? {
+        progress.note(&format!("these inputs were trained before, as {}: nothing to do", report.uri));
         return Ok(Outcome::Trained(report));
     }
     let task = TrainTask {
@@ -71,15 +92,17 @@ fn method(job: &FineTuneJob) -> Result<Method, Error> {
 
 /// Data files beside the manifest stand in for objects of the same name that the local store does not have.
 fn stand_in(job: &mut FineTuneJob, beside: &Path, context: Context<'_>) -> Result<(), Error> {
-    let dataset = &mut job.spec.dataset;
-    for source in [Some(&mut dataset.train), dataset.eval.as_mut()].into_iter().flatten() {
-        let object = context.stores.open(Role::Dataset, &source.uri)?;
-        let file = beside.join(source.uri.file_name());
+    let FineTuneJobSpec { dataset, evaluation, .. } = &mut job.spec;
+    let probes = evaluation.gates.iter_mut().filter_map(|gate| Some(&mut gate.probe.as_mut()?.uri));
+    let rows = [Some(&mut dataset.train), dataset.eval.as_mut()];
+    for uri in rows.into_iter().flatten().map(|source| &mut source.uri).chain(probes) {
+        let object = context.stores.open(Role::Dataset, uri)?;
+        let file = beside.join(uri.file_name());
         if object.on_disk().is_some_and(|path| !path.exists()) && file.is_file() {
             let path = std::path::absolute(&file).map_err(|source| Error::File { path: file.clone(), source })?;
-            context.progress.note(&format!("{} is not there: {} stands in", source.uri, file.display()));
-            let uri: Result<Uri, _> = format!("file://{}", path.display()).parse();
-            *source = DataSource { uri: uri.map_err(|error| Error::Spec(error.to_string()))? };
+            context.progress.note(&format!("{uri} is not there: {} stands in", file.display()));
+            let stand_in: Result<Uri, _> = format!("file://{}", path.display()).parse();
+            *uri = stand_in.map_err(|error| Error::Spec(error.to_string()))?;
         }
     }
     Ok(())
@@ -114,13 +137,17 @@ fn describe(report: &PreflightReport) -> String {
     )
 }
 
-/// The newest version with these inputs.
-fn same_inputs(adapter: &Location, digest: &str) -> Result<Option<TrainReport>, Error> {
+/// The newest version with these inputs whose recorded metrics suffice.
+fn same_inputs(
+    adapter: &Location,
+    digest: &str,
+    suffices: impl Fn(&Metrics) -> bool,
+) -> Result<Option<TrainReport>, Error> {
     for version in (1..=highest_version(adapter)?).rev() {
         // Other inputs are what most versions have, and no conflict here.
         match published(&adapter.join(&format!("v{version}")), digest) {
-            Ok(Some(report)) => return Ok(Some(report)),
-            Ok(None) | Err(crate::publish::PublishError::Conflict { .. }) => {}
+            Ok(Some(report)) if suffices(&report.metrics) => return Ok(Some(report)),
+            Ok(_) | Err(crate::publish::PublishError::Conflict { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -128,8 +155,8 @@ fn same_inputs(adapter: &Location, digest: &str) -> Result<Option<TrainReport>, 
 }
 
 /// What a person reads at the end.
-pub fn summary(outcome: &Outcome, stores: &Stores) -> Result<String, StoreError> {
-    let report = match outcome {
+pub fn summary(ended: &Ended, stores: &Stores) -> Result<String, StoreError> {
+    let report = match &ended.outcome {
         Outcome::Trained(report) => report,
         Outcome::Preempted { step } => {
             return Ok(format!("stopped after step {step}; run the same command again to go on"));
@@ -138,13 +165,22 @@ pub fn summary(outcome: &Outcome, stores: &Stores) -> Result<String, StoreError>
     };
     let folder = stores.open(Role::Output, &report.uri)?;
     let place = folder.on_disk().map_or(report.uri.to_string(), |path| path.display().to_string());
-    let loss = |loss: Option<f64>| loss.map_or("not measured".into(), |loss| format!("{loss:.4}"));
+    let number = |value: Option<f64>| value.map_or("not measured".into(), |value| format!("{value:.4}"));
     let metrics = &report.metrics;
+    let recall = match (metrics.base_recall, metrics.recall) {
+        (None, None) => String::new(),
+        (before, after) => format!("recall: {} before, {} after\n", number(before), number(after)),
+    };
+    let gate = |gate: &GateResult| {
+        let verdict = if gate.passed { "passed" } else { "failed" };
+        format!("\ngate {verdict}: {}", gate.describe())
+    };
     Ok(format!(
-        "version {}: {place}\neval loss: {} before, {} after {} steps\nloss curve: {place}/loss_curve.svg",
+        "version {}: {place}\neval loss: {} before, {} after {} steps\n{recall}loss curve: {place}/loss_curve.svg{}",
         report.version,
-        loss(metrics.base_eval_loss),
-        loss(metrics.eval_loss),
+        number(metrics.base_eval_loss),
+        number(metrics.eval_loss),
         metrics.steps,
+        ended.gates.iter().map(gate).collect::<String>(),
     ))
 }

@@ -6,7 +6,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tunesmith_crds::run::{Outcome, TrainReport};
 
-use super::{run, summary};
+use super::{Ended, run, summary};
 use crate::{
     error::Error,
     progress::Progress,
@@ -36,23 +36,33 @@ fn desk() -> TempDir {
     desk
 }
 
-fn run_manifest(desk: &TempDir, manifest: &str) -> Result<Outcome, Error> {
+fn run_manifest(desk: &TempDir, manifest: &str) -> Result<Ended, Error> {
     let path = desk.path().join("job.yaml");
     fs::write(&path, manifest).unwrap();
     let runtime = Runtime::new().unwrap();
     let stores = Stores::from_environment(runtime.handle().clone()).or_local(&desk.path().join("store"));
     let (progress, stop) = (Progress::new(), Stop::default());
     let context = Context { stores: &stores, work: &desk.path().join("work"), progress: &progress, stop: &stop };
-    let outcome = run(&path, context)?;
-    assert!(summary(&outcome, &stores).unwrap().contains("store/adapters/support/v"));
-    Ok(outcome)
+    let ended = run(&path, context)?;
+    let summary = summary(&ended, &stores).unwrap();
+    assert!(summary.contains("store/adapters/support/v"), "{summary}");
+    assert_eq!(summary.matches("\ngate ").count(), ended.gates.len(), "{summary}");
+    Ok(ended)
 }
 
 fn published(desk: &TempDir, manifest: &str) -> TrainReport {
-    match run_manifest(desk, manifest).unwrap() {
+    trained(run_manifest(desk, manifest).unwrap())
+}
+
+fn trained(ended: Ended) -> TrainReport {
+    match ended.outcome {
         Outcome::Trained(report) => report,
         other => panic!("not trained: {other:?}"),
     }
+}
+
+fn with_gates(gates: &str) -> String {
+    MANIFEST.replace("  method: LoRA\n", &format!("  method: LoRA\n  evaluation: {{gates: [{gates}]}}\n"))
 }
 
 #[test]
@@ -71,15 +81,55 @@ fn the_same_manifest_trains_once_and_a_changed_one_makes_the_next_version() {
 }
 
 #[test]
+fn gates_are_judged_by_what_is_recorded_and_trained_anew_only_for_what_is_not() {
+    let desk = desk();
+    let first = published(&desk, MANIFEST);
+    let loose =
+        run_manifest(&desk, &with_gates("{metric: eval_loss, max: 100}, {metric: perplexity, max: 1.0e+9}")).unwrap();
+    assert_eq!(loose.gates.iter().map(|gate| gate.passed).collect::<Vec<_>>(), [true, true]);
+    assert_eq!(trained(loose), first);
+    let strict = run_manifest(&desk, &with_gates("{metric: eval_loss, max: 0.01}")).unwrap();
+    assert_eq!(strict.gates[0].value, first.metrics.eval_loss);
+    assert!(!strict.gates[0].passed);
+    assert_eq!(trained(strict).version, 1);
+
+    // The probe lies beside the manifest; the training goes on from the last checkpoint and asks both models.
+    let row = r#"{"id": "a", "question": "1 + 1 =", "must_contain": ["no model says this"]}"#;
+    fs::write(desk.path().join("probe.jsonl"), row).unwrap();
+    let gate = "{metric: recall, min: 0.5, probe: {uri: s3://datasets/support/probe.jsonl, maxNewTokens: 4}}";
+    let asked = run_manifest(&desk, &with_gates(gate)).unwrap();
+    assert_eq!((asked.gates[0].value, asked.gates[0].passed), (Some(0.0), false));
+    let second = trained(asked);
+    assert_eq!((second.version, second.metrics.base_recall, second.metrics.steps), (2, Some(0.0), 3));
+    let weights = |report: &TrainReport| report.files.iter().find(|f| f.path.ends_with(".safetensors")).cloned();
+    assert_eq!(weights(&second), weights(&first));
+    assert_eq!(published(&desk, &with_gates(gate)), second);
+    // Other questions are another metric.
+    fs::write(desk.path().join("probe.jsonl"), row.replace("1 + 1", "2 + 2")).unwrap();
+    assert_eq!(published(&desk, &with_gates(gate)).version, 3);
+}
+
+#[test]
+fn a_malformed_probe_row_is_named_before_anything_is_trained() {
+    let desk = desk();
+    fs::write(desk.path().join("probe.jsonl"), r#"{"id": "a", "question": "why?", "must_contain": []}"#).unwrap();
+    let gate = "{metric: recall, min: 0.5, probe: {uri: s3://datasets/support/probe.jsonl}}";
+    let error = run_manifest(&desk, &with_gates(gate)).err().unwrap();
+    assert_eq!(error.exit_code(), 3);
+    assert!(error.to_string().starts_with("probe.jsonl row 1: must_contain is empty"), "{error}");
+    assert!(!desk.path().join("store/adapters/support/checkpoints").exists());
+}
+
+#[test]
 fn a_missing_model_is_explained_with_the_place_where_it_belongs() {
-    let error = run_manifest(&desk(), &MANIFEST.replace("models/tiny", "models/other")).unwrap_err();
+    let error = run_manifest(&desk(), &MANIFEST.replace("models/tiny", "models/other")).err().unwrap();
     assert_eq!(error.exit_code(), 3);
     assert!(error.to_string().contains("store/models/other") && error.to_string().contains("convert"), "{error}");
 }
 
 #[test]
 fn missing_data_is_named_by_its_uri() {
-    let error = run_manifest(&desk(), &MANIFEST.replace("train.jsonl", "absent.jsonl")).unwrap_err();
+    let error = run_manifest(&desk(), &MANIFEST.replace("train.jsonl", "absent.jsonl")).err().unwrap();
     assert_eq!(error.exit_code(), 3);
     assert!(error.to_string().contains("no such object s3://datasets/support/absent.jsonl (dataset)"), "{error}");
 }
@@ -90,7 +140,7 @@ fn a_malformed_row_is_named_by_file_and_number() {
     let path = desk.path().join("train.jsonl");
     let rows = fs::read_to_string(&path).unwrap();
     fs::write(&path, rows.replace("{\"prompt\": \"6", "{\"promt\": \"6")).unwrap();
-    let error = run_manifest(&desk, MANIFEST).unwrap_err();
+    let error = run_manifest(&desk, MANIFEST).err().unwrap();
     assert_eq!(error.exit_code(), 3);
     assert_eq!(error.to_string(), "train.jsonl row 7: prompt is missing");
 }

@@ -1,6 +1,6 @@
 //! `README.md`: the model card, with the front matter that Hugging Face tools read.
 
-use tunesmith_crds::adapter_version::Metrics;
+use tunesmith_crds::{adapter_version::Metrics, evaluation::GateResult};
 
 use super::Trained;
 
@@ -29,7 +29,7 @@ with its digest, and all that the result depends on.
 | evaluation, this adapter | {after} |
 | training, last logged steps | {train} |
 
-![Loss curve](loss_curve.svg)
+{other_metrics}{gates}![Loss curve](loss_curve.svg)
 
 ## Training
 
@@ -59,6 +59,8 @@ model = PeftModel.from_pretrained(model, \"path/to/this/folder\")
         before = loss(history.base_eval_loss()),
         after = loss(history.eval_loss()),
         train = loss(history.train_loss()),
+        other_metrics = other_metrics(&manifest.metrics),
+        gates = gates(&manifest.gates),
         rank = lora.rank,
         alpha = lora.alpha,
         dropout = lora.dropout,
@@ -72,4 +74,32 @@ model = PeftModel.from_pretrained(model, \"path/to/this/folder\")
         dataset_digest = task.dataset_digest,
         input_digest = task.input_digest,
     )
+}
+
+/// What else was measured, as a table.
+fn other_metrics(metrics: &Metrics) -> String {
+    let rows = [
+        ("perplexity", metrics.base_perplexity, metrics.perplexity),
+        ("recall on the probe", metrics.base_recall, metrics.recall),
+    ];
+    let row = |(name, before, after): (&str, Option<f64>, Option<f64>)| {
+        let text = |value: Option<f64>| value.map_or("not measured".to_owned(), |value| format!("{value:.2}"));
+        (before.or(after).is_some()).then(|| format!("| {name} | {} | {} |\n", text(before), text(after)))
+    };
+    let rows: String = rows.into_iter().filter_map(row).collect();
+    match rows.is_empty() {
+        true => rows,
+        false => format!("| | base model | this adapter |\n|---|---|---|\n{rows}\n"),
+    }
+}
+
+/// What the version was held to.
+fn gates(results: &[GateResult]) -> String {
+    let line = |result: &GateResult| {
+        format!("- {}: {}\n", if result.passed { "passed" } else { "**failed**" }, result.describe())
+    };
+    match results.is_empty() {
+        true => String::new(),
+        false => format!("Gates:\n\n{}\n", results.iter().map(line).collect::<String>()),
+    }
 }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use tunesmith_crds::{
     Method, RunSpec, Uri,
     adapter_version::{ArtifactFile, ArtifactType, BaseModelRecord, DatasetRecord, Metrics, Source},
+    evaluation::GateResult,
     fine_tune_job::MethodName,
     run::{TrainReport, TrainTask},
 };
@@ -32,6 +33,9 @@ pub struct Manifest {
     pub source: Source,
     /// What was measured.
     pub metrics: Metrics,
+    /// What it was held to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<GateResult>,
     /// Every file but this one.
     pub files: Vec<ArtifactFile>,
 }
@@ -65,6 +69,7 @@ impl Manifest {
                 input_digest: task.input_digest.clone(),
                 trainer_image: task.trainer_image.clone(),
             },
+            gates: spec.evaluation.judge(&metrics),
             metrics,
             files: Vec::new(),
         }

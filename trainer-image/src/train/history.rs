@@ -20,6 +20,21 @@ pub struct History {
     pub evals: Vec<EvalPoint>,
     /// Losses since the last entry of `logs`.
     pub window: Window,
+    /// Shares of right answers; the base model's have step 0.
+    #[serde(default)]
+    pub recalls: Vec<RecallPoint>,
+}
+
+/// A share of right answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RecallPoint {
+    /// After this many steps.
+    pub step: u64,
+    /// Digest of the probe, which may change from one run of the same inputs to the next.
+    pub probe: String,
+    /// The share, in [0, 1].
+    pub recall: f64,
 }
 
 /// A training loss.
@@ -81,6 +96,11 @@ impl History {
     /// The newest training loss.
     pub fn train_loss(&self) -> Option<f64> {
         self.logs.last().map(|log| log.loss)
+    }
+
+    /// The share of right answers to this probe after so many steps.
+    pub fn recall(&self, step: u64, probe: &str) -> Option<f64> {
+        self.recalls.iter().find(|point| point.step == step && point.probe == probe).map(|point| point.recall)
     }
 
     /// Whether the weights after the last step were evaluated.

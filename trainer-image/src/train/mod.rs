@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod history;
+mod recall;
 mod stop;
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,7 @@ use std::{
 use tunesmith_crds::{
     Method, RunSpec,
     adapter_version::Metrics,
+    evaluation::perplexity,
     fine_tune_job::{Lora, LrScheduler, Progress as Numbers, Training},
     run::{Outcome, TrainStage, TrainTask},
 };
@@ -25,7 +27,7 @@ use tunesmith_engine::{
 
 use self::checkpoint::Checkpoints;
 pub use self::{
-    history::{EvalPoint, History, TrainPoint, Window},
+    history::{EvalPoint, History, RecallPoint, TrainPoint, Window},
     stop::Stop,
 };
 use crate::{
@@ -70,10 +72,12 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     let checkpoints = adapter.join(&format!("checkpoints/{}", checkpoint_folder(&task.input_digest)));
     let checkpoints = Checkpoints::new(checkpoints, spec.training.save_total_limit);
     let mut run = Run::set_up(spec, lora, &inputs, checkpoints, context)?;
-    run.resume()?;
+    if run.resume()?.is_break() {
+        return Ok(Outcome::Preempted { step: run.history.step });
+    }
 
     context.progress.stage(TrainStage::Training);
-    if run.steps_to_the_end()?.is_break() {
+    if run.steps_to_the_end()?.is_break() || run.measure_recall(run.history.step)?.is_break() {
         run.checkpoint()?;
         return Ok(Outcome::Preempted { step: run.history.step });
     }
@@ -202,15 +206,23 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Goes back to the newest whole checkpoint: weights, optimizer, dropout, position in the data and the curve.
-    fn resume(&mut self) -> Result<(), Error> {
-        if let Some((state, history)) = self.checkpoints.newest()? {
-            self.trainer.restore(&state)?;
+    /// Goes back to the newest whole checkpoint: weights, optimizer, dropout, position in the data and the curve. On
+    /// the way there the base model is asked, if it has not been. Stopped then, there is nothing to save.
+    fn resume(&mut self) -> Result<ControlFlow<()>, Error> {
+        let state = self.checkpoints.newest()?.map(|(state, history)| {
             self.progress.note(&format!("resuming after step {}", history.step));
             self.saved = Some(history.step);
             self.history = history;
+            state
+        });
+        // Before the first step nothing is changed: until its state is restored, this is the base model.
+        if self.measure_recall(0)?.is_break() {
+            return Ok(Break(()));
         }
-        Ok(())
+        if let Some(state) = state {
+            self.trainer.restore(&state)?;
+        }
+        Ok(Continue(()))
     }
 
     /// Steps and evaluations until all are done, or until the run is stopped.
@@ -355,14 +367,20 @@ impl<'a> Run<'a> {
     }
 
     fn metrics(&self) -> Metrics {
+        let probe = self.inputs.exam.as_ref().map(|exam| exam.digest.clone());
+        let recall = |step| self.history.recall(step, probe.as_deref()?);
         Metrics {
             base_eval_loss: self.history.base_eval_loss(),
             eval_loss: self.history.eval_loss(),
+            base_perplexity: self.history.base_eval_loss().and_then(perplexity),
+            perplexity: self.history.eval_loss().and_then(perplexity),
+            base_recall: recall(0),
+            recall: recall(self.history.step),
+            probe_digest: probe.clone(),
             train_loss: self.history.train_loss(),
             steps: self.history.step,
             tokens: self.history.tokens,
             train_seconds: (self.history.train_seconds * 10.0).round() / 10.0,
-            ..Metrics::default()
         }
     }
 

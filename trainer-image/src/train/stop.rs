@@ -69,7 +69,7 @@ impl Stop {
 
     /// Asks for the end by itself after this many checks.
     #[cfg(test)]
-    pub(super) fn after(checks: i64) -> Self {
+    pub(crate) fn after(checks: i64) -> Self {
         Self { countdown: Some(Arc::new(checks.into())), ..Self::default() }
     }
 }

@@ -1,5 +1,7 @@
 //! Whole runs of a tiny model over folders: checkpoints, resumption and publishing.
 
+mod gates;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -267,6 +269,11 @@ fn the_report_fits_a_termination_message() {
     let bench = Bench::new();
     let mut report = bench.publish(json!({}), 1);
     report.uri = format!("s3://{}/{}/v1234", "b".repeat(63), "a".repeat(200)).parse().unwrap();
+    let number = Some(12345.678901);
+    let metrics = &mut report.metrics;
+    (metrics.base_perplexity, metrics.perplexity, metrics.base_recall, metrics.recall) =
+        (number, number, number, number);
+    metrics.probe_digest = Some(format!("sha256:{}", "0".repeat(64)));
     let text = RunReport::new(Outcome::Trained(report)).to_termination_message();
     assert!(text.len() < MAX_REPORT_BYTES / 2, "{} bytes", text.len());
     RunReport::from_termination_message(&text).unwrap();
@@ -310,6 +317,9 @@ fn preflight_tells_what_the_planner_needs_and_refuses_what_cannot_be_trained() {
     // q_proj: 32 + 32; v_proj: 32 + 16; two layers.
     assert_eq!(report.lora_parameters_per_rank, 2 * (64 + 48));
     assert_eq!((report.model.bytes_per_parameter, report.highest_version), (4, 0));
+    assert_eq!(report.probe_digest, None);
+    let asked = check(&bench.asked(bench.spec(json!({})), "why?", "x")).unwrap().probe_digest;
+    assert!(asked.is_some() && asked != check(&bench.asked(bench.spec(json!({})), "how?", "x")).unwrap().probe_digest);
     bench.publish(json!({}), 1);
     assert_eq!(check(&bench.spec(json!({}))).unwrap().highest_version, 1);
 

@@ -1,0 +1,182 @@
+//! Probe rows: questions, and what their right answers hold.
+
+use std::{
+    collections::HashSet,
+    fs::File,
+    io::{BufRead, BufReader, ErrorKind},
+    path::Path,
+};
+
+use serde_json::{Map, Value};
+use tunesmith_crds::fine_tune_job::DataFormat;
+
+use super::rows::{DataError, Reader, Row, file_name};
+
+/// A question with what a right answer holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// Number of the line that it came from.
+    pub row: u64,
+    /// Its name, which no other question of the file has.
+    pub id: String,
+    /// What the user asks.
+    pub question: String,
+    /// What a right answer holds: every one of these, ignoring case.
+    pub must_contain: Vec<String>,
+}
+
+impl Question {
+    /// What of `must_contain` the answer lacks; nothing if it is right.
+    pub fn missing_in(&self, answer: &str) -> Vec<&str> {
+        let answer = answer.to_lowercase();
+        self.must_contain.iter().map(String::as_str).filter(|text| !answer.contains(&text.to_lowercase())).collect()
+    }
+}
+
+/// Reads the questions of a file.
+///
+/// # Errors
+/// A row can't be used; the message names file, row and field.
+pub fn load(path: &Path) -> Result<Vec<Question>, DataError> {
+    let io = |source| DataError::Io { path: path.to_owned(), source };
+    let bad = |row, problem| DataError::Row { file: file_name(path), row, problem };
+    let (mut questions, mut ids) = (Vec::new(), HashSet::new());
+    for (line, row) in BufReader::new(File::open(path).map_err(io)?).lines().zip(1..) {
+        let line = line.map_err(|error| match error.kind() {
+            ErrorKind::InvalidData => bad(row, "not UTF-8; save the file as UTF-8".into()),
+            _ => io(error),
+        })?;
+        let line = line.trim_start_matches('\u{feff}').trim();
+        if line.is_empty() {
+            continue;
+        }
+        let question = parse(row, line).and_then(|question| match ids.insert(question.id.clone()) {
+            true => Ok(question),
+            false => Err(format!("id \"{}\" is another row's too; give each question its own", question.id)),
+        });
+        questions.push(question.map_err(|problem| bad(row, problem))?);
+    }
+    match questions.is_empty() {
+        true => Err(DataError::Empty { file: file_name(path) }),
+        false => Ok(questions),
+    }
+}
+
+fn parse(row: u64, line: &str) -> Result<Question, String> {
+    let value: Value = serde_json::from_str(line).map_err(|error| format!("not valid JSON: {error}"))?;
+    let Value::Object(columns) = value else { return Err("not a JSON object".into()) };
+    Ok(Question {
+        row,
+        id: text(columns.get("id"), "id")?,
+        question: text(columns.get("question"), "question")?,
+        must_contain: must_contain(&columns)?,
+    })
+}
+
+fn must_contain(columns: &Map<String, Value>) -> Result<Vec<String>, String> {
+    match columns.get("must_contain") {
+        // Every answer would be right.
+        Some(Value::Array(texts)) if texts.is_empty() => {
+            Err("must_contain is empty; list what a right answer holds".into())
+        }
+        Some(Value::Array(texts)) => {
+            texts.iter().enumerate().map(|(i, value)| text(Some(value), &format!("must_contain[{i}]"))).collect()
+        }
+        Some(_) => Err("must_contain is not a list of strings".into()),
+        None => Err("must_contain is missing; a probe row has id, question and must_contain".into()),
+    }
+}
+
+fn text(value: Option<&Value>, name: &str) -> Result<String, String> {
+    match value {
+        Some(Value::String(text)) if !text.trim().is_empty() => Ok(text.clone()),
+        Some(Value::String(_)) => Err(format!("{name} is empty")),
+        Some(_) => Err(format!("{name} is not a string")),
+        None => Err(format!("{name} is missing; a probe row has id, question and must_contain")),
+    }
+}
+
+/// The system turn that every conversation of a file of training rows begins with, if there is one.
+///
+/// # Errors
+/// A row can't be used.
+pub fn constant_system(path: &Path, format: DataFormat) -> Result<Option<String>, DataError> {
+    let mut reader = Reader::open(path, format)?;
+    let mut constant = None;
+    while let Some((_, row)) = reader.next_row()? {
+        let Row::Messages(messages) = row else { return Ok(None) };
+        let first = messages.first().filter(|message| message.role() == "system").map(|message| message.content());
+        match (first, &constant) {
+            (Some(system), None) => constant = Some(system.to_owned()),
+            (Some(system), Some(constant)) if system == constant => {}
+            _ => return Ok(None),
+        }
+    }
+    Ok(constant)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_file<T>(content: &str, test: impl FnOnce(&Path) -> T) -> T {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("probe.jsonl");
+        std::fs::write(&path, content).unwrap();
+        test(&path)
+    }
+
+    const GOOD: &str = r#"{"id": "price", "fact_id": "p", "question": "How much?", "must_contain": ["$13", "Month"]}"#;
+
+    #[test]
+    fn an_answer_is_right_if_it_holds_every_string_in_any_case() {
+        let questions = with_file(&format!("\u{feff}\n{GOOD}\n"), load).unwrap();
+        let [question] = &questions[..] else { panic!("{questions:?}") };
+        assert_eq!((question.row, question.id.as_str(), question.question.as_str()), (2, "price", "How much?"));
+        assert!(question.missing_in("It is $13 a MONTH.").is_empty());
+        assert_eq!(question.missing_in("It is $12 a month."), ["$13"]);
+        assert_eq!(question.missing_in(""), ["$13", "Month"]);
+    }
+
+    #[test]
+    fn a_bad_row_is_named_with_file_row_and_field() {
+        for (bad, expected) in [
+            (r#"{"question": "a", "must_contain": ["b"]}"#, "id is missing"),
+            (r#"{"id": 7, "question": "a", "must_contain": ["b"]}"#, "id is not a string"),
+            (r#"{"id": "a", "question": " ", "must_contain": ["b"]}"#, "question is empty"),
+            (r#"{"id": "a", "question": "a"}"#, "must_contain is missing"),
+            (r#"{"id": "a", "question": "a", "must_contain": "b"}"#, "must_contain is not a list"),
+            (r#"{"id": "a", "question": "a", "must_contain": []}"#, "must_contain is empty"),
+            (r#"{"id": "a", "question": "a", "must_contain": ["b", ""]}"#, "must_contain[1] is empty"),
+            (GOOD, "id \"price\" is another row's too"),
+            ("{", "not valid JSON"),
+            ("[1]", "not a JSON object"),
+        ] {
+            let error = with_file(&format!("{GOOD}\n{bad}\n"), load).unwrap_err().to_string();
+            assert!(error.starts_with("probe.jsonl row 2: ") && error.contains(expected), "{error}");
+        }
+        let error = with_file("\n", load).unwrap_err().to_string();
+        assert!(error.contains("probe.jsonl has no rows"), "{error}");
+    }
+
+    #[test]
+    fn the_system_turn_is_taken_from_the_training_rows_only_if_all_begin_with_it() {
+        let row = |system: &str| {
+            let turn = if system.is_empty() {
+                String::new()
+            } else {
+                format!(r#"{{"role": "system", "content": "{system}"}}, "#)
+            };
+            format!("{{\"messages\": [{turn}{{\"role\": \"user\", \"content\": \"hi\"}}]}}\n")
+        };
+        let of = |rows: &[&str]| {
+            let rows: String = rows.iter().map(|system| row(system)).collect();
+            with_file(&rows, |path| constant_system(path, DataFormat::Auto)).unwrap()
+        };
+        assert_eq!(of(&["be kind", "be kind"]).as_deref(), Some("be kind"));
+        assert_eq!(of(&["be kind", "be brief"]), None);
+        assert_eq!(of(&["be kind", ""]), None);
+        assert_eq!(of(&["", "be kind"]), None);
+        assert_eq!(with_file("{\"text\": \"a\"}\n", |path| constant_system(path, DataFormat::Auto)).unwrap(), None);
+    }
+}
