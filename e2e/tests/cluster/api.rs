@@ -10,13 +10,17 @@ use crate::tenant::Tenant;
 #[tokio::test(flavor = "multi_thread")]
 async fn the_api_server_refuses_a_bad_manifest_and_says_what_to_do() -> Result<()> {
     let team = Tenant::new("api").await?;
-    let cases: [(Value, &str); 8] = [
+    let recall = json!({"gates": [{"metric": "recall", "min": 0.8}]});
+    let twice = json!({"gates": [{"metric": "eval_loss", "max": 2.0}, {"metric": "eval_loss", "max": 1.0}]});
+    let cases: [(Value, &str); 10] = [
         (json!({"method": "QLoRA"}), "method QLoRA needs quantization"),
         (json!({"method": "Full", "lora": {"rank": 8}}), "method Full trains every parameter and takes no lora"),
         (json!({"lora": {"rank": 4096}}), "should be less than or equal to 1024"),
         (json!({"lora": {"dropout": 1.0}}), "must lie in [0, 1)"),
         (json!({"training": {"learningRate": 0}}), "must be greater than 0"),
         (json!({"dataset": {"evalFraction": null}}), "exactly one of eval.uri and evalFraction"),
+        (json!({"evaluation": recall}), "metric recall needs min and probe"),
+        (json!({"evaluation": twice}), "give each metric one gate"),
         (json!({"baseModel": {"uri": "gopher://models"}}), "must be s3://bucket/key or file:///path"),
         (json!({"output": {"adapterName": "Support_Bot"}}), "must be a DNS label"),
     ];

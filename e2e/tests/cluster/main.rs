@@ -5,6 +5,7 @@
 
 mod api;
 mod bad_input;
+mod gates;
 mod happy_path;
 mod interruptions;
 mod queueing;
