@@ -230,8 +230,7 @@ fn run_here(manifest: &Path, local: &Local, stores: &Stores, runtime: &Runtime) 
 
 fn preflight_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
     report_to(&pod.report, || {
-        Stop::exit_on_signals(runtime.handle()).map_err(no_signals)?;
-        let (stop, progress) = (Stop::default(), Progress::new());
+        let (stop, progress) = (Stop::on_signals(runtime.handle()).map_err(no_signals)?, Progress::new());
         let context = Context { stores, work: &pod.work_dir, progress: &progress, stop: &stop };
         Ok(Outcome::Preflight(preflight(&read_spec::<RunSpec>(&pod.run_spec)?, context)?))
     })
@@ -252,7 +251,7 @@ fn train_pod(pod: &Pod, listen: SocketAddr, stores: &Stores, runtime: &Runtime) 
 
 fn verify_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
     report_to(&pod.report, || {
-        Stop::exit_on_signals(runtime.handle()).map_err(no_signals)?;
+        Stop::on_signals(runtime.handle()).map_err(no_signals)?;
         let spec: VerifySpec = read_spec(&pod.run_spec)?;
         let folder = stores.open(Role::Output, &spec.artifact.uri)?;
         Ok(Outcome::Verified(verify(&spec.artifact, &folder)?))

@@ -75,6 +75,7 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     if run.resume()?.is_break() {
         return Ok(Outcome::Preempted { step: run.history.step });
     }
+    context.stop.hold_off();
 
     context.progress.stage(TrainStage::Training);
     if run.steps_to_the_end()?.is_break() || run.measure_recall(run.history.step)?.is_break() {

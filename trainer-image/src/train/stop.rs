@@ -1,4 +1,5 @@
-//! SIGTERM and Ctrl-C: a request to end at the next micro-batch, with a checkpoint.
+//! SIGTERM and Ctrl-C. While there is nothing to save, they end the process; from then on they are a request to end at
+//! the next micro-batch, with a checkpoint.
 
 use std::sync::{
     Arc,
@@ -15,27 +16,17 @@ use tunesmith_crds::names::exit_code;
 #[derive(Clone, Default)]
 pub struct Stop {
     requested: Arc<AtomicBool>,
+    /// Whether there is something to save first.
+    held_off: Arc<AtomicBool>,
     /// Checks after which a test's run is stopped.
     #[cfg(test)]
     countdown: Option<Arc<std::sync::atomic::AtomicI64>>,
 }
 
 impl Stop {
-    /// For work that has nothing to save: the first SIGTERM or SIGINT ends the process. (The kernel's own default
-    /// does not: the trainer is process 1 of its container.)
-    ///
-    /// # Errors
-    /// Signals can't be listened to.
-    pub fn exit_on_signals(runtime: &Handle) -> std::io::Result<()> {
-        let mut signals = Signals::new(runtime)?;
-        runtime.spawn(async move {
-            signals.next().await;
-            std::process::exit(exit_code::PREEMPTED);
-        });
-        Ok(())
-    }
-
-    /// Asked for by the first SIGTERM or SIGINT; the second ends the process at once.
+    /// Listens for SIGTERM and SIGINT: the first ends the process at once, in the middle of a download or of a file. (The
+    /// kernel's own default does not: the trainer is process 1 of its container.) After [`Stop::hold_off`] the first
+    /// asks for the end, and the second brings it.
     ///
     /// # Errors
     /// Signals can't be listened to.
@@ -45,12 +36,19 @@ impl Stop {
         let mut signals = Signals::new(runtime)?;
         runtime.spawn(async move {
             signals.next().await;
-            tracing::info!("asked to stop: the run ends after a checkpoint");
-            requested.request();
-            signals.next().await;
+            if requested.held_off.load(Ordering::Relaxed) {
+                tracing::info!("asked to stop: the run ends after a checkpoint");
+                requested.request();
+                signals.next().await;
+            }
             std::process::exit(exit_code::PREEMPTED);
         });
         Ok(stop)
+    }
+
+    /// From now on there is something to save before the end.
+    pub fn hold_off(&self) {
+        self.held_off.store(true, Ordering::Relaxed);
     }
 
     /// Asks for the end.
