@@ -181,6 +181,12 @@ pub struct Metrics {
     pub train_loss: Option<f64>,
     /// Optimizer steps.
     pub steps: u64,
+    /// The step whose weights are published, where loadBestModelAtEnd chose it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best_step: Option<u64>,
+    /// Steps whose update was left out, because their loss or gradient was NaN or infinite (onNonFinite: Skip).
+    #[serde(skip_serializing_if = "crate::fine_tune_job::is_zero")]
+    pub skipped_steps: u64,
     /// Tokens worked through.
     pub tokens: u64,
     /// Seconds from the first step to the last, over all attempts.

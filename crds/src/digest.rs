@@ -4,12 +4,13 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    fine_tune_job::{DataFormat, LrScheduler, Optim, Training},
+    fine_tune_job::{DataFormat, LrScheduler, LrSchedulerKwargs, OnNonFinite, Optim, Training},
     run::{Method, PreflightReport, RunSpec},
 };
 
-/// What goes into the digest, in the order in which it is written. How often a run logs, evaluates and saves is left
-/// out, and so are recomputation and the gates: they change nothing in the weights.
+/// What goes into the digest, in the order in which it is written. How often a run logs and saves is left out, and so are
+/// recomputation and the gates: they change nothing in the weights. How often it evaluates goes in where evaluations decide
+/// which weights are published.
 #[derive(Serialize)]
 struct Inputs<'a> {
     numerics_version: u32,
@@ -26,15 +27,27 @@ struct Inputs<'a> {
     optim: Optim,
     learning_rate: f64,
     lr_scheduler_type: LrScheduler,
+    lr_scheduler_kwargs: LrSchedulerKwargs,
     warmup_ratio: f64,
     warmup_steps: Option<u64>,
     weight_decay: f64,
     max_grad_norm: f64,
+    on_non_finite: OnNonFinite,
     max_length: u32,
     packing: bool,
     seed: u64,
     neftune_noise_alpha: Option<f64>,
     bf16: bool,
+    evaluation: Option<Evaluation>,
+}
+
+/// How evaluations decide which weights are published.
+#[derive(Serialize)]
+struct Evaluation {
+    eval_steps: Option<u64>,
+    early_stopping_patience: Option<u32>,
+    early_stopping_threshold: f64,
+    load_best_model_at_end: bool,
 }
 
 /// Digest (`sha256:…`) of a run's inputs: the base model and data that preflight read, the method and every option
@@ -49,10 +62,12 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         optim,
         learning_rate,
         lr_scheduler_type,
+        lr_scheduler_kwargs,
         warmup_ratio,
         warmup_steps,
         weight_decay,
         max_grad_norm,
+        on_non_finite,
         max_length,
         packing,
         seed,
@@ -60,10 +75,20 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         bf16,
         gradient_checkpointing: _,
         logging_steps: _,
-        eval_steps: _,
+        eval_steps,
+        early_stopping_patience,
+        early_stopping_threshold,
+        load_best_model_at_end,
         save_steps: _,
         save_total_limit: _,
     } = spec.training;
+    let decides = early_stopping_patience.is_some() || load_best_model_at_end;
+    let evaluation = decides.then(|| Evaluation {
+        eval_steps,
+        early_stopping_patience,
+        early_stopping_threshold: early_stopping_threshold.unwrap_or_default(),
+        load_best_model_at_end,
+    });
     let inputs = Inputs {
         numerics_version: preflight.numerics_version,
         base: &preflight.base_digest,
@@ -79,15 +104,18 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         optim,
         learning_rate,
         lr_scheduler_type,
+        lr_scheduler_kwargs: lr_scheduler_kwargs.unwrap_or_default(),
         warmup_ratio,
         warmup_steps,
         weight_decay,
         max_grad_norm,
+        on_non_finite,
         max_length,
         packing,
         seed,
         neftune_noise_alpha,
         bf16,
+        evaluation,
     };
     let mut hash = Sha256::new();
     hash.update(serde_json::to_vec(&inputs).unwrap_or_default());
@@ -141,6 +169,8 @@ mod tests {
         let mut logs_more = job();
         logs_more.spec.training.logging_steps = 1;
         logs_more.spec.training.gradient_checkpointing = true;
+        logs_more.spec.training.eval_steps = Some(5);
+        logs_more.spec.training.lr_scheduler_kwargs = Some(LrSchedulerKwargs::default());
         logs_more.spec.backoff_limit = 9;
         logs_more.spec.evaluation = serde_json::from_value(serde_json::json!({
             "gates": [{"metric": "eval_loss", "max": 1.5}],
@@ -159,5 +189,29 @@ mod tests {
         let other_data =
             PreflightReport { dataset: DatasetRecord { digest: "sha256:e".into(), rows: 1, tokens: 1 }, ..preflight() };
         assert_ne!(digest_of(&job(), &other_data), same);
+    }
+
+    #[test]
+    fn every_option_of_the_training_loop_that_changes_the_weights_is_in_the_digest() {
+        let digest = |options: serde_json::Value| {
+            let mut job = job();
+            job.spec.training = serde_json::from_value(options).unwrap();
+            digest_of(&job, &preflight())
+        };
+        let digests = [
+            serde_json::json!({}),
+            serde_json::json!({"lrSchedulerType": "polynomial"}),
+            serde_json::json!({"lrSchedulerType": "polynomial", "lrSchedulerKwargs": {"power": 2.0}}),
+            serde_json::json!({"lrSchedulerType": "polynomial", "lrSchedulerKwargs": {"lrEnd": 1e-6}}),
+            serde_json::json!({"onNonFinite": "Skip"}),
+            serde_json::json!({"evalSteps": 5, "loadBestModelAtEnd": true}),
+            serde_json::json!({"evalSteps": 10, "loadBestModelAtEnd": true}),
+            serde_json::json!({"evalSteps": 10, "earlyStoppingPatience": 3}),
+            serde_json::json!({"evalSteps": 10, "earlyStoppingPatience": 4}),
+            serde_json::json!({"evalSteps": 10, "earlyStoppingPatience": 4, "earlyStoppingThreshold": 0.1}),
+        ]
+        .map(digest);
+        let different: std::collections::BTreeSet<&String> = digests.iter().collect();
+        assert_eq!(different.len(), digests.len());
     }
 }

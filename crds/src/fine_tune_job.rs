@@ -5,6 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use crate::lr_schedule::{DecayType, LrScheduler, LrSchedulerKwargs};
 pub use crate::method::{Lora, LoraBias, MethodName, Quantization, QuantizationType};
 use crate::{
     evaluation::{Evaluation, GateResult},
@@ -157,6 +158,7 @@ pub enum DataFormat {
 
 /// The training loop, in the words of Hugging Face TrainingArguments.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = rules(&TRAINING_RULES)))]
 #[serde(rename_all = "camelCase", default)]
 pub struct Training {
     /// Passes over the training rows.
@@ -179,6 +181,9 @@ pub struct Training {
     pub learning_rate: f64,
     /// How the learning rate falls after warm-up.
     pub lr_scheduler_type: LrScheduler,
+    /// Options of lrSchedulerType; left out, each has its default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_scheduler_kwargs: Option<LrSchedulerKwargs>,
     /// Share of all steps over which the learning rate rises from 0. warmupSteps goes before it.
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0 && self <= 1.0", "must lie in [0, 1]")))]
     pub warmup_ratio: f64,
@@ -192,6 +197,9 @@ pub struct Training {
     /// Scales the gradient down to this norm; 0 does not clip.
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
     pub max_grad_norm: f64,
+    /// What becomes of a step whose loss or gradient is NaN or infinite: Stop ends the run and names the rows. Skip
+    /// leaves that step's update out and counts it; after 10 such steps in a row the run ends all the same.
+    pub on_non_finite: OnNonFinite,
     /// Tokens of a row that are kept; longer rows are truncated, and the report counts them.
     #[schemars(range(min = 2, max = 1_048_576))]
     pub max_length: u32,
@@ -216,10 +224,20 @@ pub struct Training {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100_000_000))]
     pub eval_steps: Option<u64>,
+    /// Ends the run after this many evaluations in a row without a better eval loss. Needs evalSteps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub early_stopping_patience: Option<u32>,
+    /// How much lower than the best an eval loss must be to count as better for earlyStoppingPatience. Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
+    pub early_stopping_threshold: Option<f64>,
+    /// Publish the weights with the lowest eval loss instead of the last ones. Needs evalSteps.
+    pub load_best_model_at_end: bool,
     /// Steps between two checkpoints.
     #[schemars(range(min = 1, max = 100_000_000))]
     pub save_steps: u64,
-    /// Checkpoints that are kept; the oldest goes first.
+    /// Checkpoints that are kept; the oldest step goes first, but never the best one of loadBestModelAtEnd.
     #[schemars(range(min = 1, max = 1000))]
     pub save_total_limit: u32,
 }
@@ -234,10 +252,12 @@ impl Default for Training {
             optim: Optim::AdamwTorch,
             learning_rate: 2e-4,
             lr_scheduler_type: LrScheduler::Cosine,
+            lr_scheduler_kwargs: None,
             warmup_ratio: 0.03,
             warmup_steps: None,
             weight_decay: 0.0,
             max_grad_norm: 1.0,
+            on_non_finite: OnNonFinite::Stop,
             max_length: 1024,
             packing: false,
             seed: 42,
@@ -246,6 +266,9 @@ impl Default for Training {
             gradient_checkpointing: false,
             logging_steps: 10,
             eval_steps: None,
+            early_stopping_patience: None,
+            early_stopping_threshold: None,
+            load_best_model_at_end: false,
             save_steps: 50,
             save_total_limit: 2,
         }
@@ -263,17 +286,14 @@ pub enum Optim {
     Sgd,
 }
 
-/// How the learning rate falls after warm-up.
+/// What becomes of a step whose loss or gradient is NaN or infinite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum LrScheduler {
-    /// In a straight line to 0.
-    Linear,
-    /// Along half a cosine to 0.
+pub enum OnNonFinite {
+    /// The run ends, and the message names the rows.
     #[default]
-    Cosine,
-    /// Not at all.
-    Constant,
+    Stop,
+    /// The step's update is left out.
+    Skip,
 }
 
 /// What to run on.
@@ -421,6 +441,9 @@ pub struct Progress {
     pub total_steps: u64,
     /// Passes over the data done.
     pub epoch: f64,
+    /// Steps whose update was left out (onNonFinite: Skip).
+    #[serde(skip_serializing_if = "is_zero")]
+    pub skipped_steps: u64,
     /// Mean loss of a trained token over the last logged steps, in nats.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
@@ -478,6 +501,52 @@ pub struct RunRecord {
     /// When it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
+}
+
+/// What a count that is seldom there says to serde.
+pub(crate) fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
+/// What must hold between the options of the training loop: CEL rules, each with its message.
+const TRAINING_RULES: [(&str, &str); 8] = [
+    (
+        "!has(self.earlyStoppingPatience) || has(self.evalSteps)",
+        "earlyStoppingPatience counts evaluations: set evalSteps, the steps between two of them",
+    ),
+    (
+        "!has(self.earlyStoppingThreshold) || has(self.earlyStoppingPatience)",
+        "earlyStoppingThreshold needs earlyStoppingPatience",
+    ),
+    (
+        "!self.loadBestModelAtEnd || has(self.evalSteps)",
+        "loadBestModelAtEnd chooses between evaluations: set evalSteps, the steps between two of them",
+    ),
+    (
+        "self.lrSchedulerType == 'cosine_with_restarts' || !has(self.lrSchedulerKwargs) || !has(self.lrSchedulerKwargs.numCycles)",
+        "lrSchedulerKwargs.numCycles is for lrSchedulerType cosine_with_restarts only",
+    ),
+    (
+        "self.lrSchedulerType == 'polynomial' || !has(self.lrSchedulerKwargs) || !(has(self.lrSchedulerKwargs.power) || has(self.lrSchedulerKwargs.lrEnd))",
+        "lrSchedulerKwargs.power and lrEnd are for lrSchedulerType polynomial only",
+    ),
+    (
+        "!has(self.lrSchedulerKwargs) || !has(self.lrSchedulerKwargs.lrEnd) || self.lrSchedulerKwargs.lrEnd < self.learningRate",
+        "lrSchedulerKwargs.lrEnd must be less than learningRate",
+    ),
+    (
+        "self.lrSchedulerType == 'warmup_stable_decay' || !has(self.lrSchedulerKwargs) || !(has(self.lrSchedulerKwargs.numDecaySteps) || has(self.lrSchedulerKwargs.decayType) || has(self.lrSchedulerKwargs.minLrRatio))",
+        "lrSchedulerKwargs.numDecaySteps, decayType and minLrRatio are for lrSchedulerType warmup_stable_decay only",
+    ),
+    (
+        "self.lrSchedulerType != 'warmup_stable_decay' || (has(self.lrSchedulerKwargs) && has(self.lrSchedulerKwargs.numDecaySteps))",
+        "lrSchedulerType warmup_stable_decay needs lrSchedulerKwargs.numDecaySteps, the steps of the fall at the end",
+    ),
+];
+
+/// CEL rules on a type with container-level defaults, which `#[x_kube]` does not take.
+fn rules(rules: &[(&str, &str)]) -> serde_json::Value {
+    rules.iter().map(|(rule, message)| serde_json::json!({"rule": rule, "message": message})).collect()
 }
 
 /// A CEL rule on a field. (`#[x_kube]` on a field would need a type without container-level defaults.)

@@ -13,6 +13,7 @@ pub mod digest;
 pub mod evaluation;
 pub mod fine_tune_job;
 pub mod gpu_class;
+mod lr_schedule;
 pub mod manifests;
 pub mod method;
 pub mod names;

@@ -48,6 +48,16 @@ fn a_sound_job_passes_every_rule() {
     let quantization = json!({"bits": 4, "type": "nf4"});
     assert_eq!(refusals(with(job(), &[("/spec/method", json!("QLoRA")), ("/spec/quantization", quantization)])), "");
     assert_eq!(refusals(with(job(), &[("/spec/method", json!("Full")), ("/spec/lora", Value::Null)])), "");
+    for training in [
+        json!({"evalSteps": 10, "earlyStoppingPatience": 3, "earlyStoppingThreshold": 0.01, "loadBestModelAtEnd": true}),
+        json!({"lrSchedulerType": "cosine_with_restarts", "lrSchedulerKwargs": {"numCycles": 2}}),
+        json!({"lrSchedulerType": "polynomial", "lrSchedulerKwargs": {"power": 2.0, "lrEnd": 0.0}}),
+        json!({"lrSchedulerType": "inverse_sqrt", "onNonFinite": "Skip"}),
+        json!({"lrSchedulerType": "warmup_stable_decay",
+               "lrSchedulerKwargs": {"numDecaySteps": 4, "decayType": "1-sqrt", "minLrRatio": 0.1}}),
+    ] {
+        assert_eq!(refusals(with(job(), &[("/spec/training", training)])), "");
+    }
 }
 
 #[test]
@@ -68,6 +78,28 @@ fn each_rule_refuses_the_manifest_that_breaks_it_and_says_what_to_do() {
         (&[("/spec/lora/alpha", json!(0.0))], "must be greater than 0"),
         (&[("/spec/training", json!({"learningRate": 0.0}))], "must be greater than 0"),
         (&[("/spec/training", json!({"warmupRatio": 1.5}))], "must lie in [0, 1]"),
+        (&[("/spec/training", json!({"earlyStoppingPatience": 3}))], "earlyStoppingPatience counts evaluations"),
+        (
+            &[("/spec/training", json!({"evalSteps": 10, "earlyStoppingThreshold": 0.1}))],
+            "earlyStoppingThreshold needs earlyStoppingPatience",
+        ),
+        (
+            &[("/spec/training", json!({"evalSteps": 10, "earlyStoppingPatience": 1, "earlyStoppingThreshold": -0.1}))],
+            "must not be negative",
+        ),
+        (&[("/spec/training", json!({"loadBestModelAtEnd": true}))], "loadBestModelAtEnd chooses between evaluations"),
+        (&[("/spec/training", json!({"lrSchedulerKwargs": {"numCycles": 2}}))], "cosine_with_restarts only"),
+        (&[("/spec/training", json!({"lrSchedulerKwargs": {"power": 2.0}}))], "lrSchedulerType polynomial only"),
+        (&[("/spec/training", json!({"lrSchedulerKwargs": {"lrEnd": 0.0}}))], "lrSchedulerType polynomial only"),
+        (
+            &[("/spec/training", json!({"lrSchedulerType": "polynomial", "lrSchedulerKwargs": {"lrEnd": 0.01}}))],
+            "lrEnd must be less than learningRate",
+        ),
+        (&[("/spec/training", json!({"lrSchedulerKwargs": {"minLrRatio": 0.1}}))], "warmup_stable_decay only"),
+        (
+            &[("/spec/training", json!({"lrSchedulerType": "warmup_stable_decay"}))],
+            "warmup_stable_decay needs lrSchedulerKwargs.numDecaySteps",
+        ),
         (&[("/spec/resources", json!({"memory": "lots"}))], "must be a quantity such as 4Gi"),
         (&[("/spec/output/adapterName", json!("Support_Bot"))], "must be a DNS label"),
         (

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use tunesmith_crds::names::exit_code;
+use tunesmith_crds::{Uri, names::exit_code};
 
 use crate::{convert::ConvertError, data::DataError, model::ModelError, publish::PublishError, store::StoreError};
 
@@ -32,6 +32,14 @@ pub enum Error {
     /// The data can't be used.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// A checkpoint that is needed was whole, and is so no more.
+    #[error("{uri} can't be used: {problem}; the next attempt goes on from an earlier checkpoint")]
+    Checkpoint {
+        /// Its folder.
+        uri: Uri,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The numbers went wrong.
     #[error(transparent)]
     Engine(#[from] tunesmith_engine::Error),
@@ -56,6 +64,7 @@ impl Error {
             Self::Store(error) | Self::Model(ModelError::Store(error)) => error.exit_code(),
             Self::Model(_) => exit_code::BAD_INPUT,
             Self::Publish(error) => error.exit_code(),
+            Self::Checkpoint { .. } => exit_code::STORAGE,
             Self::Internal(_) => INTERNAL,
         }
     }

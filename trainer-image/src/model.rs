@@ -27,7 +27,7 @@ const INDEX: &str = "model.safetensors.index.json";
 /// What every model folder needs besides weights.
 const REQUIRED: [&str; 3] = ["config.json", "tokenizer.json", "tokenizer_config.json"];
 /// What is used where it is there.
-const OPTIONAL: [&str; 2] = ["generation_config.json", "chat_template.jinja"];
+const OPTIONAL: [&str; 3] = ["generation_config.json", "chat_template.jinja", "special_tokens_map.json"];
 /// The longest header of a safetensors file, as the format defines it.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 

@@ -8,7 +8,7 @@ use crate::{
     inputs::Inputs,
     publish::MANIFEST,
     store::{Location, Role, StoreError},
-    train::{Context, lora_of, lora_options},
+    train::{Context, lora_of, lora_options, schedule},
 };
 
 /// Checks model, data and output folder.
@@ -24,6 +24,7 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<PreflightReport
     let highest_version = highest_version(&output)?;
 
     let inputs = Inputs::load(spec, context.stores, context.work)?;
+    schedule(&spec.training, inputs.batches.total_steps())?;
     let per_rank = lora_options(lora, &spec.training).parameters_per_rank(&inputs.model.config)?;
     let truncated = inputs.train.iter().filter(|row| row.truncated).count();
     Ok(PreflightReport {

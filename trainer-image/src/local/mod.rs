@@ -20,7 +20,7 @@ use crate::{
     preflight::{highest_version, preflight},
     publish::published,
     store::{Location, Role, StoreError, Stores},
-    train::{Context, train},
+    train::{Checkpoints, Context, train},
 };
 
 /// How a run ended.
@@ -69,6 +69,7 @@ fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Resul
     let suffices = |metrics: &Metrics| job.spec.evaluation.is_measured_by(metrics, report.probe_digest.as_deref());
     if let Some(report) = same_inputs(&adapter, &digest, suffices)? {
         progress.note(&format!("these inputs were trained before, as {}: nothing to do", report.uri));
+        Checkpoints::new(&adapter, &digest, &spec.training).clear();
         return Ok(Outcome::Trained(report));
     }
     let task = TrainTask {

@@ -75,8 +75,16 @@ fn the_same_manifest_trains_once_and_a_changed_one_makes_the_next_version() {
     assert_eq!(second.version, 2);
     assert_eq!(published(&desk, MANIFEST), first, "the first version still serves its inputs");
     let files: Vec<_> = first.files.iter().map(|file| file.path.as_str()).collect();
-    let expected =
-        ["README.md", "adapter_config.json", "adapter_model.safetensors", "loss_curve.svg", "trainer_state.json"];
+    let expected = [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loss_curve.svg",
+        "runs/events.out.tfevents.0.tunesmith",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "trainer_state.json",
+    ];
     assert_eq!(files, expected);
 }
 

@@ -50,6 +50,7 @@ fn exposition(live: &LiveProgress) -> String {
     gauge("step", "Optimizer steps done.", Some(progress.step as f64));
     gauge("total_steps", "Optimizer steps in all.", Some(progress.total_steps as f64));
     gauge("epoch", "Passes over the data done.", Some(progress.epoch));
+    gauge("skipped_steps", "Optimizer steps left out: NaN or infinite.", Some(progress.skipped_steps as f64));
     gauge("loss", "Mean training loss over the last logged steps, in nats a token.", progress.loss);
     gauge("eval_loss", "Mean evaluation loss, in nats a token.", progress.eval_loss);
     gauge("tokens_per_second", "Tokens worked through in a second.", progress.tokens_per_second);

@@ -8,20 +8,32 @@ pub(super) fn render(trained: &Trained<'_>) -> String {
     let Trained { spec, task, lora, history, manifest, .. } = trained;
     let (name, version, base) = (&spec.adapter_name, task.version, &spec.base_model);
     let training = &spec.training;
-    let Metrics { steps, tokens, train_seconds, .. } = manifest.metrics;
+    let Metrics { steps, tokens, train_seconds, best_step, skipped_steps, eval_loss, .. } = manifest.metrics;
     let loss = |loss: Option<f64>| loss.map_or("not measured".to_owned(), |loss| format!("{loss:.4}"));
+    let place = match spec.job.namespace.as_str() {
+        "" => String::new(),
+        namespace => format!("{namespace}/"),
+    };
+    let weights = match best_step {
+        Some(step) => format!("of step {step}, with the lowest eval loss"),
+        None => "of the last step".to_owned(),
+    };
+    let skipped = match skipped_steps {
+        0 => String::new(),
+        steps => format!(" ({steps} left out: NaN or infinite)"),
+    };
     format!(
         "---
 base_model: {base}
 library_name: peft
 pipeline_tag: text-generation
-tags: [lora, tunesmith]
+tags: [lora, transformers, tunesmith]
 ---
 
 # {name} v{version}
 
 A LoRA adapter for `{base}`, fine-tuned by the FineTuneJob `{job}` with Tunesmith. `manifest.json` lists every file
-with its digest, and all that the result depends on.
+with its digest, and all that the result depends on. The tokenizer's files are the base model's.
 
 | loss (nats a token) | |
 |---|---|
@@ -31,19 +43,31 @@ with its digest, and all that the result depends on.
 
 {other_metrics}{gates}![Loss curve](loss_curve.svg)
 
+`tensorboard --logdir .` shows the same curve, with learning rate, gradient norm and speed.
+
 ## Training
 
 | | |
 |---|---|
 | rank, alpha, dropout | {rank}, {alpha}, {dropout} |
 | target modules | {targets} |
-| steps, epochs | {steps}, {epochs:.2} |
+| steps, epochs | {steps}{skipped}, {epochs:.2} |
+| weights | {weights} |
 | batch | {batch} rows × {accumulation} |
 | learning rate | {rate}, {schedule:?} |
 | tokens | {tokens} in {train_seconds:.0} s |
-| base model | `{base_digest}` |
-| dataset | `{dataset_digest}` |
-| inputs | `{input_digest}` |
+
+## Lineage
+
+| | |
+|---|---|
+| base model | `{base}` `{base_digest}` |
+| training data | `{train_uri}` |
+| evaluation data | {eval_uri} |
+| dataset digest | `{dataset_digest}` |
+| all inputs | `{input_digest}` |
+| job | `{place}{job}`, generation {generation}, run {run} |
+| trainer | `{image}` |
 
 ## Use
 
@@ -57,7 +81,7 @@ model = PeftModel.from_pretrained(model, \"path/to/this/folder\")
 ",
         job = spec.job.name,
         before = loss(history.base_eval_loss()),
-        after = loss(history.eval_loss()),
+        after = loss(eval_loss),
         train = loss(history.train_loss()),
         other_metrics = other_metrics(&manifest.metrics),
         gates = gates(&manifest.gates),
@@ -73,6 +97,14 @@ model = PeftModel.from_pretrained(model, \"path/to/this/folder\")
         base_digest = task.base_digest,
         dataset_digest = task.dataset_digest,
         input_digest = task.input_digest,
+        train_uri = spec.dataset.train.uri,
+        eval_uri = match &spec.dataset.eval {
+            Some(eval) => format!("`{}`", eval.uri),
+            None => "held out of the training data".to_owned(),
+        },
+        generation = spec.job.generation,
+        run = spec.job.run,
+        image = task.trainer_image,
     )
 }
 

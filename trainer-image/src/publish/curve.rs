@@ -109,11 +109,11 @@ mod tests {
 
     #[test]
     fn every_measured_loss_is_inside_the_picture() {
-        let train = |step, loss| TrainPoint { step, epoch: 0.0, loss, grad_norm: 1.0, learning_rate: 1.0 };
+        let train = |step, loss| TrainPoint { step, loss, ..TrainPoint::default() };
         let history = History {
             step: 20,
             logs: vec![train(10, 3.0), train(20, 9.9)],
-            evals: vec![EvalPoint { step: 0, epoch: 0.0, loss: 3.343 }],
+            evals: vec![EvalPoint { loss: 3.343, ..EvalPoint::default() }],
             ..History::default()
         };
         let svg = render(&history);

@@ -5,7 +5,10 @@ mod card;
 mod curve;
 mod manifest;
 mod peft;
+mod tensorboard;
 mod trainer_state;
+
+use std::{collections::BTreeMap, fs, io, path::Path};
 
 use tunesmith_crds::{
     Uri,
@@ -23,6 +26,11 @@ use crate::{
     store::{Created, Location, StoreError},
     train::History,
 };
+
+/// Files of the base model's that tell how to turn text into tokens. They come with the adapter, where it has them, as
+/// PEFT's users expect.
+const TOKENIZER_FILES: [&str; 4] =
+    ["chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
 
 /// Why a result was not published.
 #[derive(Debug, thiserror::Error)]
@@ -91,8 +99,12 @@ pub struct Trained<'a> {
     pub history: &'a History,
     /// The data and the metrics, for the record.
     pub manifest: Manifest,
-    /// Optimizer steps of a pass over the data.
+    /// Passes over the data.
     pub epochs: f64,
+    /// Optimizer steps that the run would make without early stopping.
+    pub total_steps: u64,
+    /// Folder of the base model.
+    pub model: &'a Path,
 }
 
 /// What is published in a version's folder, if it is this run's.
@@ -122,7 +134,7 @@ pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, P
     if peft::is_zero(&trained.adapter) {
         return Err(PublishError::ZeroAdapter);
     }
-    let files = files(&trained);
+    let files = files(&trained)?;
     for (name, bytes) in &files {
         folder.join(name).write(bytes.clone())?;
     }
@@ -141,15 +153,26 @@ pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, P
     Ok(report)
 }
 
-fn files(trained: &Trained<'_>) -> Vec<(&'static str, Vec<u8>)> {
+/// Every file but the manifest, by name.
+fn files(trained: &Trained<'_>) -> Result<BTreeMap<&'static str, Vec<u8>>, PublishError> {
     let base = trained.spec.base_model.to_string();
-    vec![
+    let mut files = BTreeMap::from([
         ("README.md", card::render(trained).into_bytes()),
         ("adapter_config.json", peft::config(trained.lora, &trained.adapter, &base).into_bytes()),
         ("adapter_model.safetensors", peft::weights(&trained.adapter)),
         ("loss_curve.svg", curve::render(trained.history).into_bytes()),
+        (tensorboard::FILE, tensorboard::render(trained.history)),
         ("trainer_state.json", trainer_state::render(trained).into_bytes()),
-    ]
+    ]);
+    for name in TOKENIZER_FILES {
+        let path = trained.model.join(name);
+        match fs::read(&path) {
+            Ok(bytes) => _ = files.insert(name, bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(StoreError::Disk { path, source }.into()),
+        }
+    }
+    Ok(files)
 }
 
 fn read_back(folder: &Location, files: &[ArtifactFile]) -> Result<(), PublishError> {

@@ -1,8 +1,10 @@
 //! One run, from inputs to a published version. [`train`] is its table of contents; [`Run`] is the loop.
 
+mod best;
 mod checkpoint;
 mod history;
 mod recall;
+mod schedule;
 mod stop;
 #[cfg(test)]
 mod tests;
@@ -17,27 +19,34 @@ use tunesmith_crds::{
     Method, RunSpec,
     adapter_version::Metrics,
     evaluation::perplexity,
-    fine_tune_job::{Lora, LrScheduler, Progress as Numbers, Training},
+    fine_tune_job::{Lora, OnNonFinite, Progress as Numbers, Training},
     run::{Outcome, TrainStage, TrainTask},
 };
 use tunesmith_engine::{
-    Error as EngineError, LoraOptions, LossSum, Model, Optimizer, Recompute, Schedule, ScheduleKind, TargetModules,
-    Trainer, TrainerOptions, Warmup,
+    Error as EngineError, LoraOptions, LossSum, Model, Optimizer, Recompute, Schedule, TargetModules, TrainState,
+    Trainer, TrainerOptions,
 };
 
-use self::checkpoint::Checkpoints;
 pub use self::{
+    checkpoint::Checkpoints,
     history::{EvalPoint, History, RecallPoint, TrainPoint, Window},
+    schedule::schedule,
     stop::Stop,
 };
 use crate::{
-    data::batches::{in_order, micro_batch},
+    data::{
+        Example,
+        batches::{in_order, micro_batch},
+    },
     error::Error,
     inputs::Inputs,
     progress::Progress,
     publish::{Manifest, Trained, publish, published},
     store::{Role, Stores},
 };
+
+/// A run that has skipped so many steps in a row has diverged. (The description of `onNonFinite` says this number.)
+const MAX_SKIPPED_IN_A_ROW: u64 = 10;
 
 /// What a run works with.
 #[derive(Clone, Copy)]
@@ -61,28 +70,36 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     let lora = lora_of(spec.method.as_ref())?;
     let adapter = context.stores.open(Role::Output, &spec.adapter_uri())?;
     let version = adapter.join(&format!("v{}", task.version));
+    let checkpoints = Checkpoints::new(&adapter, &task.input_digest, &spec.training);
     if let Some(report) = published(&version, &task.input_digest)? {
         context.progress.note(&format!("{} is published already, from the same inputs", version.uri()));
+        checkpoints.clear();
         return Ok(Outcome::Trained(report));
     }
 
     context.progress.stage(TrainStage::Loading);
     let inputs = Inputs::load(spec, context.stores, context.work)?;
     check_digests(task, &inputs)?;
-    let checkpoints = adapter.join(&format!("checkpoints/{}", checkpoint_folder(&task.input_digest)));
-    let checkpoints = Checkpoints::new(checkpoints, spec.training.save_total_limit);
-    let mut run = Run::set_up(spec, lora, &inputs, checkpoints, context)?;
+    let mut run = Run::set_up(spec, lora, &inputs, &checkpoints, context)?;
     if run.resume()?.is_break() {
         return Ok(Outcome::Preempted { step: run.history.step });
     }
     context.stop.hold_off();
 
     context.progress.stage(TrainStage::Training);
-    if run.steps_to_the_end()?.is_break() || run.measure_recall(run.history.step)?.is_break() {
+    if run.steps_to_the_end()?.is_break() {
         run.checkpoint()?;
         return Ok(Outcome::Preempted { step: run.history.step });
     }
     run.checkpoint()?;
+    let published_step = run.load_best()?;
+    if run.measure_recall(published_step)?.is_break() {
+        return Ok(Outcome::Preempted { step: run.history.step });
+    }
+    if published_step == run.history.step {
+        // For the sake of the recall. The best weights must not be taken for the last ones.
+        run.checkpoint()?;
+    }
 
     context.progress.stage(TrainStage::Publishing);
     let method = Method::LoRA { lora: lora.clone() };
@@ -94,8 +111,12 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
         epochs: inputs.batches.epoch(run.history.step),
         manifest: Manifest::new(spec, task, &method, inputs.dataset.clone(), run.metrics()),
         history: &run.history,
+        total_steps: inputs.batches.total_steps(),
+        model: &inputs.model.folder,
     };
-    Ok(Outcome::Trained(publish(&version, trained)?))
+    let report = publish(&version, trained)?;
+    checkpoints.clear();
+    Ok(Outcome::Trained(report))
 }
 
 /// The options of LoRA, which is what this release trains.
@@ -143,23 +164,14 @@ fn check_digests(task: &TrainTask, inputs: &Inputs) -> Result<(), Error> {
     }
 }
 
-/// Name of the folder of one set of inputs' checkpoints.
-fn checkpoint_folder(input_digest: &str) -> &str {
-    let hex = input_digest.strip_prefix("sha256:").unwrap_or(input_digest);
-    hex.get(..16).unwrap_or(hex)
-}
-
-fn schedule(training: &Training, total_steps: u64) -> Schedule {
-    let kind = match training.lr_scheduler_type {
-        LrScheduler::Linear => ScheduleKind::Linear,
-        LrScheduler::Cosine => ScheduleKind::Cosine,
-        LrScheduler::Constant => ScheduleKind::ConstantWithWarmup,
-    };
-    let warmup = match training.warmup_steps {
-        Some(steps) => Warmup::Steps(steps),
-        None => Warmup::Ratio(training.warmup_ratio),
-    };
-    Schedule::new(kind, training.learning_rate, warmup, total_steps)
+/// What came of a step.
+enum Update {
+    /// Nothing: the run is to end.
+    Stopped,
+    /// The weights are other ones.
+    Done { loss: LossSum, grad_norm: f64 },
+    /// The weights are the same: the loss or the gradient of these rows is NaN or infinite.
+    NonFinite { what: &'static str, rows: Vec<usize> },
 }
 
 /// The training loop.
@@ -168,7 +180,7 @@ struct Run<'a> {
     inputs: &'a Inputs,
     trainer: Trainer,
     schedule: Schedule,
-    checkpoints: Checkpoints,
+    checkpoints: &'a Checkpoints,
     history: History,
     /// The step of the newest checkpoint.
     saved: Option<u64>,
@@ -183,7 +195,7 @@ impl<'a> Run<'a> {
         spec: &'a RunSpec,
         lora: &Lora,
         inputs: &'a Inputs,
-        checkpoints: Checkpoints,
+        checkpoints: &'a Checkpoints,
         context: Context<'a>,
     ) -> Result<Self, Error> {
         let training = &spec.training;
@@ -197,7 +209,7 @@ impl<'a> Run<'a> {
             training,
             inputs,
             trainer: Trainer::new(model, &options)?,
-            schedule: schedule(training, inputs.batches.total_steps()),
+            schedule: schedule(training, inputs.batches.total_steps())?,
             checkpoints,
             history: History::default(),
             saved: None,
@@ -226,23 +238,24 @@ impl<'a> Run<'a> {
         Ok(Continue(()))
     }
 
-    /// Steps and evaluations until all are done, or until the run is stopped.
+    /// Steps and evaluations until all are done or of no more use, or until the run is stopped.
     fn steps_to_the_end(&mut self) -> Result<ControlFlow<()>, Error> {
-        let total = self.inputs.batches.total_steps();
-        self.show();
         loop {
-            if self.is_evaluation_due() && self.evaluate()?.is_break() {
-                return Ok(Break(()));
-            }
             self.show();
-            if self.history.step >= total {
+            if self.is_evaluation_due() {
+                if self.evaluate()?.is_break() {
+                    return Ok(Break(()));
+                }
+                self.show();
+            }
+            if self.is_checkpoint_due() {
+                self.checkpoint()?;
+            }
+            if self.is_over() {
                 return Ok(Continue(()));
             }
             if self.step()?.is_break() {
                 return Ok(Break(()));
-            }
-            if self.history.step.is_multiple_of(self.training.save_steps) {
-                self.checkpoint()?;
             }
         }
     }
@@ -254,35 +267,43 @@ impl<'a> Run<'a> {
         due && !self.history.is_evaluated()
     }
 
+    /// Every `saveSteps`, and where no evaluation was better.
+    fn is_checkpoint_due(&self) -> bool {
+        let step = self.history.step;
+        step > 0 && (step.is_multiple_of(self.training.save_steps) || self.best_step() == Some(step))
+    }
+
+    /// After the last step, or when `earlyStoppingPatience` is at its end.
+    fn is_over(&self) -> bool {
+        let threshold = self.training.early_stopping_threshold.unwrap_or_default();
+        let count = self.history.evals_without_improvement(threshold);
+        let is_patience_over = self.training.early_stopping_patience.is_some_and(|patience| count >= patience);
+        is_patience_over || self.history.step >= self.inputs.batches.total_steps()
+    }
+
+    /// The step whose weights are published instead of the last, with `loadBestModelAtEnd`.
+    fn best_step(&self) -> Option<u64> {
+        self.checkpoints.best(&self.history)
+    }
+
     /// One optimizer step. Stopped between two micro-batches, it leaves no trace: the step begins anew on resume.
     fn step(&mut self) -> Result<ControlFlow<()>, Error> {
         let started = Instant::now();
         let step = self.history.step;
         let micro_batches = self.inputs.batches.step(step);
-        let rows = || micro_batches.iter().flatten().map(|&row| &self.inputs.train[row]);
-        let trained: usize = rows().map(|row| row.trained_tokens()).sum();
-        let tokens: usize = rows().map(|row| row.tokens.len()).sum();
-
-        // Divided by the trained tokens of the whole batch, not averaged over micro-batches of different weight.
-        let scale = 1.0 / trained as f32;
-        let mut loss = LossSum::default();
-        for rows in &micro_batches {
-            if self.stop.is_requested() {
-                return Ok(Break(()));
-            }
-            let part = self.trainer.accumulate(&micro_batch(&self.inputs.train, rows), scale)?;
-            if !part.sum.is_finite() {
-                return Err(self.diverged(step, rows, "loss"));
-            }
-            loss.sum += part.sum;
-            loss.tokens += part.tokens;
-        }
+        let tokens: usize = self.rows(&micro_batches).map(|row| row.tokens.len()).sum();
         let learning_rate = self.schedule.learning_rate(step);
-        let clip = (self.training.max_grad_norm > 0.0).then_some(self.training.max_grad_norm);
-        let stats = self.trainer.step(learning_rate, clip).map_err(|error| match error {
-            EngineError::NonFinite { .. } => self.diverged(step, &micro_batches.concat(), "gradient"),
-            other => other.into(),
-        })?;
+        let (loss, grad_norm) = match self.update(&micro_batches, learning_rate)? {
+            Update::Stopped => return Ok(Break(())),
+            Update::Done { loss, grad_norm } => {
+                self.history.skipped_in_a_row = 0;
+                (loss, Some(grad_norm))
+            }
+            Update::NonFinite { what, rows } => {
+                self.skip(what, &rows)?;
+                (LossSum::default(), None)
+            }
+        };
 
         let seconds = started.elapsed().as_secs_f64();
         self.here = (self.here.0 + tokens as u64, self.here.1 + 1, self.here.2 + seconds);
@@ -295,24 +316,95 @@ impl<'a> Run<'a> {
         history.window.tokens += loss.tokens as u64;
         if history.step.is_multiple_of(self.training.logging_steps) || history.step == self.inputs.batches.total_steps()
         {
-            self.log(stats.grad_norm, learning_rate);
+            self.log(grad_norm, learning_rate);
         }
         Ok(Continue(()))
     }
 
-    fn log(&mut self, grad_norm: f64, learning_rate: f64) {
-        let step = self.history.step;
+    fn rows<'b>(&'b self, micro_batches: &'b [Vec<usize>]) -> impl Iterator<Item = &'b Example> {
+        micro_batches.iter().flatten().map(|&row| &self.inputs.train[row])
+    }
+
+    /// Forward, backward and the optimizer.
+    fn update(&mut self, micro_batches: &[Vec<usize>], learning_rate: f64) -> Result<Update, Error> {
+        // Divided by the trained tokens of the whole batch, not averaged over micro-batches of different weight.
+        let trained: usize = self.rows(micro_batches).map(|row| row.trained_tokens()).sum();
+        let scale = 1.0 / trained as f32;
+        let (mut loss, mut bad_rows) = (LossSum::default(), Vec::new());
+        for rows in micro_batches {
+            if self.stop.is_requested() {
+                return Ok(Update::Stopped);
+            }
+            let part = self.trainer.accumulate(&micro_batch(&self.inputs.train, rows), scale)?;
+            if !part.sum.is_finite() {
+                bad_rows.extend(rows);
+            }
+            loss.sum += part.sum;
+            loss.tokens += part.tokens;
+        }
+        if !bad_rows.is_empty() {
+            return Ok(Update::NonFinite { what: "loss", rows: bad_rows });
+        }
+        let clip = (self.training.max_grad_norm > 0.0).then_some(self.training.max_grad_norm);
+        match self.trainer.step(learning_rate, clip) {
+            Ok(stats) => Ok(Update::Done { loss, grad_norm: stats.grad_norm }),
+            Err(EngineError::NonFinite { .. }) => {
+                Ok(Update::NonFinite { what: "gradient", rows: micro_batches.concat() })
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Leaves the update of a step out, if the job allows it: weights and optimizer stay as they were before it.
+    fn skip(&mut self, what: &str, rows: &[usize]) -> Result<(), Error> {
+        let history = &mut self.history;
+        history.skipped_steps += 1;
+        history.skipped_in_a_row += 1;
+        let (step, skipped, in_a_row) = (history.step + 1, history.skipped_steps, history.skipped_in_a_row);
+        let rows: Vec<String> = rows.iter().map(|&row| self.inputs.train[row].row.to_string()).collect();
+        let rows = rows.join(", ");
+        let problem =
+            format!("step {step}: the {what} is not a number (NaN or infinite) on rows {rows} of the training data");
+        let advice = "lower training.learningRate, or look at these rows";
+        match self.training.on_non_finite {
+            OnNonFinite::Stop => return Err(Error::Input(format!("{problem}; {advice}"))),
+            OnNonFinite::Skip if in_a_row >= MAX_SKIPPED_IN_A_ROW => {
+                return Err(Error::Input(format!("{problem}, the {in_a_row}th such step in a row; {advice}")));
+            }
+            OnNonFinite::Skip => {}
+        }
+        self.progress.note(&format!("{problem}: its update is left out, as of {skipped} steps so far"));
+        self.trainer.clear_gradients();
+        Ok(())
+    }
+
+    fn log(&mut self, grad_norm: Option<f64>, learning_rate: f64) {
+        let window = std::mem::take(&mut self.history.window);
+        if window.tokens == 0 {
+            return; // Every step since the last entry was skipped.
+        }
+        let History { step, tokens, skipped_steps, .. } = self.history;
         let epoch = history::round(self.inputs.batches.epoch(step));
-        let loss = std::mem::take(&mut self.history.window).mean();
-        let grad_norm = history::round(grad_norm);
-        self.history.logs.push(TrainPoint { step, epoch, loss, grad_norm, learning_rate });
+        let seconds = history::round(self.history.train_seconds);
+        let (loss, grad_norm) = (window.mean(), grad_norm.map(history::round));
+        self.history.logs.push(TrainPoint { step, epoch, loss, grad_norm, learning_rate, tokens, seconds });
         let (total_steps, tokens_per_second) = (self.inputs.batches.total_steps(), self.tokens_per_second());
-        tracing::info!(step, total_steps, epoch, loss, grad_norm, learning_rate, tokens_per_second, "trained");
+        tracing::info!(
+            step,
+            total_steps,
+            epoch,
+            loss,
+            grad_norm,
+            learning_rate,
+            tokens_per_second,
+            skipped_steps,
+            "trained"
+        );
     }
 
     /// Measures the loss on the held-out rows.
     fn evaluate(&mut self) -> Result<ControlFlow<()>, Error> {
-        self.progress.message("evaluating");
+        self.progress.stage(TrainStage::Evaluating);
         let budget = self.training.max_length as usize * self.training.per_device_train_batch_size as usize;
         let mut loss = LossSum::default();
         for rows in in_order(&self.inputs.eval, budget) {
@@ -325,12 +417,14 @@ impl<'a> Run<'a> {
         }
         let step = self.history.step;
         let epoch = history::round(self.inputs.batches.epoch(step));
+        let seconds = history::round(self.history.train_seconds);
         let loss = Window { sum: loss.sum, tokens: loss.tokens as u64 }.mean();
         if !loss.is_finite() {
             return Err(Error::Input(format!("step {step}: the eval loss is {loss}; lower training.learningRate")));
         }
-        self.history.evals.push(EvalPoint { step, epoch, loss });
+        self.history.evals.push(EvalPoint { step, epoch, loss, seconds });
         self.progress.note(&format!("eval loss after step {step}: {loss:.4}"));
+        self.progress.stage(TrainStage::Training);
         Ok(Continue(()))
     }
 
@@ -339,11 +433,22 @@ impl<'a> Run<'a> {
         let step = self.history.step;
         if self.saved != Some(step) {
             // Where the last whole step ended; a step that was stopped half-way may have gone further.
-            let state = tunesmith_engine::TrainState { micro_step: self.history.micro_step, ..self.trainer.state() };
+            let state = TrainState { micro_step: self.history.micro_step, ..self.trainer.state() };
             self.checkpoints.save(&state, &self.history)?;
             self.saved = Some(step);
         }
         Ok(())
+    }
+
+    /// Goes back to the weights to publish, if these are not the last ones, and tells their step. The curve stays.
+    fn load_best(&mut self) -> Result<u64, Error> {
+        let last = self.history.step;
+        let best = self.best_step().unwrap_or(last);
+        if best != last {
+            self.trainer.restore(&self.checkpoints.state(best)?)?;
+            self.progress.note(&format!("step {best} had the lowest eval loss: its weights are published"));
+        }
+        Ok(best)
     }
 
     fn show(&self) {
@@ -355,6 +460,7 @@ impl<'a> Run<'a> {
             step,
             total_steps,
             epoch: history::round(self.inputs.batches.epoch(step)),
+            skipped_steps: self.history.skipped_steps,
             loss: self.history.train_loss(),
             eval_loss: self.history.eval_loss(),
             tokens_per_second: self.tokens_per_second(),
@@ -368,30 +474,24 @@ impl<'a> Run<'a> {
     }
 
     fn metrics(&self) -> Metrics {
+        let best = self.history.best().filter(|_| self.training.load_best_model_at_end);
+        let eval_loss = best.map_or(self.history.eval_loss(), |best| Some(best.loss));
         let probe = self.inputs.exam.as_ref().map(|exam| exam.digest.clone());
         let recall = |step| self.history.recall(step, probe.as_deref()?);
         Metrics {
             base_eval_loss: self.history.base_eval_loss(),
-            eval_loss: self.history.eval_loss(),
+            eval_loss,
             base_perplexity: self.history.base_eval_loss().and_then(perplexity),
-            perplexity: self.history.eval_loss().and_then(perplexity),
+            perplexity: eval_loss.and_then(perplexity),
             base_recall: recall(0),
-            recall: recall(self.history.step),
+            recall: recall(best.map_or(self.history.step, |best| best.step)),
             probe_digest: probe.clone(),
             train_loss: self.history.train_loss(),
             steps: self.history.step,
+            best_step: best.map(|best| best.step),
+            skipped_steps: self.history.skipped_steps,
             tokens: self.history.tokens,
             train_seconds: (self.history.train_seconds * 10.0).round() / 10.0,
         }
-    }
-
-    fn diverged(&self, step: u64, rows: &[usize], what: &str) -> Error {
-        let rows: Vec<String> = rows.iter().map(|&row| self.inputs.train[row].row.to_string()).collect();
-        Error::Input(format!(
-            "step {}: the {what} is not a number (NaN or infinite) on rows {} of the training data; \
-             lower training.learningRate, or look at these rows",
-            step + 1,
-            rows.join(", ")
-        ))
     }
 }

@@ -1,6 +1,8 @@
 //! Whole runs of a tiny model over folders: checkpoints, resumption and publishing.
 
+mod best;
 mod gates;
+mod non_finite;
 
 use std::{
     fs,
@@ -180,15 +182,54 @@ fn a_run_that_was_killed_goes_on_from_its_last_whole_checkpoint() {
     let spec = bench.checked(json!({}), 1);
     bench.train(&spec, &Stop::default()).unwrap();
     let weights = bench.weights(1);
-    // As a kill in the last steps would leave it: no version, and a last checkpoint that is not whole.
-    fs::remove_dir_all(bench.path("adapters/support/v1")).unwrap();
-    fs::remove_file(bench.checkpoints().join("step-14/COMPLETE.json")).unwrap();
+    bench.forget();
+    // As a kill in the middle of saving would leave it: the last checkpoint is not whole.
+    let stopped = bench.train(&spec, &Stop::after(11)).unwrap();
+    assert_eq!(stopped, Outcome::Preempted { step: 10 });
+    let mut kept: Vec<_> = fs::read_dir(bench.checkpoints()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    kept.sort();
+    assert_eq!(kept, ["step-10", "step-8"], "saveTotalLimit is 2");
+    fs::remove_file(bench.checkpoints().join("step-10/COMPLETE.json")).unwrap();
     let report = trained(bench.train(&spec, &Stop::default()).unwrap());
     assert_eq!(report.metrics.steps, 14);
     assert!(bench.weights(1) == weights);
-    let mut kept: Vec<_> = fs::read_dir(bench.checkpoints()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    kept.sort();
-    assert_eq!(kept, ["step-12", "step-14"], "saveTotalLimit is 2");
+}
+
+#[test]
+fn checkpoints_go_when_their_version_is_published_at_the_latest_on_the_next_start() {
+    let bench = Bench::new();
+    let spec = bench.checked(json!({}), 1);
+    bench.train(&spec, &Stop::after(11)).unwrap();
+    let (checkpoint, saved) = (bench.checkpoints().join("step-10"), bench.path("saved"));
+    fs::create_dir(&saved).unwrap();
+    let copy = |from: &Path, to: &Path| {
+        for file in fs::read_dir(from).unwrap() {
+            let name = file.unwrap().file_name();
+            fs::copy(from.join(&name), to.join(&name)).unwrap();
+        }
+    };
+    copy(&checkpoint, &saved);
+    let published = trained(bench.train(&spec, &Stop::default()).unwrap());
+    assert!(!bench.path("adapters/support/checkpoints").exists());
+    // As a crash between the manifest and the removal would leave it.
+    fs::create_dir_all(&checkpoint).unwrap();
+    copy(&saved, &checkpoint);
+    assert_eq!(trained(bench.train(&spec, &Stop::default()).unwrap()), published);
+    assert!(!bench.path("adapters/support/checkpoints").exists());
+}
+
+#[test]
+fn a_version_comes_with_the_base_models_tokenizer() {
+    let bench = Bench::new();
+    fs::write(bench.path("model/special_tokens_map.json"), r#"{"eos_token": "<|im_end|>"}"#).unwrap();
+    fs::write(bench.path("model/chat_template.jinja"), "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+        .unwrap();
+    let report = bench.publish(json!({"maxSteps": 2}), 1);
+    for name in ["chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"] {
+        let read = |folder: &str| fs::read(bench.path(folder).join(name)).unwrap();
+        assert_eq!(read("adapters/support/v1"), read("model"), "{name}");
+        assert!(report.files.iter().any(|file| file.path == name), "{name} is not in the manifest");
+    }
 }
 
 #[test]
@@ -332,4 +373,20 @@ fn preflight_tells_what_the_planner_needs_and_refuses_what_cannot_be_trained() {
     let error = check(&bench.spec(json!({}))).unwrap_err();
     assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
     assert!(error.to_string().contains("has no tokenizer.json"), "{error}");
+}
+
+#[test]
+fn the_trainer_state_has_the_fields_that_transformers_knows_and_no_other() {
+    let bench = Bench::new();
+    let training = json!({"maxSteps": 4, "evalSteps": 2, "loadBestModelAtEnd": true, "earlyStoppingPatience": 9});
+    bench.publish(training, 1);
+    let text = fs::read(bench.path("adapters/support/v1/trainer_state.json")).unwrap();
+    let state: Value = serde_json::from_slice(&text).unwrap();
+    let fields: Vec<&str> = state.as_object().unwrap().keys().map(String::as_str).collect();
+    // Those of transformers 5.23's TrainerState, which raises at any other.
+    let theirs = "best_global_step best_metric best_model_checkpoint epoch eval_steps global_step is_hyper_param_search \
+        is_local_process_zero is_world_process_zero log_history logging_steps max_steps num_input_tokens_seen \
+        num_train_epochs save_steps stateful_callbacks total_flos train_batch_size trial_name trial_params";
+    assert_eq!(fields, theirs.split(' ').collect::<Vec<_>>());
+    assert_eq!(state["best_metric"], log(&bench.path("adapters/support/v1"))[4]["eval_loss"]);
 }
