@@ -118,6 +118,11 @@ def check_published(engine, model_dir, work, published, tokens):
     missing = [key for key in result.missing_keys if "lora" in key]
     compare("published: missing keys", len(missing), 0)
     compare("published: unexpected keys", len(result.unexpected_keys), 0)
+    # An unknown key would raise here.
+    state = transformers.TrainerState.load_from_json(published / "trainer_state.json")
+    compare("published: steps after the last log entry", state.global_step - state.log_history[-1]["step"], 0)
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (published, model_dir))
+    compare("published: texts with other tokens", int(ours.encode("I like 5G.") != theirs.encode("I like 5G.")), 0)
     compare("published: logits with PEFT", check_logits(engine, model_dir, work, tokens, published), 1e-3)
 
 
