@@ -21,8 +21,8 @@ use tunesmith_crds::{
     run::{Outcome, TrainStage, TrainTask},
 };
 use tunesmith_engine::{
-    Error as EngineError, LoraOptions, LossSum, Model, Optimizer, Recompute, Schedule, ScheduleKind, TargetModules,
-    Trainer, TrainerOptions, Warmup,
+    Error as EngineError, IGNORE, LoraOptions, LossSum, MicroBatch, Model, Optimizer, Recompute, Schedule,
+    ScheduleKind, TargetModules, Trainer, TrainerOptions, Warmup,
 };
 
 use self::checkpoint::Checkpoints;
@@ -258,18 +258,19 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let step = self.history.step;
         let micro_batches = self.inputs.batches.step(step);
-        let rows = || micro_batches.iter().flatten().map(|&row| &self.inputs.train[row]);
-        let trained: usize = rows().map(|row| row.trained_tokens()).sum();
-        let tokens: usize = rows().map(|row| row.tokens.len()).sum();
+        let batches = micro_batches.iter().map(|rows| micro_batch(&self.inputs.train, rows.iter().copied()));
+        let batches: Vec<MicroBatch> = batches.collect::<Result<_, _>>()?;
+        let trained = batches.iter().flat_map(|batch| &batch.targets).filter(|&&target| target != IGNORE).count();
+        let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
 
         // Divided by the trained tokens of the whole batch, not averaged over micro-batches of different weight.
         let scale = 1.0 / trained as f32;
         let mut loss = LossSum::default();
-        for rows in &micro_batches {
+        for (rows, batch) in micro_batches.iter().zip(&batches) {
             if self.stop.is_requested() {
                 return Ok(Break(()));
             }
-            let part = self.trainer.accumulate(&micro_batch(&self.inputs.train, rows), scale)?;
+            let part = self.trainer.accumulate(batch, scale)?;
             if !part.sum.is_finite() {
                 return Err(self.diverged(step, rows, "loss"));
             }
@@ -314,11 +315,11 @@ impl<'a> Run<'a> {
         self.progress.message("evaluating");
         let budget = self.training.max_length as usize * self.training.per_device_train_batch_size as usize;
         let mut loss = LossSum::default();
-        for rows in in_order(&self.inputs.eval, budget) {
+        for rows in in_order(self.inputs.eval.lengths(), budget) {
             if self.stop.is_requested() {
                 return Ok(Break(()));
             }
-            let part = self.trainer.evaluate(&micro_batch(&self.inputs.eval, &rows))?;
+            let part = self.trainer.evaluate(&micro_batch(&self.inputs.eval, rows)?)?;
             loss.sum += part.sum;
             loss.tokens += part.tokens;
         }
@@ -385,12 +386,14 @@ impl<'a> Run<'a> {
     }
 
     fn diverged(&self, step: u64, rows: &[usize], what: &str) -> Error {
-        let rows: Vec<String> = rows.iter().map(|&row| self.inputs.train[row].row.to_string()).collect();
+        let rows = match self.inputs.train.describe(rows) {
+            Ok(rows) => rows,
+            Err(error) => return error.into(),
+        };
         Error::Input(format!(
-            "step {}: the {what} is not a number (NaN or infinite) on rows {} of the training data; \
-             lower training.learningRate, or look at these rows",
-            step + 1,
-            rows.join(", ")
+            "step {}: the {what} is not a number (NaN or infinite) on {rows}; lower training.learningRate, or look at \
+             these rows",
+            step + 1
         ))
     }
 }
