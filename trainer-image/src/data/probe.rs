@@ -170,6 +170,14 @@ mod tests {
         assert_eq!(of(&["be kind", "be brief"]), None);
         assert_eq!(of(&["be kind", ""]), None);
         assert_eq!(of(&["", "be kind"]), None);
+        let of_two = |first: &str, second: &str| {
+            with_file(&row(first), |first| {
+                with_file(&row(second), |second| constant_system(&[first.clone(), second.clone()], DataFormat::Auto))
+            })
+            .unwrap()
+        };
+        assert_eq!(of_two("be kind", "be kind").as_deref(), Some("be kind"));
+        assert_eq!(of_two("be kind", "be brief"), None, "another file's rows count as well");
         assert_eq!(
             with_file("{\"text\": \"a\"}\n", |file| constant_system(std::slice::from_ref(file), DataFormat::Auto))
                 .unwrap(),
