@@ -4,7 +4,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    fine_tune_job::{DataFormat, LrScheduler, LrSchedulerKwargs, OnNonFinite, Optim, Training},
+    fine_tune_job::{DataFormat, Dataset, LrScheduler, LrSchedulerKwargs, OnNonFinite, Optim, Overflow, Training},
     run::{Method, PreflightReport, RunSpec},
 };
 
@@ -17,6 +17,7 @@ struct Inputs<'a> {
     base: &'a str,
     dataset: &'a str,
     format: DataFormat,
+    chat_template: Option<&'a str>,
     assistant_only_loss: bool,
     eval_fraction: Option<f64>,
     method: &'a Method,
@@ -34,6 +35,7 @@ struct Inputs<'a> {
     max_grad_norm: f64,
     on_non_finite: OnNonFinite,
     max_length: u32,
+    overflow: Overflow,
     packing: bool,
     seed: u64,
     neftune_noise_alpha: Option<f64>,
@@ -69,6 +71,7 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         max_grad_norm,
         on_non_finite,
         max_length,
+        overflow,
         packing,
         seed,
         neftune_noise_alpha,
@@ -89,13 +92,17 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         early_stopping_threshold: early_stopping_threshold.unwrap_or_default(),
         load_best_model_at_end,
     });
+    // What the URIs lead to is in the data's digest.
+    let Dataset { train: _, eval: _, eval_fraction, format, chat_template, assistant_only_loss, secret_ref: _ } =
+        &spec.dataset;
     let inputs = Inputs {
         numerics_version: preflight.numerics_version,
         base: &preflight.base_digest,
         dataset: &preflight.dataset.digest,
-        format: spec.dataset.format,
-        assistant_only_loss: spec.dataset.assistant_only_loss,
-        eval_fraction: spec.dataset.eval_fraction,
+        format: *format,
+        chat_template: chat_template.as_deref(),
+        assistant_only_loss: *assistant_only_loss,
+        eval_fraction: *eval_fraction,
         method,
         num_train_epochs,
         max_steps,
@@ -111,6 +118,7 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         max_grad_norm,
         on_non_finite,
         max_length,
+        overflow,
         packing,
         seed,
         neftune_noise_alpha,
@@ -124,11 +132,13 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::{FineTuneJob, adapter_version::DatasetRecord, fine_tune_job::MethodName};
 
     fn job() -> FineTuneJob {
-        serde_json::from_value(serde_json::json!({
+        serde_json::from_value(json!({
             "apiVersion": "tunesmith.dev/v1alpha1",
             "kind": "FineTuneJob",
             "metadata": {"name": "support-bot"},
@@ -147,6 +157,7 @@ mod tests {
             dataset: DatasetRecord { digest: "sha256:d".into(), rows: 1, tokens: 1 },
             eval_rows: 1,
             truncated_rows: 0,
+            dropped_rows: 0,
             total_steps: 1,
             model: Default::default(),
             lora_parameters_per_rank: 1,
@@ -185,6 +196,20 @@ mod tests {
         let mut other_rank = job();
         other_rank.spec.lora = Some(crate::fine_tune_job::Lora { rank: 4, ..Default::default() });
         assert_ne!(digest_of(&other_rank, &preflight()), same);
+
+        for (pointer, value) in [
+            ("/dataset/chatTemplate", json!("{{ messages }}")),
+            ("/dataset/format", json!("Alpaca")),
+            ("/dataset/assistantOnlyLoss", json!(false)),
+            ("/training/overflow", json!("Drop")),
+            ("/training/maxLength", json!(512)),
+        ] {
+            let mut changed = serde_json::to_value(job()).unwrap();
+            let (part, field) = pointer[1..].split_once('/').unwrap();
+            changed["spec"][part][field] = value;
+            let changed = serde_json::from_value(changed).unwrap();
+            assert_ne!(digest_of(&changed, &preflight()), same, "{pointer}");
+        }
 
         let other_data =
             PreflightReport { dataset: DatasetRecord { digest: "sha256:e".into(), rows: 1, tokens: 1 }, ..preflight() };

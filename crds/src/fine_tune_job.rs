@@ -113,9 +113,9 @@ pub struct SecretRef {
     .message("give exactly one of eval.uri and evalFraction"))]
 #[serde(rename_all = "camelCase")]
 pub struct Dataset {
-    /// Training rows, JSON Lines.
+    /// Training rows: JSON Lines (plain, gzip or zstd) or Parquet.
     pub train: DataSource,
-    /// Held-out rows, JSON Lines: eval loss is measured on them.
+    /// Held-out rows, in the same formats: eval loss is measured on them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval: Option<DataSource>,
     /// Share of the training rows to hold out instead, chosen by training.seed.
@@ -125,8 +125,12 @@ pub struct Dataset {
     /// Shape of a row. Auto tells it from the first row's columns.
     #[serde(default)]
     pub format: DataFormat,
-    /// Train on the assistant's tokens alone (Messages), or the completion's (PromptCompletion); false trains on every
-    /// token. Text rows are always trained whole.
+    /// Jinja chat template to use instead of the base model's own. One with {% generation %} marks what is trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 65_536))]
+    pub chat_template: Option<String>,
+    /// Train on the assistant's tokens alone (Messages, ShareGPT), or the completion's (PromptCompletion, Alpaca); false
+    /// trains on every token. Text rows are always trained whole.
     #[serde(default = "defaults::yes")]
     pub assistant_only_loss: bool,
     /// Secret with the store's credentials. Default: output.secretRef.
@@ -134,11 +138,12 @@ pub struct Dataset {
     pub secret_ref: Option<SecretRef>,
 }
 
-/// A file of rows.
+/// Files of rows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DataSource {
-    /// Where the file is.
+    /// Where the file is. `*` stands for any characters of one part of the path: `s3://datasets/support/part-*.jsonl` is
+    /// every such file, in the order of their names.
     pub uri: Uri,
 }
 
@@ -150,10 +155,14 @@ pub enum DataFormat {
     Auto,
     /// `{"messages": [{"role", "content"}]}`.
     Messages,
-    /// `{"prompt", "completion"}`.
+    /// `{"prompt", "completion"}`: texts, or lists of messages.
     PromptCompletion,
     /// `{"text"}`.
     Text,
+    /// `{"conversations": [{"from", "value"}]}`, from human, gpt or system.
+    ShareGPT,
+    /// `{"instruction", "input", "output"}`; input may be left out.
+    Alpaca,
 }
 
 /// The training loop, in the words of Hugging Face TrainingArguments.
@@ -200,9 +209,11 @@ pub struct Training {
     /// What becomes of a step whose loss or gradient is NaN or infinite: Stop ends the run and names the rows. Skip
     /// leaves that step's update out and counts it; after 10 such steps in a row the run ends all the same.
     pub on_non_finite: OnNonFinite,
-    /// Tokens of a row that are kept; longer rows are truncated, and the report counts them.
+    /// Tokens of a row at most; overflow says what becomes of longer rows.
     #[schemars(range(min = 2, max = 1_048_576))]
     pub max_length: u32,
+    /// What becomes of rows longer than maxLength; preflight counts them.
+    pub overflow: Overflow,
     /// Fill sequences of maxLength tokens with several rows each (best fit). Rows never attend to each other, and
     /// padding is never computed, with or without packing.
     pub packing: bool,
@@ -259,6 +270,7 @@ impl Default for Training {
             max_grad_norm: 1.0,
             on_non_finite: OnNonFinite::Stop,
             max_length: 1024,
+            overflow: Overflow::Truncate,
             packing: false,
             seed: 42,
             neftune_noise_alpha: None,
@@ -284,6 +296,18 @@ pub enum Optim {
     AdamwTorch,
     /// Stochastic gradient descent without momentum.
     Sgd,
+}
+
+/// What becomes of rows longer than maxLength.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Overflow {
+    /// They lose their end. A row that has nothing left to train on is refused.
+    #[default]
+    Truncate,
+    /// They are left out.
+    Drop,
+    /// They are refused.
+    Error,
 }
 
 /// What becomes of a step whose loss or gradient is NaN or infinite.

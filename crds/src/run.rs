@@ -221,8 +221,11 @@ pub struct PreflightReport {
     pub dataset: DatasetRecord,
     /// Evaluation rows.
     pub eval_rows: u64,
-    /// Rows that are longer than maxLength and lose their end.
+    /// Training rows that are longer than maxLength and lose their end.
     pub truncated_rows: u64,
+    /// Training rows that are longer than maxLength and left out.
+    #[serde(default)]
+    pub dropped_rows: u64,
     /// Optimizer steps that the run will make.
     pub total_steps: u64,
     /// What the planner needs to know of the model.

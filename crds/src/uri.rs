@@ -41,6 +41,23 @@ impl Uri {
         }
     }
 
+    /// For a URI with `*`: the folder above the first part that has one, and the pattern of what is meant below it.
+    pub fn split_pattern(&self) -> Option<(Self, &str)> {
+        let (Self::S3 { key: path, .. } | Self::File { path }) = self;
+        let (folder, pattern) = match path[..path.find('*')?].rsplit_once('/') {
+            Some((folder, _)) => (folder, &path[folder.len() + 1..]),
+            None => ("", path.as_str()),
+        };
+        let folder = match self {
+            Self::S3 { bucket, .. } => Self::S3 { bucket: bucket.clone(), key: folder.into() },
+            Self::File { path } if folder.is_empty() => {
+                Self::File { path: if path.starts_with('/') { "/" } else { "." }.into() }
+            }
+            Self::File { .. } => Self::File { path: folder.into() },
+        };
+        Some((folder, pattern))
+    }
+
     /// The last part of the path: an object's own name.
     pub fn file_name(&self) -> &str {
         let (Self::S3 { key: path, .. } | Self::File { path }) = self;
@@ -133,6 +150,23 @@ mod tests {
         assert_eq!(uri.join("config.json").to_string(), "s3://models/llama-2-7b/config.json");
         assert_eq!("s3://models".parse::<Uri>().unwrap().join("a").to_string(), "s3://models/a");
         assert_eq!("file:///data/m/".parse::<Uri>().unwrap().file_name(), "m");
+    }
+
+    #[test]
+    fn a_pattern_is_split_from_the_folder_above_it() {
+        for (uri, folder, pattern) in [
+            ("s3://datasets/support/part-*.jsonl", "s3://datasets/support", "part-*.jsonl"),
+            ("s3://datasets/*/train-*.parquet", "s3://datasets", "*/train-*.parquet"),
+            ("s3://datasets/v*/train.jsonl", "s3://datasets", "v*/train.jsonl"),
+            ("file:///data/*.jsonl", "file:///data", "*.jsonl"),
+            ("file:///*.jsonl", "file:///", "*.jsonl"),
+            ("file://*.jsonl", "file://.", "*.jsonl"),
+        ] {
+            let uri: Uri = uri.parse().unwrap();
+            let (found, rest) = uri.split_pattern().unwrap();
+            assert_eq!((found.to_string().as_str(), rest), (folder, pattern));
+        }
+        assert_eq!("s3://datasets/train.jsonl".parse::<Uri>().unwrap().split_pattern(), None);
     }
 
     #[test]

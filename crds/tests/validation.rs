@@ -153,6 +153,25 @@ fn a_uri_of_an_unknown_scheme_is_no_job_at_all() {
 }
 
 #[test]
+fn what_no_option_has_for_a_value_is_no_job_at_all() {
+    for (pointer, value) in [("/spec/dataset/format", json!("CSV")), ("/spec/training", json!({"overflow": "Split"}))] {
+        let error = serde_json::from_value::<FineTuneJob>(with(job(), &[(pointer, value)])).unwrap_err().to_string();
+        assert!(error.contains("unknown variant"), "{error}");
+    }
+}
+
+#[test]
+fn a_pattern_of_files_and_every_option_of_the_data_pass() {
+    let changes = [
+        ("/spec/dataset/train/uri", json!("s3://datasets/support/part-*.parquet")),
+        ("/spec/dataset/format", json!("ShareGPT")),
+        ("/spec/dataset/chatTemplate", json!("{% for m in messages %}{{ m.content }}{% endfor %}")),
+        ("/spec/training", json!({"maxLength": 512, "overflow": "Drop"})),
+    ];
+    assert_eq!(refusals(with(job(), &changes)), "");
+}
+
+#[test]
 fn bounds_and_defaults_are_in_the_schema() {
     let crd = serde_json::to_value(FineTuneJob::crd()).unwrap();
     let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"];
@@ -165,6 +184,14 @@ fn bounds_and_defaults_are_in_the_schema() {
     assert_eq!(gates["maxItems"], json!(8));
     let probe = &gates["items"]["properties"]["probe"]["properties"];
     assert_eq!(probe["maxNewTokens"]["default"], json!(120));
+    assert_eq!(spec["training"]["properties"]["overflow"]["enum"], json!(["Truncate", "Drop", "Error"]));
+    assert_eq!(spec["training"]["default"]["overflow"], json!("Truncate"));
+    let dataset = &spec["dataset"]["properties"];
+    assert_eq!(
+        (&dataset["chatTemplate"]["minLength"], &dataset["chatTemplate"]["maxLength"]),
+        (&json!(1), &json!(65_536))
+    );
+    assert!(dataset["format"]["enum"].as_array().unwrap().contains(&json!("ShareGPT")));
 }
 
 /// Whether every property below has a description, which `kubectl explain` shows.

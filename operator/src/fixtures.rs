@@ -119,6 +119,7 @@ pub fn preflight_report() -> PreflightReport {
         dataset: DatasetRecord { digest: "sha256:data".into(), rows: 10, tokens: 1000 },
         eval_rows: 1,
         truncated_rows: 0,
+        dropped_rows: 0,
         total_steps: 400,
         model: ModelShape {
             parameters: 1 << 20,

@@ -47,6 +47,13 @@ enum Command {
         #[command(flatten)]
         local: Local,
     },
+    /// Check the FineTuneJob in a manifest with its model and data, and show what would be trained
+    Check {
+        /// The manifest, as kubectl apply takes it
+        manifest: PathBuf,
+        #[command(flatten)]
+        local: Local,
+    },
     /// Let a model answer, with or without an adapter
     Generate {
         /// The model: a folder, or a URI
@@ -188,6 +195,7 @@ fn run(command: Command, runtime: &Runtime) -> i32 {
                 0
             }))
         }
+        Command::Check { manifest, local } => exit(check_here(&manifest, &local, &stores, runtime)),
         Command::Convert { model, out } => exit(convert(&model, &out).map_err(Error::from).map(|()| {
             println!("{}", out.display());
             0
@@ -228,11 +236,20 @@ fn run_here(manifest: &Path, local: &Local, stores: &Stores, runtime: &Runtime) 
     })
 }
 
+fn check_here(manifest: &Path, local: &Local, stores: &Stores, runtime: &Runtime) -> Result<i32, Error> {
+    let stop = Stop::on_signals(runtime.handle()).map_err(no_signals)?;
+    let (stores, progress) = (stores.clone().or_local(&local.store), Progress::new());
+    let context = Context { stores: &stores, work: &local.work_dir, progress: &progress, stop: &stop };
+    let checked = local::check(manifest, context);
+    progress.finish();
+    checked.map(|()| 0)
+}
+
 fn preflight_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
     report_to(&pod.report, || {
         let (stop, progress) = (Stop::on_signals(runtime.handle()).map_err(no_signals)?, Progress::new());
         let context = Context { stores, work: &pod.work_dir, progress: &progress, stop: &stop };
-        Ok(Outcome::Preflight(preflight(&read_spec::<RunSpec>(&pod.run_spec)?, context)?))
+        Ok(Outcome::Preflight(preflight(&read_spec::<RunSpec>(&pod.run_spec)?, context)?.report))
     })
 }
 

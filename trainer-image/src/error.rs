@@ -60,8 +60,9 @@ impl Error {
         match self {
             Self::Spec(_) | Self::File { .. } => exit_code::BAD_SPEC,
             Self::Engine(tunesmith_engine::Error::Lora(_)) => exit_code::BAD_SPEC,
-            Self::Input(_) | Self::Data(_) | Self::Engine(_) | Self::Convert(_) => exit_code::BAD_INPUT,
+            Self::Input(_) | Self::Engine(_) | Self::Convert(_) => exit_code::BAD_INPUT,
             Self::Store(error) | Self::Model(ModelError::Store(error)) => error.exit_code(),
+            Self::Data(error) => error.exit_code(),
             Self::Model(_) => exit_code::BAD_INPUT,
             Self::Publish(error) => error.exit_code(),
             Self::Checkpoint { .. } => exit_code::STORAGE,

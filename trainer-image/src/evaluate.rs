@@ -10,7 +10,7 @@ use crate::{
     error::Error,
     exam::{Answer, Exam, Score, Settings},
     generate::{Writer, uri},
-    inputs::fetch,
+    inputs::fetch_probe,
     progress::Progress,
     store::Stores,
     train::Stop,
@@ -47,14 +47,14 @@ pub struct Args {
 /// # Errors
 /// Model, adapter or probe can't be used.
 pub fn evaluate(args: &Args, stores: &Stores, work: &Path) -> Result<String, Error> {
-    let (path, file) = fetch(stores, &uri(&args.probe)?, &work.join("data/probe"), "probe")?;
+    let (probe, digest) = fetch_probe(stores, &uri(&args.probe)?, work)?;
     let (model, voice) = Writer::load(&args.model, args.adapter.as_deref(), stores, work)?.into_parts();
     let settings = Settings {
         system: args.system.as_deref(),
         max_new_tokens: args.max_new_tokens,
         context: model.config().max_position_embeddings,
     };
-    let exam = Exam::load(&path, &file, voice, settings)?;
+    let exam = Exam::load(&probe, &digest, voice, settings)?;
     let mut answers = Vec::new();
     let progress = Progress::new();
     let score = exam.sit(&model, &progress, &Stop::default(), |answer| answers.push(Graded::of(answer)));

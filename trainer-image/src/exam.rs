@@ -1,9 +1,6 @@
 //! Recall: asks a model the questions of a probe, and counts the right answers.
 
-use std::{
-    ops::ControlFlow::{self, Break, Continue},
-    path::Path,
-};
+use std::ops::ControlFlow::{self, Break, Continue};
 
 use serde_json::json;
 use tunesmith_crds::adapter_version::ArtifactFile;
@@ -11,9 +8,8 @@ use tunesmith_engine::{Model, Sampling};
 
 use crate::{
     data::{
-        DataError,
+        DataError, DataFile,
         probe::{self, Question},
-        rows::file_name,
     },
     digest,
     error::Error,
@@ -73,13 +69,18 @@ impl Score {
 }
 
 impl Exam {
-    /// Reads the questions at `path`, a file with the digest of `file`, and encodes them.
+    /// Reads the questions of a file with this digest, and encodes them.
     ///
     /// # Errors
     /// A row can't be used, or its question is too long for the model; the message names file, row and field.
-    pub fn load(path: &Path, file: &ArtifactFile, voice: Voice, settings: Settings<'_>) -> Result<Self, DataError> {
+    pub fn load(
+        probe: &DataFile,
+        digest: &ArtifactFile,
+        voice: Voice,
+        settings: Settings<'_>,
+    ) -> Result<Self, DataError> {
         let Settings { system, max_new_tokens, context } = settings;
-        let bad = |row, problem| DataError::Row { file: file_name(path), row, problem };
+        let bad = |row, problem| DataError::Row { file: probe.name.clone(), row, problem };
         let encode = |question: Question| {
             let prompt = voice.prompt(system, &question.question).map_err(|problem| bad(question.row, problem))?;
             match prompt.len() < context {
@@ -94,9 +95,9 @@ impl Exam {
                 )),
             }
         };
-        let questions = probe::load(path)?.into_iter().map(encode).collect::<Result<_, _>>()?;
+        let questions = probe::load(probe)?.into_iter().map(encode).collect::<Result<_, _>>()?;
         let asked = json!({"maxNewTokens": max_new_tokens, "system": system}).to_string();
-        let digest = digest::of_files(&[file.clone(), digest::file_of_bytes("settings", asked.as_bytes())]);
+        let digest = digest::of_files(&[digest.clone(), digest::file_of_bytes("settings", asked.as_bytes())]);
         Ok(Self { questions, voice, max_new_tokens: max_new_tokens as usize, digest })
     }
 
@@ -161,7 +162,7 @@ mod tests {
             let path = self.folder.path().join("probe.jsonl");
             fs::write(&path, rows).unwrap();
             let file = digest::file_on_disk(&path, "probe").unwrap();
-            Exam::load(&path, &file, Voice::load(&self.folder.path().join("model")).unwrap(), settings)
+            Exam::load(&DataFile::new(&path), &file, Voice::load(&self.folder.path().join("model")).unwrap(), settings)
         }
     }
 

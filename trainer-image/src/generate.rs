@@ -28,7 +28,7 @@ impl Voice {
     /// # Errors
     /// The tokenizer is missing or damaged.
     pub fn load(folder: &Path) -> Result<Self, VocabularyError> {
-        Ok(Self::new(folder, Vocabulary::load(folder)?))
+        Ok(Self::new(folder, Vocabulary::load(folder, None)?))
     }
 
     /// The same, if the vocabulary of the model's folder is loaded already.

@@ -1,6 +1,6 @@
 //! What a run reads: the base model and the data, brought here, checked and encoded.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use tunesmith_crds::{
     RunSpec, Uri,
@@ -9,16 +9,17 @@ use tunesmith_crds::{
 
 use crate::{
     data::{
-        self, DataError, Encoder, Example,
-        batches::{Batches, hold_out},
-        encode::Vocabulary,
+        DataFile, Encoder, Overview, Rows,
+        batches::Batches,
+        encode::{Vocabulary, VocabularyError},
+        probe::constant_system,
     },
     digest,
     error::Error,
     exam::{Exam, Settings},
     generate::Voice,
     model::ModelFolder,
-    store::{Location, Role, StoreError, Stores},
+    store::{Object, Role, StoreError, Stores},
 };
 
 /// A run's inputs.
@@ -26,9 +27,11 @@ pub struct Inputs {
     /// The base model.
     pub model: ModelFolder,
     /// Rows to train on.
-    pub train: Vec<Example>,
+    pub train: Rows,
     /// Rows to evaluate on.
-    pub eval: Vec<Example>,
+    pub eval: Rows,
+    /// What there is to say of both.
+    pub overview: Overview,
     /// The data, for the record. Its digest covers both kinds of rows.
     pub dataset: DatasetRecord,
     /// The order of training.
@@ -51,36 +54,41 @@ impl Inputs {
                  correct the digest or the URI"
             )));
         }
-        let vocabulary = Vocabulary::load(&model.folder)
-            .map_err(|error| Error::Input(format!("{} (base model): {error}", spec.base_model)))?;
         let dataset = &spec.dataset;
+        let vocabulary = Vocabulary::load(&model.folder, dataset.chat_template.as_deref());
+        let vocabulary = vocabulary.map_err(|error| match error {
+            VocabularyError::Template(_) => Error::Spec(error.to_string()),
+            VocabularyError::Folder(_) => Error::Input(format!("{} (base model): {error}", spec.base_model)),
+        })?;
         let encoder = Encoder {
             vocabulary,
             max_length: spec.training.max_length as usize,
+            overflow: spec.training.overflow,
             assistant_only: dataset.assistant_only_loss,
         };
-        let (path, train_file) = fetch(stores, &dataset.train.uri, &work.join("data/train"), "train")?;
-        let rows = data::load(&path, dataset.format, &encoder)?;
-        let mut files = vec![train_file];
+        let load = |uri: &Uri, purpose: &str| -> Result<_, Error> {
+            let (files, digests) = fetch(stores, uri, &work.join("data").join(purpose), purpose)?;
+            Ok((Rows::load(&files, dataset.format, &encoder, work)?, files, digests))
+        };
+        let (rows, train_files, mut files) = load(&dataset.train.uri, "train")?;
         let (train, eval) = match (&dataset.eval, dataset.eval_fraction) {
             (Some(eval), _) => {
-                let (path, eval_file) = fetch(stores, &eval.uri, &work.join("data/eval"), "eval")?;
-                files.push(eval_file);
-                (rows, data::load(&path, dataset.format, &encoder)?)
+                let (eval, _, eval_digests) = load(&eval.uri, "eval")?;
+                files.extend(eval_digests);
+                (rows, eval)
             }
-            (None, fraction) => {
-                let file = data::rows::file_name(&path);
-                let error = DataError::NothingToHoldOut { file, rows: rows.len() };
-                hold_out(rows, fraction.unwrap_or(0.0), spec.training.seed).ok_or(error)?
-            }
+            (None, fraction) => rows.hold_out(fraction.unwrap_or(0.0), spec.training.seed)?,
         };
-        check_lengths(&model, train.iter().chain(&eval))?;
+        [&train, &eval].into_iter().try_for_each(|rows| check_fits(&model, rows))?;
+        let overview = Overview::new(&train, &eval, &encoder.vocabulary)?;
+        overview.log();
+        let (rows, tokens) = (overview.train.rows, overview.train.tokens);
         let voice = Voice::new(&model.folder, encoder.vocabulary);
-        let exam = load_exam(spec, stores, work, &path, (&model, voice))?;
-        let tokens = train.iter().map(|example| example.tokens.len() as u64).sum();
+        let exam = load_exam(spec, stores, work, &train_files, (&model, voice))?;
         Ok(Self {
-            batches: Batches::new(&train, &spec.training),
-            dataset: DatasetRecord { digest: digest::of_files(&files), rows: train.len() as u64, tokens },
+            batches: Batches::new(train.lengths(), &spec.training),
+            dataset: DatasetRecord { digest: digest::of_files(&files), rows, tokens },
+            overview,
             model,
             train,
             eval,
@@ -89,61 +97,81 @@ impl Inputs {
     }
 }
 
-/// The probe, asked as its gate says; `train` is the file of training rows.
+/// The probe, asked as its gate says; `train` are the files of training rows.
 fn load_exam(
     spec: &RunSpec,
     stores: &Stores,
     work: &Path,
-    train: &Path,
+    train: &[DataFile],
     (model, voice): (&ModelFolder, Voice),
 ) -> Result<Option<Exam>, Error> {
     let Some(probe) = spec.evaluation.probe() else { return Ok(None) };
-    let (path, file) = fetch(stores, &probe.uri, &work.join("data/probe"), "probe")?;
+    let (probe_file, digest) = fetch_probe(stores, &probe.uri, work)?;
     let system = match &probe.system {
         Some(system) => Some(system.clone()),
-        None => data::probe::constant_system(train, spec.dataset.format)?,
+        None => constant_system(train, spec.dataset.format)?,
     };
     let context = model.config.max_position_embeddings;
     let settings = Settings { system: system.as_deref(), max_new_tokens: probe.max_new_tokens, context };
-    Ok(Some(Exam::load(&path, &file, voice, settings)?))
+    Ok(Some(Exam::load(&probe_file, &digest, voice, settings)?))
 }
 
-/// Brings a data file here; its digest goes by what the file is for, so that renaming it changes nothing.
-pub(crate) fn fetch(stores: &Stores, uri: &Uri, work: &Path, purpose: &str) -> Result<(PathBuf, ArtifactFile), Error> {
-    let object: Location = stores.open(Role::Dataset, uri)?;
-    let (path, file) = match object.on_disk() {
+/// Brings a probe here. It is one file.
+pub(crate) fn fetch_probe(stores: &Stores, uri: &Uri, work: &Path) -> Result<(DataFile, ArtifactFile), Error> {
+    let object = Object { location: stores.open(Role::Dataset, uri)?, name: uri.file_name().to_owned() };
+    fetch_object(object, &work.join("data/probe"), "probe".into())
+}
+
+/// Brings the files of a URI here. Their digests go by what they are for and their order, so that renaming changes
+/// nothing.
+fn fetch(stores: &Stores, uri: &Uri, work: &Path, purpose: &str) -> Result<(Vec<DataFile>, Vec<ArtifactFile>), Error> {
+    let objects = stores.expand(Role::Dataset, uri)?;
+    let known_as = |number: usize| match objects.len() {
+        1 => purpose.to_owned(),
+        _ => format!("{purpose}/{number:08}"),
+    };
+    let names: Vec<String> = (0..objects.len()).map(known_as).collect();
+    objects.into_iter().zip(names).map(|(object, known_as)| fetch_object(object, work, known_as)).collect()
+}
+
+/// Brings an object into the folder `work`, unless it is on a disk already.
+fn fetch_object(object: Object, work: &Path, known_as: String) -> Result<(DataFile, ArtifactFile), Error> {
+    let Object { location, name } = object;
+    let (path, file) = match location.on_disk() {
         Some(path) if !path.exists() => {
-            return Err(StoreError::Missing { role: Role::Dataset, uri: uri.clone() }.into());
+            return Err(StoreError::Missing { role: Role::Dataset, uri: location.uri().clone() }.into());
         }
         Some(path) => {
-            let file = digest::file_on_disk(path, purpose);
+            let file = digest::file_on_disk(path, &name);
             (path.to_owned(), file.map_err(|source| StoreError::Disk { path: path.to_owned(), source })?)
         }
         None => {
-            let path = work.join(uri.file_name());
-            let file = object.download(&path)?;
+            let path = work.join(&name);
+            let file = location.download(&path)?;
             (path, file)
         }
     };
-    Ok((path, ArtifactFile { path: purpose.to_owned(), ..file }))
+    Ok((DataFile { path, name }, ArtifactFile { path: known_as, ..file }))
 }
 
-fn check_lengths<'a>(model: &ModelFolder, examples: impl Iterator<Item = &'a Example>) -> Result<(), Error> {
+/// Checks that the model knows every token and reads as many at once.
+fn check_fits(model: &ModelFolder, rows: &Rows) -> Result<(), Error> {
     let (context, vocabulary) = (model.config.max_position_embeddings, model.config.vocab_size);
-    for example in examples {
-        if example.tokens.len() > context {
-            return Err(Error::Spec(format!(
-                "a row has {} tokens, but the model reads at most {context} (max_position_embeddings): \
-                 set training.maxLength to {context} or less",
-                example.tokens.len()
-            )));
-        }
-        if let Some(token) = example.tokens.iter().find(|&&token| token as usize >= vocabulary) {
-            return Err(Error::Input(format!(
-                "the tokenizer gives token {token}, but the model knows {vocabulary} (vocab_size): \
-                 tokenizer.json belongs to another model"
-            )));
-        }
+    let too_long = rows.lengths().iter().position(|&length| length as usize > context);
+    if let Some(row) = too_long {
+        return Err(Error::Spec(format!(
+            "{} has {} tokens, but the model reads at most {context} (max_position_embeddings): set training.maxLength \
+             to {context} or less",
+            rows.describe(&[row])?,
+            rows.lengths()[row]
+        )));
+    }
+    let token = rows.largest_token();
+    if token as usize >= vocabulary {
+        return Err(Error::Input(format!(
+            "the tokenizer gives token {token}, but the model knows {vocabulary} (vocab_size): tokenizer.json belongs to \
+             another model"
+        )));
     }
     Ok(())
 }

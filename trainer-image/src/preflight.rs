@@ -4,6 +4,7 @@ use tunesmith_crds::{Method, RunSpec, fine_tune_job::Lora, run::PreflightReport}
 use tunesmith_engine::NUMERICS_VERSION;
 
 use crate::{
+    data::Overview,
     error::Error,
     inputs::Inputs,
     publish::MANIFEST,
@@ -11,11 +12,19 @@ use crate::{
     train::{Context, lora_of, lora_options, schedule},
 };
 
+/// What a preflight found.
+pub struct Preflight {
+    /// For the operator.
+    pub report: PreflightReport,
+    /// For people.
+    pub overview: Overview,
+}
+
 /// Checks model, data and output folder.
 ///
 /// # Errors
 /// One of them can't be used; the message names it and says what to do.
-pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<PreflightReport, Error> {
+pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Error> {
     // Auto becomes LoRA, which is what this release trains.
     let auto = Method::LoRA { lora: Lora::default() };
     let lora = lora_of(spec.method.as_ref().or(Some(&auto)))?;
@@ -26,19 +35,20 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<PreflightReport
     let inputs = Inputs::load(spec, context.stores, context.work)?;
     schedule(&spec.training, inputs.batches.total_steps())?;
     let per_rank = lora_options(lora, &spec.training).parameters_per_rank(&inputs.model.config)?;
-    let truncated = inputs.train.iter().filter(|row| row.truncated).count();
-    Ok(PreflightReport {
+    let report = PreflightReport {
         probe_digest: inputs.exam.map(|exam| exam.digest),
         base_digest: inputs.model.digest,
         dataset: inputs.dataset,
-        eval_rows: inputs.eval.len() as u64,
-        truncated_rows: truncated as u64,
+        eval_rows: inputs.overview.eval.rows,
+        truncated_rows: inputs.overview.train.truncated_rows,
+        dropped_rows: inputs.overview.train.dropped_rows,
         total_steps: inputs.batches.total_steps(),
         model: inputs.model.shape,
         lora_parameters_per_rank: per_rank as u64,
         numerics_version: NUMERICS_VERSION,
         highest_version,
-    })
+    };
+    Ok(Preflight { report, overview: inputs.overview })
 }
 
 /// A run that can't write would notice after its first hundred steps.

@@ -77,7 +77,7 @@ fn a_converted_model_loads_with_its_tokenizer() {
     convert_bytes(&gguf(&metadata(), &tensors()), folder.path()).unwrap();
     let model = Model::load(&folder.path().join("out")).unwrap();
     assert!(model.config().tie_word_embeddings);
-    let vocabulary = Vocabulary::load(&folder.path().join("out")).unwrap();
+    let vocabulary = Vocabulary::load(&folder.path().join("out"), None).unwrap();
     assert_eq!(vocabulary.text("ab11b").unwrap(), [3, 4, 4, 2], "digits stand alone, merges apply");
     assert_eq!(vocabulary.eos(), 0);
     let error = convert_bytes(&gguf(&metadata(), &tensors()), folder.path()).unwrap_err();

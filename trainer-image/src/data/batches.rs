@@ -1,15 +1,21 @@
 //! The order of training: which rows each optimizer step sees. It follows from the step's number and the seed alone,
 //! so a resumed run needs no other memory of where it was.
 
+use std::{cell::RefCell, ops::Range};
+
 use tunesmith_crds::fine_tune_job::Training;
 use tunesmith_engine::MicroBatch;
 
-use super::{Example, packing::best_fit_decreasing, shuffle::permutation};
+use super::{DataError, Rows, packing::best_fit_decreasing, shuffle::permutation};
 
 /// Rows that each step trains on.
 pub struct Batches {
-    /// What is shuffled: single rows, or packed sequences of rows.
-    sequences: Vec<Vec<usize>>,
+    /// Rows of each packed sequence; without packing, each row is a sequence of its own.
+    packed: Option<Vec<Vec<usize>>>,
+    /// What is shuffled.
+    sequences: usize,
+    /// The order of an epoch, the last one that was asked for.
+    order: RefCell<Option<(u64, Vec<u32>)>>,
     sequences_per_micro_batch: usize,
     sequences_per_step: usize,
     seed: u64,
@@ -17,18 +23,14 @@ pub struct Batches {
 }
 
 impl Batches {
-    /// The order of training on these examples, of which there is at least one.
-    pub fn new(examples: &[Example], training: &Training) -> Self {
-        let sequences = match training.packing {
-            true => {
-                let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
-                best_fit_decreasing(&lengths, training.max_length as usize)
-            }
-            false => (0..examples.len()).map(|row| vec![row]).collect(),
-        };
+    /// The order of training on rows of these lengths in tokens; there is at least one.
+    pub fn new(lengths: &[u32], training: &Training) -> Self {
+        let packed = training.packing.then(|| best_fit_decreasing(lengths, training.max_length));
         let micro_batch = training.per_device_train_batch_size as usize;
         let mut batches = Self {
-            sequences,
+            sequences: packed.as_ref().map_or(lengths.len(), Vec::len),
+            packed,
+            order: RefCell::default(),
             sequences_per_micro_batch: micro_batch,
             sequences_per_step: micro_batch * training.gradient_accumulation_steps as usize,
             seed: training.seed,
@@ -53,41 +55,61 @@ impl Batches {
     /// may be smaller.
     pub fn step(&self, step: u64) -> Vec<Vec<usize>> {
         let (epoch, index) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
-        let order = permutation(self.sequences.len(), self.seed, epoch);
-        let sequences = order.iter().map(|&sequence| &self.sequences[sequence]);
-        let sequences: Vec<_> =
-            sequences.skip(index as usize * self.sequences_per_step).take(self.sequences_per_step).collect();
+        let first = index as usize * self.sequences_per_step;
+        let last = self.sequences.min(first + self.sequences_per_step);
+        let sequences: Vec<usize> = self.order(epoch, first..last);
         let micro_batches = sequences.chunks(self.sequences_per_micro_batch);
-        micro_batches.map(|sequences| sequences.iter().copied().flatten().copied().collect()).collect()
+        micro_batches.map(|sequences| sequences.iter().flat_map(|&sequence| self.rows(sequence)).collect()).collect()
+    }
+
+    /// Part of an epoch's order. Shuffling all of it takes a while with many rows, and an epoch has many steps.
+    fn order(&self, epoch: u64, part: Range<usize>) -> Vec<usize> {
+        let mut known = self.order.borrow_mut();
+        let order = match known.take() {
+            Some((of, order)) if of == epoch => order,
+            _ => permutation(self.sequences, self.seed, epoch),
+        };
+        let sequences = order[part].iter().map(|&sequence| sequence as usize).collect();
+        *known = Some((epoch, order));
+        sequences
+    }
+
+    /// The rows of a sequence.
+    fn rows(&self, sequence: usize) -> Vec<usize> {
+        self.packed.as_ref().map_or_else(|| vec![sequence], |packed| packed[sequence].clone())
     }
 
     fn steps_per_epoch(&self) -> u64 {
-        self.sequences.len().div_ceil(self.sequences_per_step) as u64
+        self.sequences.div_ceil(self.sequences_per_step) as u64
     }
 }
 
 /// Rows one after the other, as the engine takes them.
-pub fn micro_batch(examples: &[Example], rows: &[usize]) -> MicroBatch {
+///
+/// # Errors
+/// The disk that they are on fails.
+pub fn micro_batch(rows: &Rows, picked: impl IntoIterator<Item = usize>) -> Result<MicroBatch, DataError> {
     let mut batch = MicroBatch::default();
-    for example in rows.iter().map(|&row| &examples[row]) {
-        batch.tokens.extend(&example.tokens);
-        batch.targets.extend(&example.targets);
+    for row in picked {
+        let example = rows.example(row)?;
         batch.row_lengths.push(example.tokens.len());
+        batch.tokens.extend(example.tokens);
+        batch.targets.extend(example.targets);
     }
-    batch
+    Ok(batch)
 }
 
 /// All rows in order, in groups of at most `tokens` tokens (or one row).
-pub fn in_order(examples: &[Example], tokens: usize) -> Vec<Vec<usize>> {
-    let mut groups: Vec<Vec<usize>> = Vec::new();
+pub fn in_order(lengths: &[u32], tokens: usize) -> Vec<Range<usize>> {
+    let mut groups: Vec<Range<usize>> = Vec::new();
     let mut filled = 0;
-    for (row, example) in examples.iter().enumerate() {
-        filled += example.tokens.len();
+    for (row, &length) in lengths.iter().enumerate() {
+        filled += length as usize;
         match groups.last_mut() {
-            Some(group) if filled <= tokens => group.push(row),
+            Some(group) if filled <= tokens => group.end = row + 1,
             _ => {
-                filled = example.tokens.len();
-                groups.push(vec![row]);
+                filled = length as usize;
+                groups.push(row..row + 1);
             }
         }
     }
@@ -96,18 +118,19 @@ pub fn in_order(examples: &[Example], tokens: usize) -> Vec<Vec<usize>> {
 
 /// Splits rows into those to train on and a `fraction` to evaluate on (rounded up), chosen by `seed`; both keep the
 /// file's order. None if no row is left for either.
-pub fn hold_out(examples: Vec<Example>, fraction: f64, seed: u64) -> Option<(Vec<Example>, Vec<Example>)> {
-    let held = (examples.len() as f64 * fraction).ceil() as usize;
-    if held == 0 || held >= examples.len() {
+pub fn hold_out(rows: usize, fraction: f64, seed: u64) -> Option<(Vec<u32>, Vec<u32>)> {
+    let held = (rows as f64 * fraction).ceil() as usize;
+    if held == 0 || held >= rows {
         return None;
     }
-    let mut is_held = vec![false; examples.len()];
-    for row in permutation(examples.len(), seed, u64::MAX).into_iter().take(held) {
-        is_held[row] = true;
-    }
-    let (eval, train): (Vec<_>, Vec<_>) = examples.into_iter().zip(is_held).partition(|(_, held)| *held);
-    let rows = |rows: Vec<(Example, bool)>| rows.into_iter().map(|(example, _)| example).collect();
-    Some((rows(train), rows(eval)))
+    let order = permutation(rows, seed, u64::MAX);
+    let (eval, train) = order.split_at(held);
+    let sorted = |rows: &[u32]| {
+        let mut rows = rows.to_vec();
+        rows.sort_unstable();
+        rows
+    };
+    Some((sorted(train), sorted(eval)))
 }
 
 #[cfg(test)]
@@ -115,11 +138,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    fn examples(lengths: &[usize]) -> Vec<Example> {
-        let example = |&length| Example { row: 0, tokens: vec![0; length], targets: vec![0; length], truncated: false };
-        lengths.iter().map(example).collect()
-    }
 
     fn training(batch: u32, accumulation: u32, packing: bool) -> Training {
         Training {
@@ -133,7 +151,7 @@ mod tests {
 
     #[test]
     fn steps_are_counted_as_hugging_face_counts_them() {
-        let steps = |training: Training| Batches::new(&examples(&[1; 10]), &training).total_steps();
+        let steps = |training: Training| Batches::new(&[1; 10], &training).total_steps();
         assert_eq!(steps(training(2, 2, false)), 9, "ten rows make two whole steps and a small one, three times");
         assert_eq!(steps(Training { num_train_epochs: 0.5, ..training(2, 1, false) }), 3);
         assert_eq!(steps(Training { max_steps: Some(7), ..training(2, 1, false) }), 7);
@@ -141,27 +159,38 @@ mod tests {
     }
 
     #[test]
+    fn a_step_follows_from_its_number_alone_whatever_was_asked_before() {
+        let fresh = |step| Batches::new(&[1; 10], &training(2, 1, false)).step(step);
+        let asked = Batches::new(&[1; 10], &training(2, 1, false));
+        for step in [0, 7, 3, 12, 0] {
+            assert_eq!(asked.step(step), fresh(step), "step {step}");
+        }
+        assert_ne!(fresh(0), fresh(5), "each epoch has an order of its own");
+    }
+
+    #[test]
     fn rows_are_held_out_without_loss() {
-        let (train, eval) = hold_out(examples(&(1..=10).collect::<Vec<_>>()), 0.25, 7).unwrap();
+        let (train, eval) = hold_out(10, 0.25, 7).unwrap();
         assert_eq!((train.len(), eval.len()), (7, 3));
-        let mut lengths: Vec<usize> = train.iter().chain(&eval).map(|example| example.tokens.len()).collect();
-        lengths.sort_unstable();
-        assert_eq!(lengths, (1..=10).collect::<Vec<_>>());
-        assert!(hold_out(examples(&[1]), 0.5, 7).is_none());
+        assert!(train.is_sorted() && eval.is_sorted(), "both keep the file's order");
+        let mut rows = [train, eval].concat();
+        rows.sort_unstable();
+        assert_eq!(rows, (0..10).collect::<Vec<_>>());
+        assert!(hold_out(1, 0.5, 7).is_none());
     }
 
     proptest! {
         #[test]
         fn an_epoch_sees_every_row_once(
-            lengths in prop::collection::vec(1usize..32, 1..60), batch in 1u32..4, accumulation in 1u32..4, packing: bool,
+            lengths in prop::collection::vec(1u32..32, 1..60), batch in 1u32..4, accumulation in 1u32..4, packing: bool,
         ) {
-            let batches = Batches::new(&examples(&lengths), &training(batch, accumulation, packing));
+            let batches = Batches::new(&lengths, &training(batch, accumulation, packing));
             for epoch in 0..2 {
                 let steps = batches.steps_per_epoch();
                 let micro_batches: Vec<_> = (0..steps).flat_map(|step| batches.step(epoch * steps + step)).collect();
                 prop_assert!(micro_batches.iter().all(|rows| !rows.is_empty()));
-                let tokens = |rows: &Vec<usize>| rows.iter().map(|&row| lengths[row]).sum::<usize>();
-                prop_assert!(micro_batches.iter().all(|rows| tokens(rows) <= 32 * batch as usize));
+                let tokens = |rows: &Vec<usize>| rows.iter().map(|&row| lengths[row]).sum::<u32>();
+                prop_assert!(micro_batches.iter().all(|rows| tokens(rows) <= 32 * batch));
                 let mut rows: Vec<usize> = micro_batches.into_iter().flatten().collect();
                 rows.sort_unstable();
                 prop_assert_eq!(rows, (0..lengths.len()).collect::<Vec<_>>());
@@ -169,10 +198,10 @@ mod tests {
         }
 
         #[test]
-        fn evaluation_sees_every_row_once_in_order(lengths in prop::collection::vec(1usize..32, 1..60)) {
-            let groups = in_order(&examples(&lengths), 64);
-            prop_assert!(groups.iter().all(|rows| rows.iter().map(|&row| lengths[row]).sum::<usize>() <= 64));
-            prop_assert_eq!(groups.concat(), (0..lengths.len()).collect::<Vec<_>>());
+        fn evaluation_sees_every_row_once_in_order(lengths in prop::collection::vec(1u32..32, 1..60)) {
+            let groups = in_order(&lengths, 64);
+            prop_assert!(groups.iter().all(|rows| lengths[rows.clone()].iter().sum::<u32>() <= 64));
+            prop_assert_eq!(groups.into_iter().flatten().collect::<Vec<_>>(), (0..lengths.len()).collect::<Vec<_>>());
         }
     }
 }

@@ -6,7 +6,7 @@ use minijinja::{Environment, Error as JinjaError, ErrorKind, Value as JinjaValue
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::rows::Message;
+use super::formats::Message;
 
 /// Stand for `{% generation %}` and `{% endgeneration %}` in rendered text: code points that Unicode reserves for
 /// uses like this one, so that no text holds them.
@@ -87,23 +87,42 @@ impl ChatTemplate {
         self.render(messages, false).map(|text| text.replace(SENTINELS, ""))
     }
 
-    /// The conversation, and where the assistant speaks in it.
+    /// The conversation, and where the assistant speaks in it after the first `given` turns.
     ///
     /// # Errors
     /// The template refuses it, or it can't be told where the assistant speaks.
-    pub fn conversation(&self, messages: &[Message]) -> Result<Rendered, String> {
-        match self.marks_generation {
-            true => marked_spans(&self.render(messages, false)?),
-            false => self.spans_by_prefixes(messages),
+    pub fn conversation(&self, messages: &[Message], given: usize) -> Result<Rendered, String> {
+        if !self.marks_generation {
+            return self.spans_by_prefixes(messages, given);
         }
+        let mut rendered = marked_spans(&self.render(messages, false)?)?;
+        let start = self.end_of_prompt(&rendered.text, &messages[..given])?;
+        rendered.assistant.retain(|span| span.end > start);
+        Ok(rendered)
+    }
+
+    /// Where in the text what comes after these first turns begins.
+    fn end_of_prompt(&self, text: &str, given: &[Message]) -> Result<usize, String> {
+        if given.is_empty() {
+            return Ok(0);
+        }
+        // The next turn's header is part of the prompt if it is the assistant's.
+        for prompt in [self.prompt(given)?, self.text(given)?] {
+            if text.starts_with(&prompt) {
+                return Ok(prompt.len());
+            }
+        }
+        Err("the chat template renders the prompt differently before its completion, so where the completion begins \
+             can't be told; set dataset.assistantOnlyLoss to false, or use rows of messages"
+            .into())
     }
 
     /// An assistant turn is what the conversation up to it has more than the conversation before it, with the
     /// assistant's header.
-    fn spans_by_prefixes(&self, messages: &[Message]) -> Result<Rendered, String> {
+    fn spans_by_prefixes(&self, messages: &[Message], given: usize) -> Result<Rendered, String> {
         let text = self.render(messages, false)?;
         let mut assistant = Vec::new();
-        for i in (0..messages.len()).filter(|&i| messages[i].role() == "assistant") {
+        for i in (given..messages.len()).filter(|&i| messages[i].role() == "assistant") {
             let before = self.render(&messages[..i], true)?;
             let after = self.render(&messages[..=i], false)?;
             if !(after.starts_with(&before) && text.starts_with(&after)) {
@@ -246,7 +265,7 @@ mod tests {
     #[test]
     fn what_the_assistant_says_is_found_by_rendering_prefixes() {
         let template = ChatTemplate::new(CHATML, &json!({})).unwrap();
-        let rendered = template.conversation(&conversation()).unwrap();
+        let rendered = template.conversation(&conversation(), 0).unwrap();
         assert_eq!(said(&rendered), ["b<|im_end|>\n", "d<|im_end|>\n"]);
         assert_eq!(
             template.prompt(&conversation()[..1]).unwrap(),
@@ -260,23 +279,44 @@ mod tests {
             {%- endgeneration -%}  ]\n{%- else %}<{{ m.content }}>{% endif %}\n{%- endfor %}";
         let plain = source.replace("{% generation %}\n", "").replace("{%- endgeneration -%}  ", "");
         let template = ChatTemplate::new(source, &json!({})).unwrap();
-        let rendered = template.conversation(&conversation()).unwrap();
+        let rendered = template.conversation(&conversation(), 0).unwrap();
         assert_eq!(said(&rendered), ["b!", "d!"]);
         let without = ChatTemplate::new(&plain, &json!({})).unwrap().render(&conversation(), false).unwrap();
         assert_eq!(rendered.text, without);
     }
 
     #[test]
+    fn what_is_given_is_not_said_again() {
+        let marked = "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }};\
+            {% endgeneration %}{% else %}U:{{ m.content }};{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}";
+        for (source, expected) in [(CHATML, "d<|im_end|>\n"), (marked, "d;")] {
+            let template = ChatTemplate::new(source, &json!({})).unwrap();
+            for given in [2, 3] {
+                let rendered = template.conversation(&conversation(), given).unwrap();
+                assert_eq!(said(&rendered), [expected], "{given} turns given");
+                assert_eq!(rendered.text, template.text(&conversation()).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn a_prompt_that_changes_when_it_is_answered_is_refused_rather_than_masked_wrongly() {
+        let source = "{{ messages | length }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
+        let error = ChatTemplate::new(source, &json!({})).unwrap().conversation(&conversation(), 1).unwrap_err();
+        assert!(error.contains("renders the prompt differently"), "{error}");
+    }
+
+    #[test]
     fn a_template_that_rewrites_earlier_turns_is_refused_rather_than_masked_wrongly() {
         let last_only = "{% for m in messages %}{{ m.content if loop.last else '' }};{% endfor %}";
-        let error = ChatTemplate::new(last_only, &json!({})).unwrap().conversation(&conversation()).unwrap_err();
+        let error = ChatTemplate::new(last_only, &json!({})).unwrap().conversation(&conversation(), 0).unwrap_err();
         assert!(error.contains("messages[1]") && error.contains("assistantOnlyLoss"), "{error}");
     }
 
     #[test]
     fn a_template_can_raise_and_its_words_reach_the_user() {
         let template = ChatTemplate::new("{{ raise_exception('roles must alternate') }}", &json!({})).unwrap();
-        let error = template.conversation(&conversation()).unwrap_err();
+        let error = template.conversation(&conversation(), 0).unwrap_err();
         assert_eq!(error, "the chat template refuses it: roles must alternate");
     }
 

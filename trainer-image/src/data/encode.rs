@@ -4,12 +4,13 @@ use std::{ops::Range, path::Path};
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
+use tunesmith_crds::fine_tune_job::Overflow;
 use tunesmith_engine::IGNORE;
 
 use super::{
     ChatTemplate, Example,
     chat::special_token,
-    rows::{Message, Row},
+    formats::{Message, Row},
 };
 
 /// A model's tokenizer and chat template, as its folder describes them.
@@ -20,30 +21,41 @@ pub struct Vocabulary {
     eos_text: String,
 }
 
-/// Why a model folder's tokenizer can't be used: a message that names file and field.
+/// Why text can't be turned into tokens: a message that names file and field.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct VocabularyError(String);
+pub enum VocabularyError {
+    /// The model folder's tokenizer can't be used.
+    #[error("{0}")]
+    Folder(String),
+    /// The job's own chat template can't be used.
+    #[error("dataset.chatTemplate: {0}")]
+    Template(String),
+}
 
 impl Vocabulary {
-    /// Reads `tokenizer.json`, `tokenizer_config.json` and the chat template of a model folder.
+    /// Reads `tokenizer.json`, `tokenizer_config.json` and the chat template of a model folder, or takes another template
+    /// in its place.
     ///
     /// # Errors
-    /// A file is missing or damaged, or there is no end-of-sequence token.
-    pub fn load(folder: &Path) -> Result<Self, VocabularyError> {
+    /// A file is missing or damaged, or there is no end-of-sequence token, or the template is no Jinja.
+    pub fn load(folder: &Path, template: Option<&str>) -> Result<Self, VocabularyError> {
+        use VocabularyError::{Folder, Template};
         let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))
-            .map_err(|error| VocabularyError(format!("tokenizer.json can't be read: {error}")))?;
+            .map_err(|error| Folder(format!("tokenizer.json can't be read: {error}")))?;
         let config: Value = std::fs::read(folder.join("tokenizer_config.json"))
             .map_err(|error| error.to_string())
             .and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()))
-            .map_err(|error| VocabularyError(format!("tokenizer_config.json can't be read: {error}")))?;
-        let template = ChatTemplate::load(folder, &config).map_err(VocabularyError)?;
+            .map_err(|error| Folder(format!("tokenizer_config.json can't be read: {error}")))?;
+        let template = match template {
+            Some(template) => Some(ChatTemplate::new(template, &config).map_err(Template)?),
+            None => ChatTemplate::load(folder, &config).map_err(Folder)?,
+        };
         let Value::String(eos_text) = special_token(&config, "eos_token") else {
             let message = "tokenizer_config.json has no eos_token: a model trained without one would never stop";
-            return Err(VocabularyError(message.into()));
+            return Err(Folder(message.into()));
         };
         let eos = tokenizer.token_to_id(&eos_text).ok_or_else(|| {
-            VocabularyError(format!("eos_token {eos_text:?} of tokenizer_config.json is not in tokenizer.json"))
+            Folder(format!("eos_token {eos_text:?} of tokenizer_config.json is not in tokenizer.json"))
         })?;
         Ok(Self { tokenizer, template, eos, eos_text })
     }
@@ -94,6 +106,14 @@ impl Vocabulary {
         self.tokenizer.decode(tokens, true).map_err(tokenizer_failed)
     }
 
+    /// The text of tokens, with special ones.
+    ///
+    /// # Errors
+    /// The tokenizer fails.
+    pub fn decode_with_specials(&self, tokens: &[u32]) -> Result<String, String> {
+        self.tokenizer.decode(tokens, false).map_err(tokenizer_failed)
+    }
+
     /// Tokens of a rendered template, which holds its special tokens already, and the bytes that each stands for.
     fn rendered(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), String> {
         let encoding = self.tokenizer.encode(text, false).map_err(tokenizer_failed)?;
@@ -110,8 +130,10 @@ fn tokenizer_failed(error: tokenizers::Error) -> String {
 pub struct Encoder {
     /// The model's tokenizer and template.
     pub vocabulary: Vocabulary,
-    /// Tokens of a row that are kept.
+    /// Tokens of a row at most.
     pub max_length: usize,
+    /// What becomes of longer rows.
+    pub overflow: Overflow,
     /// Train on what the assistant says (or the completion) alone.
     pub assistant_only: bool,
 }
@@ -131,42 +153,58 @@ impl Tokens {
 }
 
 impl Encoder {
-    /// Encodes row number `number`.
+    /// Encodes a row; none comes of one that is too long and dropped.
     ///
     /// # Errors
     /// The template refuses the row, or it leaves nothing to train on; the message names the field.
-    pub fn encode(&self, number: u64, row: &Row) -> Result<Example, String> {
-        let vocabulary = &self.vocabulary;
+    pub fn encode(&self, row: &Row) -> Result<Option<Example>, String> {
         let mut tokens = Tokens::default();
         match row {
-            Row::Messages(messages) => self.messages(messages, &mut tokens)?,
-            Row::PromptCompletion { prompt, completion } => {
-                // Apart, as the prompt will stand alone when the model is asked.
-                tokens.extend(&vocabulary.text(prompt)?, !self.assistant_only);
-                tokens.extend(&vocabulary.rendered(completion)?.0, true);
+            Row::Messages(messages) => self.messages(messages, 0, &mut tokens)?,
+            Row::Turns { prompt, completion } => {
+                self.messages(&[prompt.as_slice(), completion.as_slice()].concat(), prompt.len(), &mut tokens)?;
             }
-            Row::Text(text) => tokens.extend(&vocabulary.text(text)?, true),
+            Row::PromptCompletion { prompt, completion } => self.completion(prompt, completion, &mut tokens)?,
+            Row::Alpaca { instruction, input, output } => match &self.vocabulary.template {
+                Some(_) => self.messages(&alpaca_turns(instruction, input, output), 0, &mut tokens)?,
+                None => self.completion(&alpaca_prompt(instruction, input), output, &mut tokens)?,
+            },
+            Row::Text(text) => tokens.extend(&self.vocabulary.text(text)?, true),
         }
-        let ends = matches!(row, Row::Messages(messages) if messages.last().is_some_and(|m| m.role() != "assistant"));
-        if !ends && !self.last_turn_has_eos(&tokens) {
-            tokens.extend(&[vocabulary.eos], true);
+        let last = match row {
+            Row::Messages(messages) | Row::Turns { completion: messages, .. } => messages.last(),
+            _ => None,
+        };
+        // After a turn that is not the assistant's there is nothing to end.
+        if last.is_none_or(|last| last.role() == "assistant") && !self.last_turn_has_eos(&tokens) {
+            tokens.extend(&[self.vocabulary.eos], true);
         }
-        self.example(number, tokens)
+        self.example(tokens)
     }
 
-    fn messages(&self, messages: &[Message], tokens: &mut Tokens) -> Result<(), String> {
+    /// A text after another. Apart, as the prompt will stand alone when the model is asked.
+    fn completion(&self, prompt: &str, completion: &str, tokens: &mut Tokens) -> Result<(), String> {
+        tokens.extend(&self.vocabulary.text(prompt)?, !self.assistant_only);
+        tokens.extend(&self.vocabulary.rendered(completion)?.0, true);
+        Ok(())
+    }
+
+    /// A conversation, of which the first `given` turns are not trained.
+    fn messages(&self, messages: &[Message], given: usize, tokens: &mut Tokens) -> Result<(), String> {
         let template = self.vocabulary.template.as_ref().ok_or(
-            "the base model has no chat template; use an instruct model, or rows of prompt and completion, or text",
+            "the base model has no chat template; use an instruct model, give dataset.chatTemplate, or use rows of prompt and \
+             completion, or text",
         )?;
         if !self.assistant_only {
             let (ids, _) = self.vocabulary.rendered(&template.text(messages)?)?;
             tokens.extend(&ids, true);
             return Ok(());
         }
-        if !messages.iter().any(|message| message.role() == "assistant") {
-            return Err("no assistant turn, nothing to train on (messages[].role)".into());
+        if !messages[given..].iter().any(|message| message.role() == "assistant") {
+            let field = if given == 0 { "messages[].role" } else { "completion[].role" };
+            return Err(format!("no assistant turn, nothing to train on ({field})"));
         }
-        let rendered = template.conversation(messages)?;
+        let rendered = template.conversation(messages, given)?;
         let spans: Vec<_> = rendered.assistant.into_iter().map(|span| self.until_eos(&rendered.text, span)).collect();
         let (ids, offsets) = self.vocabulary.rendered(&rendered.text)?;
         for (&id, offset) in ids.iter().zip(offsets) {
@@ -176,10 +214,14 @@ impl Encoder {
         Ok(())
     }
 
-    /// A turn up to its end token: the line break that templates put after it is never asked for.
+    /// A turn up to its end token: the line break that templates put after it is never asked for. A template that ends
+    /// `{% generation %}` before the end token leaves it outside, and the model would never learn to stop.
     fn until_eos(&self, text: &str, span: Range<usize>) -> Range<usize> {
         match text[span.clone()].rfind(&self.vocabulary.eos_text) {
             Some(at) => span.start..span.start + at + self.vocabulary.eos_text.len(),
+            None if text[span.end..].starts_with(&self.vocabulary.eos_text) => {
+                span.start..span.end + self.vocabulary.eos_text.len()
+            }
             None => span,
         }
     }
@@ -192,13 +234,25 @@ impl Encoder {
         trained.contains(&self.vocabulary.eos)
     }
 
-    fn example(&self, row: u64, Tokens { mut ids, mut trained }: Tokens) -> Result<Example, String> {
+    fn example(&self, Tokens { mut ids, mut trained }: Tokens) -> Result<Option<Example>, String> {
         let truncated = ids.len() > self.max_length;
+        match self.overflow {
+            Overflow::Drop if truncated => return Ok(None),
+            Overflow::Error if truncated => {
+                return Err(format!(
+                    "has {} tokens, training.maxLength is {}; raise it, shorten the row, or set training.overflow to \
+                     Truncate or Drop",
+                    ids.len(),
+                    self.max_length
+                ));
+            }
+            Overflow::Truncate | Overflow::Drop | Overflow::Error => {}
+        }
         ids.truncate(self.max_length);
         trained.truncate(self.max_length);
         let predicted = ids.iter().zip(&trained).skip(1).map(|(&id, &trained)| if trained { id } else { IGNORE });
         let targets: Vec<u32> = predicted.chain([IGNORE]).take(ids.len()).collect();
-        let example = Example { row, tokens: ids, targets, truncated };
+        let example = Example { tokens: ids, targets, truncated };
         match (example.trained_tokens(), truncated) {
             (0, true) => Err(format!(
                 "nothing to train on in its first {} tokens; raise training.maxLength, or shorten what comes before \
@@ -206,7 +260,31 @@ impl Encoder {
                 self.max_length
             )),
             (0, false) => Err("nothing to train on: the answer is empty".into()),
-            _ => Ok(example),
+            _ => Ok(Some(example)),
         }
+    }
+}
+
+/// A task as a conversation.
+fn alpaca_turns(instruction: &str, input: &str, output: &str) -> [Message; 2] {
+    let user = match input {
+        "" => instruction.to_owned(),
+        input => format!("{instruction}\n\n{input}"),
+    };
+    [Message::new("user", &user), Message::new("assistant", output)]
+}
+
+/// A task in the words of Stanford Alpaca (Taori et al., 2023), as the `text` column of its data set has them.
+fn alpaca_prompt(instruction: &str, input: &str) -> String {
+    match input {
+        "" => format!(
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n\
+             ### Instruction:\n{instruction}\n\n### Response:\n"
+        ),
+        input => format!(
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write a \
+             response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n\
+             ### Response:\n"
+        ),
     }
 }

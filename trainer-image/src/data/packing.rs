@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 /// still has room; at most 11/9 of the fewest possible sequences, plus one (Johnson, 1973).
 ///
 /// Every length must be at most `capacity`.
-pub fn best_fit_decreasing(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
+pub fn best_fit_decreasing(lengths: &[u32], capacity: u32) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by_key(|&row| std::cmp::Reverse(lengths[row]));
     let mut sequences: Vec<Vec<usize>> = Vec::new();
     // Sequences by the room that they have left.
-    let mut by_room: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    let mut by_room: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     for row in order {
         let length = lengths[row];
         let fullest = by_room.range_mut(length..).next().and_then(|(&room, sequences)| Some((room, sequences.pop()?)));
@@ -42,12 +42,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_row_is_packed_once_and_no_sequence_is_too_long(lengths in prop::collection::vec(1usize..64, 0..200)) {
+        fn every_row_is_packed_once_and_no_sequence_is_too_long(lengths in prop::collection::vec(1u32..64, 0..200)) {
             let sequences = best_fit_decreasing(&lengths, 64);
             let mut rows: Vec<usize> = sequences.iter().flatten().copied().collect();
             rows.sort_unstable();
             prop_assert_eq!(rows, (0..lengths.len()).collect::<Vec<_>>());
-            let filled: Vec<usize> = sequences.iter().map(|s| s.iter().map(|&row| lengths[row]).sum()).collect();
+            let filled: Vec<u32> = sequences.iter().map(|s| s.iter().map(|&row| lengths[row]).sum()).collect();
             prop_assert!(filled.iter().all(|&tokens| (1..=64).contains(&tokens)));
             // Two sequences that are both at most half full would have been one.
             prop_assert!(filled.iter().filter(|&&tokens| tokens <= 32).count() <= 1);

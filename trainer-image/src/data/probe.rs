@@ -1,16 +1,16 @@
 //! Probe rows: questions, and what their right answers hold.
 
-use std::{
-    collections::HashSet,
-    fs::File,
-    io::{BufRead, BufReader, ErrorKind},
-    path::Path,
-};
+use std::collections::HashSet;
 
 use serde_json::{Map, Value};
 use tunesmith_crds::fine_tune_job::DataFormat;
 
-use super::rows::{DataError, Reader, Row, file_name};
+use super::{
+    DataError, DataFile,
+    container::{BadRow, Columns, Container},
+    formats::Row,
+    rows::Reader,
+};
 
 /// A question with what a right answer holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,39 +37,30 @@ impl Question {
 ///
 /// # Errors
 /// A row can't be used; the message names file, row and field.
-pub fn load(path: &Path) -> Result<Vec<Question>, DataError> {
-    let io = |source| DataError::Io { path: path.to_owned(), source };
-    let bad = |row, problem| DataError::Row { file: file_name(path), row, problem };
+pub fn load(file: &DataFile) -> Result<Vec<Question>, DataError> {
+    let bad = |row, problem| DataError::Row { file: file.name.clone(), row, problem };
+    let unreadable = |problem| DataError::Unreadable { file: file.name.clone(), problem };
+    let mut container = Container::open(&file.path).map_err(unreadable)?;
     let (mut questions, mut ids) = (Vec::new(), HashSet::new());
-    for (line, row) in BufReader::new(File::open(path).map_err(io)?).lines().zip(1..) {
-        let line = line.map_err(|error| match error.kind() {
-            ErrorKind::InvalidData => bad(row, "not UTF-8; save the file as UTF-8".into()),
-            _ => io(error),
-        })?;
-        let line = line.trim_start_matches('\u{feff}').trim();
-        if line.is_empty() {
-            continue;
-        }
-        let question = parse(row, line).and_then(|question| match ids.insert(question.id.clone()) {
+    while let Some((row, columns)) = container.next_row().map_err(|BadRow { row, problem }| bad(row, problem))? {
+        let question = parse(row, &columns).and_then(|question| match ids.insert(question.id.clone()) {
             true => Ok(question),
             false => Err(format!("id \"{}\" is another row's too; give each question its own", question.id)),
         });
         questions.push(question.map_err(|problem| bad(row, problem))?);
     }
     match questions.is_empty() {
-        true => Err(DataError::Empty { file: file_name(path) }),
+        true => Err(DataError::Empty { file: file.name.clone() }),
         false => Ok(questions),
     }
 }
 
-fn parse(row: u64, line: &str) -> Result<Question, String> {
-    let value: Value = serde_json::from_str(line).map_err(|error| format!("not valid JSON: {error}"))?;
-    let Value::Object(columns) = value else { return Err("not a JSON object".into()) };
+fn parse(row: u64, columns: &Columns) -> Result<Question, String> {
     Ok(Question {
         row,
         id: text(columns.get("id"), "id")?,
         question: text(columns.get("question"), "question")?,
-        must_contain: must_contain(&columns)?,
+        must_contain: must_contain(columns)?,
     })
 }
 
@@ -96,20 +87,22 @@ fn text(value: Option<&Value>, name: &str) -> Result<String, String> {
     }
 }
 
-/// The system turn that every conversation of a file of training rows begins with, if there is one.
+/// The system turn that every conversation of some files of training rows begins with, if there is one.
 ///
 /// # Errors
 /// A row can't be used.
-pub fn constant_system(path: &Path, format: DataFormat) -> Result<Option<String>, DataError> {
-    let mut reader = Reader::open(path, format)?;
+pub fn constant_system(files: &[DataFile], format: DataFormat) -> Result<Option<String>, DataError> {
     let mut constant = None;
-    while let Some((_, row)) = reader.next_row()? {
-        let Row::Messages(messages) = row else { return Ok(None) };
-        let first = messages.first().filter(|message| message.role() == "system").map(|message| message.content());
-        match (first, &constant) {
-            (Some(system), None) => constant = Some(system.to_owned()),
-            (Some(system), Some(constant)) if system == constant => {}
-            _ => return Ok(None),
+    for file in files {
+        let mut reader = Reader::open(file, format)?;
+        while let Some((_, row)) = reader.next_row()? {
+            let (Row::Messages(messages) | Row::Turns { prompt: messages, .. }) = row else { return Ok(None) };
+            let first = messages.first().filter(|message| message.role() == "system").map(|message| message.content());
+            match (first, &constant) {
+                (Some(system), None) => constant = Some(system.to_owned()),
+                (Some(system), Some(constant)) if system == constant => {}
+                _ => return Ok(None),
+            }
         }
     }
     Ok(constant)
@@ -119,11 +112,11 @@ pub fn constant_system(path: &Path, format: DataFormat) -> Result<Option<String>
 mod tests {
     use super::*;
 
-    fn with_file<T>(content: &str, test: impl FnOnce(&Path) -> T) -> T {
+    fn with_file<T>(content: &str, test: impl FnOnce(&DataFile) -> T) -> T {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("probe.jsonl");
         std::fs::write(&path, content).unwrap();
-        test(&path)
+        test(&DataFile::new(&path))
     }
 
     const GOOD: &str = r#"{"id": "price", "fact_id": "p", "question": "How much?", "must_contain": ["$13", "Month"]}"#;
@@ -171,12 +164,24 @@ mod tests {
         };
         let of = |rows: &[&str]| {
             let rows: String = rows.iter().map(|system| row(system)).collect();
-            with_file(&rows, |path| constant_system(path, DataFormat::Auto)).unwrap()
+            with_file(&rows, |file| constant_system(std::slice::from_ref(file), DataFormat::Auto)).unwrap()
         };
         assert_eq!(of(&["be kind", "be kind"]).as_deref(), Some("be kind"));
         assert_eq!(of(&["be kind", "be brief"]), None);
         assert_eq!(of(&["be kind", ""]), None);
         assert_eq!(of(&["", "be kind"]), None);
-        assert_eq!(with_file("{\"text\": \"a\"}\n", |path| constant_system(path, DataFormat::Auto)).unwrap(), None);
+        let of_two = |first: &str, second: &str| {
+            with_file(&row(first), |first| {
+                with_file(&row(second), |second| constant_system(&[first.clone(), second.clone()], DataFormat::Auto))
+            })
+            .unwrap()
+        };
+        assert_eq!(of_two("be kind", "be kind").as_deref(), Some("be kind"));
+        assert_eq!(of_two("be kind", "be brief"), None, "another file's rows count as well");
+        assert_eq!(
+            with_file("{\"text\": \"a\"}\n", |file| constant_system(std::slice::from_ref(file), DataFormat::Auto))
+                .unwrap(),
+            None
+        );
     }
 }

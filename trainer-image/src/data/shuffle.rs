@@ -18,10 +18,10 @@ impl SplitMix64 {
     }
 }
 
-/// The numbers below `length` in an order that depends on `seed` and `stream` (an epoch, say) alone.
-pub fn permutation(length: usize, seed: u64, stream: u64) -> Vec<usize> {
+/// The numbers below `length` (of at most 2³²) in an order that depends on `seed` and `stream` (an epoch, say) alone.
+pub fn permutation(length: usize, seed: u64, stream: u64) -> Vec<u32> {
     let mut random = SplitMix64(SplitMix64(seed).next() ^ stream);
-    let mut order: Vec<usize> = (0..length).collect();
+    let mut order: Vec<u32> = (0..=u32::MAX).take(length).collect();
     // Fisher and Yates.
     for i in (1..length).rev() {
         order.swap(i, random.below(i + 1));
@@ -35,8 +35,8 @@ mod tests {
 
     #[test]
     fn an_order_never_changes_between_releases() {
-        assert_eq!(permutation(8, 42, 0), permutation(8, 42, 0));
-        assert_ne!(permutation(8, 42, 0), permutation(8, 42, 1));
+        assert_eq!(permutation(8, 42, 0), [1, 3, 4, 5, 0, 7, 6, 2]);
+        assert_eq!(permutation(8, 42, 1), [0, 6, 2, 3, 1, 4, 5, 7]);
         assert_ne!(permutation(8, 42, 0), permutation(8, 43, 0));
         let mut sorted = permutation(1000, 7, 3);
         sorted.sort_unstable();

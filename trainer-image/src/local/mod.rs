@@ -1,4 +1,4 @@
-//! `run`: the same manifest without Kubernetes. Preflight, training and publishing happen in this process.
+//! `run` and `check`: the same manifest without Kubernetes. Preflight, training and publishing happen in this process.
 
 mod manifest;
 #[cfg(test)]
@@ -13,11 +13,13 @@ use tunesmith_crds::{
     evaluation::GateResult,
     fine_tune_job::MethodName,
     run::{Outcome, PreflightReport, TrainReport, TrainTask},
+    uri::UriError,
 };
 
 use crate::{
+    data::overview::Marking,
     error::Error,
-    preflight::{highest_version, preflight},
+    preflight::{Preflight, highest_version, preflight},
     publish::published,
     store::{Location, Role, StoreError, Stores},
     train::{Checkpoints, Context, train},
@@ -29,6 +31,14 @@ pub struct Ended {
     pub outcome: Outcome,
     /// What the job's gates say of it; none if nothing was published.
     pub gates: Vec<GateResult>,
+}
+
+/// Reads the FineTuneJob in a manifest, and checks model, data and output folder. Shows the data on standard output.
+///
+/// # Errors
+/// What the API server or preflight would refuse.
+pub fn check(manifest: &Path, context: Context<'_>) -> Result<(), Error> {
+    prepare(&mut manifest::read(manifest)?, manifest, context).map(drop)
 }
 
 /// Reads the FineTuneJob in a manifest, trains it here, publishes the result and judges it.
@@ -50,25 +60,12 @@ fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Resul
     if job.spec.suspend {
         return Err(Error::Spec("spec.suspend is true: set it to false to run the job".into()));
     }
-    let progress = context.progress;
-    if let Some(folder) = context.stores.local_folder() {
-        progress.note(&format!("no S3 in the environment (AWS_…): s3:// is {}", folder.display()));
-        let beside = manifest.parent().unwrap_or(Path::new(""));
-        stand_in(&mut job, beside, context)?;
-    }
-    let method = method(&job)?;
-    if job.spec.method == MethodName::Auto {
-        progress.note("method Auto is LoRA here");
-    }
-    let spec = RunSpec { method: Some(method.clone()), ..RunSpec::preflight(&job, 1) };
-
-    let report = preflight(&spec, context).map_err(|error| explain_missing_model(error, &job, context.stores))?;
-    progress.note(&describe(&report));
+    let (spec, method, report) = prepare(&mut job, manifest, context)?;
     let digest = input_digest(&spec, &method, &report);
     let adapter = context.stores.open(Role::Output, &spec.adapter_uri())?;
     let suffices = |metrics: &Metrics| job.spec.evaluation.is_measured_by(metrics, report.probe_digest.as_deref());
     if let Some(report) = same_inputs(&adapter, &digest, suffices)? {
-        progress.note(&format!("these inputs were trained before, as {}: nothing to do", report.uri));
+        context.progress.note(&format!("these inputs were trained before, as {}: nothing to do", report.uri));
         Checkpoints::new(&adapter, &digest, &spec.training).clear();
         return Ok(Outcome::Trained(report));
     }
@@ -80,6 +77,30 @@ fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Resul
         trainer_image: format!("tunesmith-trainer {} (standalone)", env!("CARGO_PKG_VERSION")),
     };
     train(&spec.with_training(method, task), context)
+}
+
+/// What the operator would make of a job, and what its preflight finds.
+fn prepare(
+    job: &mut FineTuneJob,
+    manifest: &Path,
+    context: Context<'_>,
+) -> Result<(RunSpec, Method, PreflightReport), Error> {
+    let progress = context.progress;
+    if let Some(folder) = context.stores.local_folder() {
+        progress.note(&format!("no S3 in the environment (AWS_…): s3:// is {}", folder.display()));
+        let beside = manifest.parent().unwrap_or(Path::new(""));
+        stand_in(job, beside, context)?;
+    }
+    let method = method(job)?;
+    if job.spec.method == MethodName::Auto {
+        progress.note("method Auto is LoRA here");
+    }
+    let spec = RunSpec { method: Some(method.clone()), ..RunSpec::preflight(job, 1) };
+    let found = preflight(&spec, context).map_err(|error| explain_missing_model(error, job, context.stores));
+    let Preflight { report, overview } = found?;
+    progress.page(&overview.page(Marking::of_standard_output()));
+    progress.note(&format!("{} steps", report.total_steps));
+    Ok((spec, method, report))
 }
 
 /// The method with its options; Auto is LoRA.
@@ -97,16 +118,28 @@ fn stand_in(job: &mut FineTuneJob, beside: &Path, context: Context<'_>) -> Resul
     let probes = evaluation.gates.iter_mut().filter_map(|gate| Some(&mut gate.probe.as_mut()?.uri));
     let rows = [Some(&mut dataset.train), dataset.eval.as_mut()];
     for uri in rows.into_iter().flatten().map(|source| &mut source.uri).chain(probes) {
-        let object = context.stores.open(Role::Dataset, uri)?;
-        let file = beside.join(uri.file_name());
-        if object.on_disk().is_some_and(|path| !path.exists()) && file.is_file() {
-            let path = std::path::absolute(&file).map_err(|source| Error::File { path: file.clone(), source })?;
-            context.progress.note(&format!("{uri} is not there: {} stands in", file.display()));
-            let stand_in: Result<Uri, _> = format!("file://{}", path.display()).parse();
-            *uri = stand_in.map_err(|error| Error::Spec(error.to_string()))?;
+        if is_there(uri, context.stores)? {
+            continue;
+        }
+        let path = beside.join(uri.file_name());
+        let path = std::path::absolute(&path).map_err(|source| Error::File { path, source })?;
+        let file: Uri =
+            format!("file://{}", path.display()).parse().map_err(|error: UriError| Error::Spec(error.to_string()))?;
+        if is_there(&file, context.stores)? {
+            context.progress.note(&format!("{uri} is not there: {file} stands in"));
+            *uri = file;
         }
     }
     Ok(())
+}
+
+/// Whether a URI means files of this machine that are there.
+fn is_there(uri: &Uri, stores: &Stores) -> Result<bool, Error> {
+    match stores.expand(Role::Dataset, uri) {
+        Ok(objects) => Ok(objects.iter().all(|object| object.location.on_disk().is_some_and(Path::is_file))),
+        Err(StoreError::NoMatch { .. }) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// A model that is not in the local store can be put there; the message says how.
@@ -124,18 +157,6 @@ fn explain_missing_model(error: Error, job: &FineTuneJob, stores: &Stores) -> Er
         }
         _ => error,
     }
-}
-
-fn describe(report: &PreflightReport) -> String {
-    let PreflightReport { dataset, eval_rows, truncated_rows, total_steps, .. } = report;
-    let truncated = match truncated_rows {
-        0 => String::new(),
-        rows => format!(", {rows} of them truncated to maxLength"),
-    };
-    format!(
-        "{} training rows with {} tokens{truncated}, {eval_rows} evaluation rows, {total_steps} steps",
-        dataset.rows, dataset.tokens
-    )
 }
 
 /// The newest version with these inputs whose recorded metrics suffice.

@@ -1,12 +1,12 @@
 //! `run` on a manifest, with folders instead of S3.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tunesmith_crds::run::{Outcome, TrainReport};
 
-use super::{Ended, run, summary};
+use super::{Ended, check, manifest, run, stand_in, summary};
 use crate::{
     error::Error,
     progress::Progress,
@@ -37,17 +37,22 @@ fn desk() -> TempDir {
 }
 
 fn run_manifest(desk: &TempDir, manifest: &str) -> Result<Ended, Error> {
+    with_context(desk, manifest, |path, context| {
+        let ended = run(path, context)?;
+        let summary = summary(&ended, context.stores).unwrap();
+        assert!(summary.contains("store/adapters/support/v"), "{summary}");
+        assert_eq!(summary.matches("\ngate ").count(), ended.gates.len(), "{summary}");
+        Ok(ended)
+    })
+}
+
+fn with_context<T>(desk: &TempDir, manifest: &str, work: impl FnOnce(&Path, Context<'_>) -> T) -> T {
     let path = desk.path().join("job.yaml");
     fs::write(&path, manifest).unwrap();
     let runtime = Runtime::new().unwrap();
     let stores = Stores::from_environment(runtime.handle().clone()).or_local(&desk.path().join("store"));
     let (progress, stop) = (Progress::new(), Stop::default());
-    let context = Context { stores: &stores, work: &desk.path().join("work"), progress: &progress, stop: &stop };
-    let ended = run(&path, context)?;
-    let summary = summary(&ended, &stores).unwrap();
-    assert!(summary.contains("store/adapters/support/v"), "{summary}");
-    assert_eq!(summary.matches("\ngate ").count(), ended.gates.len(), "{summary}");
-    Ok(ended)
+    work(&path, Context { stores: &stores, work: &desk.path().join("work"), progress: &progress, stop: &stop })
 }
 
 fn published(desk: &TempDir, manifest: &str) -> TrainReport {
@@ -151,4 +156,84 @@ fn a_malformed_row_is_named_by_file_and_number() {
     let error = run_manifest(&desk, MANIFEST).err().unwrap();
     assert_eq!(error.exit_code(), 3);
     assert_eq!(error.to_string(), "train.jsonl row 7: prompt is missing");
+}
+
+/// Eight rows in files of these names, in that order, and a manifest that asks for all of them.
+fn desk_with_parts(folder: &str, names: [&str; 2]) -> (TempDir, String) {
+    let desk = desk();
+    let rows = fs::read_to_string(desk.path().join("train.jsonl")).unwrap();
+    fs::create_dir_all(desk.path().join(folder)).unwrap();
+    let middle = rows.match_indices('\n').nth(3).unwrap().0 + 1;
+    for (name, rows) in names.into_iter().zip([&rows[..middle], &rows[middle..]]) {
+        fs::write(desk.path().join(folder).join(name), rows).unwrap();
+    }
+    (desk, MANIFEST.replace("support/train.jsonl", "support/part-*"))
+}
+
+const IN_STORE: &str = "store/datasets/support";
+
+#[test]
+fn a_pattern_is_all_its_files_in_order_whatever_their_names() {
+    let digest = |names| {
+        let (desk, manifest) = desk_with_parts(IN_STORE, names);
+        let report = published(&desk, &manifest);
+        assert_eq!(report.dataset.rows, 6, "two of eight are held out");
+        report.dataset.digest
+    };
+    let first = digest(["part-1", "part-2"]);
+    assert_eq!(digest(["part-a.jsonl", "part-b.jsonl"]), first, "other names, same rows in the same order");
+    assert_ne!(digest(["part-2", "part-1"]), first, "another order");
+}
+
+#[test]
+fn a_row_of_a_pattern_is_named_by_its_own_file() {
+    let (desk, manifest) = desk_with_parts(IN_STORE, ["part-1", "part-2"]);
+    let path = desk.path().join(IN_STORE).join("part-2");
+    let rows = fs::read_to_string(&path).unwrap();
+    fs::write(&path, rows.replace("{\"prompt\": \"6", "{\"promt\": \"6")).unwrap();
+    assert_eq!(run_manifest(&desk, &manifest).err().unwrap().to_string(), "part-2 row 3: prompt is missing");
+}
+
+#[test]
+fn files_beside_the_manifest_stand_in_for_a_pattern_and_a_pattern_of_nothing_is_refused() {
+    let (desk, manifest) = desk_with_parts("", ["part-1", "part-2"]);
+    assert_eq!(published(&desk, &manifest).dataset.rows, 6);
+    let error = run_manifest(&desk, &manifest.replace("part-*", "piece-*")).err().unwrap();
+    assert_eq!(error.exit_code(), 3);
+    assert!(error.to_string().contains("no object matches s3://datasets/support/piece-* (dataset)"), "{error}");
+}
+
+#[test]
+fn a_check_finds_what_is_wrong_and_publishes_nothing() {
+    let desk = desk();
+    with_context(&desk, MANIFEST, check).unwrap();
+    assert!(!desk.path().join("store/adapters/support/v1").exists());
+    let error = with_context(&desk, &MANIFEST.replace("maxSteps: 3", "maxLength: 4, overflow: Error"), check);
+    assert!(error.unwrap_err().to_string().contains("train.jsonl row 1: has 10 tokens"));
+}
+
+#[test]
+fn another_chat_template_is_another_version_and_a_broken_one_is_the_jobs_fault() {
+    let desk = desk();
+    let first = published(&desk, MANIFEST);
+    let with_template = |template: &str| {
+        let dataset = format!("evalFraction: 0.2, chatTemplate: \"{template}\"");
+        MANIFEST.replace("evalFraction: 0.2", &dataset)
+    };
+    let second = published(&desk, &with_template("{{ messages[0].content }}"));
+    assert_eq!((first.version, second.version), (1, 2));
+    let error = run_manifest(&desk, &with_template("{% if %}")).err().unwrap();
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().starts_with("dataset.chatTemplate: "), "{error}");
+}
+
+#[test]
+fn a_manifest_in_the_working_directory_has_its_data_beside_it() {
+    let desk = desk();
+    with_context(&desk, MANIFEST, |path, context| {
+        let mut job = manifest::read(path).unwrap();
+        let data = job.spec.dataset.train.uri.clone();
+        stand_in(&mut job, Path::new(""), context).unwrap();
+        assert_eq!(job.spec.dataset.train.uri, data, "no train.jsonl here");
+    });
 }

@@ -80,6 +80,14 @@ impl Progress {
         }
     }
 
+    /// Lines on standard output: what was asked for, not how it goes.
+    pub fn page(&self, page: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| println!("{page}")),
+            None => println!("{page}"),
+        }
+    }
+
     /// Removes the bar.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {

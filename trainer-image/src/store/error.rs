@@ -30,6 +30,17 @@ pub enum StoreError {
         /// What is missing.
         uri: Uri,
     },
+    /// A pattern means nothing.
+    #[error(
+        "no object matches {uri} ({role}): `*` stands for any characters of one part of the path; check the pattern, and \
+         that the files were uploaded"
+    )]
+    NoMatch {
+        /// What it was opened for.
+        role: Role,
+        /// The pattern.
+        uri: Uri,
+    },
     /// The store does not accept the credentials, or they are not allowed to do this.
     #[error(
         "access to {uri} ({role}) was refused: {answer}; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the \
@@ -85,7 +96,7 @@ impl StoreError {
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Settings { .. } => exit_code::BAD_SPEC,
-            Self::Missing { .. } | Self::Refused { .. } => exit_code::BAD_INPUT,
+            Self::Missing { .. } | Self::NoMatch { .. } | Self::Refused { .. } => exit_code::BAD_INPUT,
             Self::Unavailable { .. } | Self::Disk { .. } => exit_code::STORAGE,
         }
     }

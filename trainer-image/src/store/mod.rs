@@ -3,6 +3,7 @@
 //! Calls block: the trainer's work is one thread, and neither a signal nor an HTTP request waits for it.
 
 mod error;
+mod glob;
 mod location;
 mod s3;
 
@@ -14,6 +15,7 @@ use std::{
 };
 
 pub use error::StoreError;
+pub use glob::Object;
 pub use location::{Created, Location};
 use object_store::{ObjectStore, local::LocalFileSystem, path::Path};
 use tokio::runtime::Handle;

@@ -23,8 +23,8 @@ use tunesmith_crds::{
     run::{Outcome, TrainStage, TrainTask},
 };
 use tunesmith_engine::{
-    Error as EngineError, LoraOptions, LossSum, Model, Optimizer, Recompute, Schedule, TargetModules, TrainState,
-    Trainer, TrainerOptions,
+    Error as EngineError, IGNORE, LoraOptions, LossSum, MicroBatch, Model, Optimizer, Recompute, Schedule,
+    TargetModules, TrainState, Trainer, TrainerOptions,
 };
 
 pub use self::{
@@ -34,10 +34,7 @@ pub use self::{
     stop::Stop,
 };
 use crate::{
-    data::{
-        Example,
-        batches::{in_order, micro_batch},
-    },
+    data::batches::{in_order, micro_batch},
     error::Error,
     inputs::Inputs,
     progress::Progress,
@@ -291,9 +288,11 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let step = self.history.step;
         let micro_batches = self.inputs.batches.step(step);
-        let tokens: usize = self.rows(&micro_batches).map(|row| row.tokens.len()).sum();
+        let batches = micro_batches.iter().map(|rows| micro_batch(&self.inputs.train, rows.iter().copied()));
+        let batches: Vec<MicroBatch> = batches.collect::<Result<_, _>>()?;
+        let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
         let learning_rate = self.schedule.learning_rate(step);
-        let (loss, grad_norm) = match self.update(&micro_batches, learning_rate)? {
+        let (loss, grad_norm) = match self.update(&micro_batches, &batches, learning_rate)? {
             Update::Stopped => return Ok(Break(())),
             Update::Done { loss, grad_norm } => {
                 self.history.skipped_in_a_row = 0;
@@ -321,21 +320,22 @@ impl<'a> Run<'a> {
         Ok(Continue(()))
     }
 
-    fn rows<'b>(&'b self, micro_batches: &'b [Vec<usize>]) -> impl Iterator<Item = &'b Example> {
-        micro_batches.iter().flatten().map(|&row| &self.inputs.train[row])
-    }
-
     /// Forward, backward and the optimizer.
-    fn update(&mut self, micro_batches: &[Vec<usize>], learning_rate: f64) -> Result<Update, Error> {
+    fn update(
+        &mut self,
+        micro_batches: &[Vec<usize>],
+        batches: &[MicroBatch],
+        learning_rate: f64,
+    ) -> Result<Update, Error> {
         // Divided by the trained tokens of the whole batch, not averaged over micro-batches of different weight.
-        let trained: usize = self.rows(micro_batches).map(|row| row.trained_tokens()).sum();
+        let trained = batches.iter().flat_map(|batch| &batch.targets).filter(|&&target| target != IGNORE).count();
         let scale = 1.0 / trained as f32;
         let (mut loss, mut bad_rows) = (LossSum::default(), Vec::new());
-        for rows in micro_batches {
+        for (rows, batch) in micro_batches.iter().zip(batches) {
             if self.stop.is_requested() {
                 return Ok(Update::Stopped);
             }
-            let part = self.trainer.accumulate(&micro_batch(&self.inputs.train, rows), scale)?;
+            let part = self.trainer.accumulate(batch, scale)?;
             if !part.sum.is_finite() {
                 bad_rows.extend(rows);
             }
@@ -361,10 +361,8 @@ impl<'a> Run<'a> {
         history.skipped_steps += 1;
         history.skipped_in_a_row += 1;
         let (step, skipped, in_a_row) = (history.step + 1, history.skipped_steps, history.skipped_in_a_row);
-        let rows: Vec<String> = rows.iter().map(|&row| self.inputs.train[row].row.to_string()).collect();
-        let rows = rows.join(", ");
-        let problem =
-            format!("step {step}: the {what} is not a number (NaN or infinite) on rows {rows} of the training data");
+        let rows = self.inputs.train.describe(rows)?;
+        let problem = format!("step {step}: the {what} is not a number (NaN or infinite) on {rows}");
         let advice = "lower training.learningRate, or look at these rows";
         match self.training.on_non_finite {
             OnNonFinite::Stop => return Err(Error::Input(format!("{problem}; {advice}"))),
@@ -407,11 +405,11 @@ impl<'a> Run<'a> {
         self.progress.stage(TrainStage::Evaluating);
         let budget = self.training.max_length as usize * self.training.per_device_train_batch_size as usize;
         let mut loss = LossSum::default();
-        for rows in in_order(&self.inputs.eval, budget) {
+        for rows in in_order(self.inputs.eval.lengths(), budget) {
             if self.stop.is_requested() {
                 return Ok(Break(()));
             }
-            let part = self.trainer.evaluate(&micro_batch(&self.inputs.eval, &rows))?;
+            let part = self.trainer.evaluate(&micro_batch(&self.inputs.eval, rows)?)?;
             loss.sum += part.sum;
             loss.tokens += part.tokens;
         }

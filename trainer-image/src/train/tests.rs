@@ -90,7 +90,7 @@ impl Bench {
     /// The spec after its preflight.
     fn checked(&self, training: Value, version: u32) -> RunSpec {
         let spec = self.spec(training);
-        let report = self.with_context(&Stop::default(), |context| preflight(&spec, context)).unwrap();
+        let report = self.with_context(&Stop::default(), |context| preflight(&spec, context)).unwrap().report;
         let method = spec.method.clone().unwrap();
         let task = TrainTask {
             version,
@@ -352,7 +352,9 @@ fn a_damaged_or_missing_file_fails_verification() {
 #[test]
 fn preflight_tells_what_the_planner_needs_and_refuses_what_cannot_be_trained() {
     let bench = Bench::new();
-    let check = |spec: &RunSpec| bench.with_context(&Stop::default(), |context| preflight(spec, context));
+    let check = |spec: &RunSpec| {
+        bench.with_context(&Stop::default(), |context| preflight(spec, context).map(|found| found.report))
+    };
     let report = check(&bench.spec(json!({}))).unwrap();
     assert_eq!((report.total_steps, report.dataset.rows, report.eval_rows), (14, 14, 4));
     // q_proj: 32 + 32; v_proj: 32 + 16; two layers.

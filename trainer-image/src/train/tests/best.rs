@@ -29,8 +29,8 @@ fn eval_loss(bench: &Bench, spec: &RunSpec) -> f64 {
     model.load_adapter(&bench.path("adapters/support/v1")).unwrap();
     let inputs = bench.with_context(&Stop::default(), |context| Inputs::load(spec, context.stores, context.work));
     let inputs = inputs.unwrap();
-    let losses = in_order(&inputs.eval, 512);
-    let losses = losses.iter().map(|rows| model.evaluate(&micro_batch(&inputs.eval, rows)).unwrap());
+    let losses = in_order(inputs.eval.lengths(), 512).into_iter();
+    let losses = losses.map(|rows| model.evaluate(&micro_batch(&inputs.eval, rows).unwrap()).unwrap());
     let (sum, tokens) = losses.fold((0.0, 0), |(sum, tokens), loss| (sum + loss.sum, tokens + loss.tokens));
     sum / tokens as f64
 }
