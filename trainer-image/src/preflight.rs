@@ -9,7 +9,7 @@ use crate::{
     inputs::Inputs,
     publish::MANIFEST,
     store::{Location, Role, StoreError},
-    train::{Context, lora_of, lora_options, schedule},
+    train::{Context, parameters_per_rank, schedule},
 };
 
 /// What a preflight found.
@@ -25,16 +25,16 @@ pub struct Preflight {
 /// # Errors
 /// One of them can't be used; the message names it and says what to do.
 pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Error> {
-    // Auto becomes LoRA, which is what this release trains.
+    // Auto becomes LoRA or QLoRA.
     let auto = Method::LoRA { lora: Lora::default() };
-    let lora = lora_of(spec.method.as_ref().or(Some(&auto)))?;
+    let method = spec.method.as_ref().unwrap_or(&auto);
     let output = context.stores.open(Role::Output, &spec.adapter_uri())?;
     check_writable(&output)?;
     let highest_version = highest_version(&output)?;
 
     let inputs = Inputs::load(spec, context.stores, context.work)?;
     schedule(&spec.training, inputs.batches.total_steps())?;
-    let per_rank = lora_options(lora, &spec.training).parameters_per_rank(&inputs.model.config)?;
+    let per_rank = parameters_per_rank(method, &spec.training, &inputs.model.config)?;
     let report = PreflightReport {
         probe_digest: inputs.exam.map(|exam| exam.digest),
         base_digest: inputs.model.digest,
@@ -44,7 +44,7 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Erro
         dropped_rows: inputs.overview.train.dropped_rows,
         total_steps: inputs.batches.total_steps(),
         model: inputs.model.shape,
-        lora_parameters_per_rank: per_rank as u64,
+        lora_parameters_per_rank: per_rank,
         numerics_version: NUMERICS_VERSION,
         highest_version,
     };

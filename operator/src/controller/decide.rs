@@ -286,6 +286,9 @@ fn train(observed: &Observed, run: &Run, now: Timestamp, steps: &mut Vec<Step>) 
         Ok(planned) => planned,
         Err(why) => return State::no_class(why),
     };
+    if let Some(message) = lacks_gpus(&planned) {
+        return State::new(Phase::Failed, reason::PREFLIGHT_FAILED, message);
+    }
     let version = reserve(observed, run, report, &planned, steps);
     steps.push(Step::CreateAttempt {
         run: run.number,
@@ -298,6 +301,19 @@ fn train(observed: &Observed, run: &Run, now: Timestamp, steps: &mut Vec<Step>) 
         Some(failure) => State::new(Phase::Starting, reason::RETRYING, format!("tries again: {failure}")),
         None => State::new(Phase::Starting, reason::STARTING, "creates the training Job"),
     }
+}
+
+/// Why a sharded run can't be trained: this release's trainer computes on the CPU of one pod.
+fn lacks_gpus(planned: &Planned) -> Option<String> {
+    let (plan, method) = (&planned.plan, planned.method.name());
+    let gpus = plan.pods * plan.gpus_per_pod;
+    (method == MethodName::Full && gpus > 0 || plan.pods > 1).then(|| {
+        format!(
+            "method {method:?} would share {gpus} GPUs of class {} in {} pods, but this release trains on the CPU of one \
+             pod: set resources.gpuClass to a class without GPUs that offers {method:?}, such as cpu",
+            plan.gpu_class, plan.pods
+        )
+    })
 }
 
 /// The version that the run publishes, with the step that reserves it if none is yet.

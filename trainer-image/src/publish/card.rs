@@ -1,11 +1,12 @@
 //! `README.md`: the model card, with the front matter that Hugging Face tools read.
 
-use tunesmith_crds::{adapter_version::Metrics, evaluation::GateResult};
+use tunesmith_crds::{Method, adapter_version::Metrics, evaluation::GateResult, fine_tune_job::Lora};
 
 use super::Trained;
+use crate::train::lora_of;
 
 pub(super) fn render(trained: &Trained<'_>) -> String {
-    let Trained { spec, task, lora, history, manifest, .. } = trained;
+    let Trained { spec, task, method, history, manifest, .. } = trained;
     let (name, version, base) = (&spec.adapter_name, task.version, &spec.base_model);
     let training = &spec.training;
     let Metrics { steps, tokens, train_seconds, best_step, skipped_steps, eval_loss, .. } = manifest.metrics;
@@ -25,20 +26,20 @@ pub(super) fn render(trained: &Trained<'_>) -> String {
     format!(
         "---
 base_model: {base}
-library_name: peft
+library_name: {library}
 pipeline_tag: text-generation
-tags: [lora, transformers, tunesmith]
+tags: [{tags}]
 ---
 
 # {name} v{version}
 
-A LoRA adapter for `{base}`, fine-tuned by the FineTuneJob `{job}` with Tunesmith. `manifest.json` lists every file
-with its digest, and all that the result depends on. The tokenizer's files are the base model's.
+{what} `{base}`, fine-tuned by the FineTuneJob `{job}` with Tunesmith. `manifest.json` lists every file with its digest,
+and all that the result depends on. The tokenizer's files are the base model's.
 
 | loss (nats a token) | |
 |---|---|
 | evaluation, base model | {before} |
-| evaluation, this adapter | {after} |
+| evaluation, this version | {after} |
 | training, last logged steps | {train} |
 
 {other_metrics}{gates}![Loss curve](loss_curve.svg)
@@ -49,9 +50,7 @@ with its digest, and all that the result depends on. The tokenizer's files are t
 
 | | |
 |---|---|
-| rank, alpha, dropout | {rank}, {alpha}, {dropout} |
-| target modules | {targets} |
-| steps, epochs | {steps}{skipped}, {epochs:.2} |
+{options}| steps, epochs | {steps}{skipped}, {epochs:.2} |
 | weights | {weights} |
 | batch | {batch} rows × {accumulation} |
 | learning rate | {rate}, {schedule:?} |
@@ -72,11 +71,7 @@ with its digest, and all that the result depends on. The tokenizer's files are t
 ## Use
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(\"path/to/base/model\")
-model = PeftModel.from_pretrained(model, \"path/to/this/folder\")
+{usage}
 ```
 ",
         job = spec.job.name,
@@ -85,10 +80,15 @@ model = PeftModel.from_pretrained(model, \"path/to/this/folder\")
         train = loss(history.train_loss()),
         other_metrics = other_metrics(&manifest.metrics),
         gates = gates(&manifest.gates),
-        rank = lora.rank,
-        alpha = lora.alpha,
-        dropout = lora.dropout,
-        targets = lora.target_modules.join(", "),
+        library = if lora_of(method).is_some() { "peft" } else { "transformers" },
+        tags = tags(method),
+        what = match method {
+            Method::Full => "All weights of",
+            Method::LoRA { .. } => "A LoRA adapter for",
+            Method::QLoRA { .. } => "A LoRA adapter, trained on quantized weights, for",
+        },
+        options = options(method),
+        usage = if lora_of(method).is_some() { USE_ADAPTER } else { USE_MODEL },
         epochs = trained.epochs,
         batch = training.per_device_train_batch_size,
         accumulation = training.gradient_accumulation_steps,
@@ -108,6 +108,41 @@ model = PeftModel.from_pretrained(model, \"path/to/this/folder\")
     )
 }
 
+const USE_ADAPTER: &str = "from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(\"path/to/base/model\")
+model = PeftModel.from_pretrained(model, \"path/to/this/folder\")";
+const USE_MODEL: &str = "from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(\"path/to/this/folder\")";
+
+fn tags(method: &Method) -> &'static str {
+    match method {
+        Method::Full => "transformers, tunesmith",
+        Method::LoRA { .. } => "lora, transformers, tunesmith",
+        Method::QLoRA { .. } => "lora, qlora, transformers, tunesmith",
+    }
+}
+
+/// The method's options, as rows of a table.
+fn options(method: &Method) -> String {
+    let lora = |lora: &Lora| {
+        let Lora { rank, alpha, dropout, target_modules, target_modules_regex, .. } = lora;
+        let targets = target_modules_regex.clone().unwrap_or_else(|| target_modules.join(", "));
+        let others = [(lora.use_rslora, "rsLoRA"), (lora.use_dora, "DoRA")].into_iter().filter(|(used, _)| *used);
+        let names: String = others.map(|(_, name)| format!("| scaling | {name} |\n")).collect();
+        format!("| rank, alpha, dropout | {rank}, {alpha}, {dropout} |\n| target modules | {targets} |\n{names}")
+    };
+    match method {
+        Method::Full => "| trained | every weight |\n".into(),
+        Method::LoRA { lora: options } => lora(options),
+        Method::QLoRA { lora: options, quantization } => {
+            format!("{}| base model in | {} bits, {:?} |\n", lora(options), quantization.bits, quantization.kind)
+        }
+    }
+}
+
 /// What else was measured, as a table.
 fn other_metrics(metrics: &Metrics) -> String {
     let rows = [
@@ -121,7 +156,7 @@ fn other_metrics(metrics: &Metrics) -> String {
     let rows: String = rows.into_iter().filter_map(row).collect();
     match rows.is_empty() {
         true => rows,
-        false => format!("| | base model | this adapter |\n|---|---|---|\n{rows}\n"),
+        false => format!("| | base model | this version |\n|---|---|---|\n{rows}\n"),
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod card;
 mod curve;
+mod full;
 mod manifest;
 mod peft;
 mod tensorboard;
@@ -11,9 +12,8 @@ mod trainer_state;
 use std::{collections::BTreeMap, fs, io, path::Path};
 
 use tunesmith_crds::{
-    Uri,
+    Method, Uri,
     adapter_version::ArtifactFile,
-    fine_tune_job::Lora,
     names::exit_code,
     run::{RunSpec, TrainReport, TrainTask},
 };
@@ -24,7 +24,7 @@ pub(crate) use self::peft::weights as safetensors_of;
 use crate::{
     digest,
     store::{Created, Location, StoreError},
-    train::History,
+    train::{History, lora_of},
 };
 
 /// Files of the base model's that tell how to turn text into tokens. They come with the adapter, where it has them, as
@@ -91,10 +91,10 @@ pub struct Trained<'a> {
     pub spec: &'a RunSpec,
     /// The version to publish.
     pub task: &'a TrainTask,
-    /// The adapter's options.
-    pub lora: &'a Lora,
-    /// The adapter, under PEFT's names.
-    pub adapter: Vec<NamedTensor>,
+    /// How it was trained.
+    pub method: &'a Method,
+    /// What was trained, under the names of the published files.
+    pub weights: Vec<NamedTensor>,
     /// What was measured.
     pub history: &'a History,
     /// The data and the metrics, for the record.
@@ -129,9 +129,9 @@ pub fn published(folder: &Location, input_digest: &str) -> Result<Option<TrainRe
 /// Writes the version's files to its folder, then the manifest, and reads all of it back.
 ///
 /// # Errors
-/// The adapter is zero, the version is another run's, or the store fails. Without a manifest nothing is published.
+/// An adapter is zero, the version is another run's, or the store fails. Without a manifest nothing is published.
 pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, PublishError> {
-    if peft::is_zero(&trained.adapter) {
+    if lora_of(trained.method).is_some() && peft::is_zero(&trained.weights) {
         return Err(PublishError::ZeroAdapter);
     }
     let files = files(&trained)?;
@@ -154,25 +154,42 @@ pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, P
 }
 
 /// Every file but the manifest, by name.
-fn files(trained: &Trained<'_>) -> Result<BTreeMap<&'static str, Vec<u8>>, PublishError> {
-    let base = trained.spec.base_model.to_string();
-    let mut files = BTreeMap::from([
-        ("README.md", card::render(trained).into_bytes()),
-        ("adapter_config.json", peft::config(trained.lora, &trained.adapter, &base).into_bytes()),
-        ("adapter_model.safetensors", peft::weights(&trained.adapter)),
-        ("loss_curve.svg", curve::render(trained.history).into_bytes()),
-        (tensorboard::FILE, tensorboard::render(trained.history)),
-        ("trainer_state.json", trainer_state::render(trained).into_bytes()),
-    ]);
-    for name in TOKENIZER_FILES {
-        let path = trained.model.join(name);
-        match fs::read(&path) {
-            Ok(bytes) => _ = files.insert(name, bytes),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(StoreError::Disk { path, source }.into()),
+fn files(trained: &Trained<'_>) -> Result<BTreeMap<String, Vec<u8>>, PublishError> {
+    let mut files: BTreeMap<String, Vec<u8>> = match lora_of(trained.method) {
+        Some(lora) => {
+            let base = trained.spec.base_model.to_string();
+            [
+                ("adapter_config.json".into(), peft::config(lora, &trained.weights, &base).into_bytes()),
+                ("adapter_model.safetensors".into(), peft::weights(&trained.weights)),
+            ]
+            .into()
         }
+        None => {
+            let config = base_file(trained.model, "config.json")?.unwrap_or_default();
+            full::files(&trained.weights, &config, trained.spec.training.bf16)
+        }
+    };
+    files.extend([
+        ("README.md".into(), card::render(trained).into_bytes()),
+        ("loss_curve.svg".into(), curve::render(trained.history).into_bytes()),
+        (tensorboard::FILE.into(), tensorboard::render(trained.history)),
+        ("trainer_state.json".into(), trainer_state::render(trained).into_bytes()),
+    ]);
+    let is_full = lora_of(trained.method).is_none();
+    for name in TOKENIZER_FILES.into_iter().chain(is_full.then_some("generation_config.json")) {
+        files.extend(base_file(trained.model, name)?.map(|bytes| (name.to_owned(), bytes)));
     }
     Ok(files)
+}
+
+/// A file of the base model's folder, if it has it.
+fn base_file(folder: &Path, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+    let path = folder.join(name);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(StoreError::Disk { path, source }),
+    }
 }
 
 fn read_back(folder: &Location, files: &[ArtifactFile]) -> Result<(), PublishError> {

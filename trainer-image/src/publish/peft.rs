@@ -13,10 +13,10 @@ use tunesmith_engine::NamedTensor;
 /// Every classic field of PEFT's LoraConfig, with sorted keys and an indent of 2.
 pub(super) fn config(lora: &Lora, adapter: &[NamedTensor], base_model: &str) -> String {
     let config = json!({
-        "alpha_pattern": {},
+        "alpha_pattern": lora.alpha_pattern,
         "auto_mapping": null,
         "base_model_name_or_path": base_model,
-        "bias": "none",
+        "bias": lora.bias,
         "corda_config": null,
         "eva_config": null,
         "exclude_modules": null,
@@ -32,16 +32,16 @@ pub(super) fn config(lora: &Lora, adapter: &[NamedTensor], base_model: &str) -> 
         "lora_dropout": lora.dropout,
         "megatron_config": null,
         "megatron_core": "megatron.core",
-        "modules_to_save": null,
+        "modules_to_save": (!lora.modules_to_save.is_empty()).then_some(&lora.modules_to_save),
         "peft_type": "LORA",
         "r": lora.rank,
-        "rank_pattern": {},
+        "rank_pattern": lora.rank_pattern,
         "revision": null,
         "target_modules": target_modules(lora, adapter),
         "target_parameters": null,
         "task_type": "CAUSAL_LM",
         "trainable_token_indices": null,
-        "use_dora": false,
+        "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     });
     format!("{config:#}")
@@ -56,12 +56,15 @@ fn whole_if_possible(alpha: f64) -> Value {
 }
 
 /// As the job names them; for `all-linear` the last parts of the adapted modules' names, as PEFT resolves it.
-fn target_modules(lora: &Lora, adapter: &[NamedTensor]) -> BTreeSet<String> {
+fn target_modules(lora: &Lora, adapter: &[NamedTensor]) -> Value {
+    if let Some(regex) = &lora.target_modules_regex {
+        return json!(regex);
+    }
     if lora.target_modules != ["all-linear"] {
-        return lora.target_modules.iter().cloned().collect();
+        return json!(lora.target_modules.iter().collect::<BTreeSet<_>>());
     }
     let module = |tensor: &NamedTensor| Some(tensor.name.split_once(".lora_")?.0.rsplit('.').next()?.to_owned());
-    adapter.iter().filter_map(module).collect()
+    json!(adapter.iter().filter_map(module).collect::<BTreeSet<_>>())
 }
 
 /// Whether no lora_B was trained.
@@ -71,10 +74,14 @@ pub(super) fn is_zero(adapter: &[NamedTensor]) -> bool {
 
 /// A safetensors file of these tensors in f32, marked for PyTorch.
 pub(crate) fn weights(tensors: &[NamedTensor]) -> Vec<u8> {
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let tensors = tensors.iter().map(|tensor| (tensor.name.as_str(), F32(tensor)));
-    safetensors::serialize(tensors, Some(metadata))
+    safetensors::serialize(tensors, Some(for_pytorch()))
         .unwrap_or_else(|error| unreachable!("names and shapes fit: {error}"))
+}
+
+/// What transformers wants to see in a safetensors file.
+pub(super) fn for_pytorch() -> HashMap<String, String> {
+    HashMap::from([("format".to_owned(), "pt".to_owned())])
 }
 
 /// A tensor in the form that safetensors writes.

@@ -3,6 +3,7 @@
 mod best;
 mod checkpoint;
 mod history;
+mod method;
 mod recall;
 mod schedule;
 mod stop;
@@ -19,17 +20,15 @@ use tunesmith_crds::{
     Method, RunSpec,
     adapter_version::Metrics,
     evaluation::perplexity,
-    fine_tune_job::{Lora, OnNonFinite, Progress as Numbers, Training},
+    fine_tune_job::{OnNonFinite, Progress as Numbers, Training},
     run::{Outcome, TrainStage, TrainTask},
 };
-use tunesmith_engine::{
-    Error as EngineError, IGNORE, LoraOptions, LossSum, MicroBatch, Model, Optimizer, Recompute, Schedule,
-    TargetModules, TrainState, Trainer, TrainerOptions,
-};
+use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, Schedule, TrainState, Trainer};
 
 pub use self::{
     checkpoint::Checkpoints,
     history::{EvalPoint, History, RecallPoint, TrainPoint, Window},
+    method::{lora_of, parameters_per_rank},
     schedule::schedule,
     stop::Stop,
 };
@@ -64,7 +63,7 @@ pub struct Context<'a> {
 /// Inputs, numbers or the store fail; the message says what to do.
 pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     let task = spec.train.as_ref().ok_or_else(|| Error::Spec("the run spec has no train part".into()))?;
-    let lora = lora_of(spec.method.as_ref())?;
+    let method = spec.method.as_ref().ok_or_else(|| Error::Spec("the run spec names no method".into()))?;
     let adapter = context.stores.open(Role::Output, &spec.adapter_uri())?;
     let version = adapter.join(&format!("v{}", task.version));
     let checkpoints = Checkpoints::new(&adapter, &task.input_digest, &spec.training);
@@ -77,7 +76,7 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     context.progress.stage(TrainStage::Loading);
     let inputs = Inputs::load(spec, context.stores, context.work)?;
     check_digests(task, &inputs)?;
-    let mut run = Run::set_up(spec, lora, &inputs, &checkpoints, context)?;
+    let mut run = Run::set_up(spec, method, &inputs, &checkpoints, context)?;
     if run.resume()?.is_break() {
         return Ok(Outcome::Preempted { step: run.history.step });
     }
@@ -99,14 +98,13 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     }
 
     context.progress.stage(TrainStage::Publishing);
-    let method = Method::LoRA { lora: lora.clone() };
     let trained = Trained {
         spec,
         task,
-        lora,
-        adapter: run.trainer.weights(),
+        method,
+        weights: run.trainer.weights(),
         epochs: inputs.batches.epoch(run.history.step),
-        manifest: Manifest::new(spec, task, &method, inputs.dataset.clone(), run.metrics()),
+        manifest: Manifest::new(spec, task, method, inputs.dataset.clone(), run.metrics()),
         history: &run.history,
         total_steps: inputs.batches.total_steps(),
         model: &inputs.model.folder,
@@ -114,37 +112,6 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     let report = publish(&version, trained)?;
     checkpoints.clear();
     Ok(Outcome::Trained(report))
-}
-
-/// The options of LoRA, which is what this release trains.
-///
-/// # Errors
-/// The method is another one.
-pub fn lora_of(method: Option<&Method>) -> Result<&Lora, Error> {
-    match method {
-        Some(Method::LoRA { lora }) => Ok(lora),
-        Some(other) => Err(Error::Spec(format!(
-            "method {:?} is not in this release, which trains LoRA on CPUs: set spec.method to LoRA",
-            other.name()
-        ))),
-        None => Err(Error::Spec("the run spec names no method".into())),
-    }
-}
-
-/// The same options in the engine's words. The seed of the run decides A's first values and dropout.
-pub fn lora_options(lora: &Lora, training: &Training) -> LoraOptions {
-    LoraOptions {
-        rank: lora.rank as usize,
-        alpha: lora.alpha,
-        dropout: lora.dropout,
-        target_modules: match lora.target_modules.as_slice() {
-            [all] if all == "all-linear" => TargetModules::Pattern(all.clone()),
-            names => TargetModules::Names(names.to_vec()),
-        },
-        use_rslora: lora.use_rslora,
-        seed: training.seed,
-        ..LoraOptions::default()
-    }
 }
 
 fn check_digests(task: &TrainTask, inputs: &Inputs) -> Result<(), Error> {
@@ -190,18 +157,14 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn set_up(
         spec: &'a RunSpec,
-        lora: &Lora,
+        method: &Method,
         inputs: &'a Inputs,
         checkpoints: &'a Checkpoints,
         context: Context<'a>,
     ) -> Result<Self, Error> {
         let training = &spec.training;
-        let options = TrainerOptions {
-            optimizer: Optimizer { weight_decay: training.weight_decay, ..Optimizer::default() },
-            recompute: if training.gradient_checkpointing { Recompute::Full } else { Recompute::None },
-            ..lora_options(lora, training).into()
-        };
-        let model = Model::load(&inputs.model.folder)?;
+        let model = method::load(&inputs.model.folder, method)?;
+        let options = method::trainer_options(method, training);
         Ok(Self {
             training,
             inputs,
