@@ -18,9 +18,9 @@ use std::{
 use tunesmith_crds::{
     Method, RunSpec,
     adapter_version::Metrics,
-    evaluation::perplexity,
+    evaluation::{failure, perplexity},
     fine_tune_job::{Lora, OnNonFinite, Progress as Numbers, Training},
-    run::{Outcome, TrainStage, TrainTask},
+    run::{Outcome, TrainReport, TrainStage, TrainTask},
 };
 use tunesmith_engine::{
     Error as EngineError, IGNORE, LoraOptions, LossSum, MicroBatch, Model, Optimizer, Recompute, Schedule,
@@ -70,7 +70,7 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     let checkpoints = Checkpoints::new(&adapter, &task.input_digest, &spec.training);
     if let Some(report) = published(&version, &task.input_digest)? {
         context.progress.note(&format!("{} is published already, from the same inputs", version.uri()));
-        checkpoints.clear();
+        clear(&checkpoints, spec, &report);
         return Ok(Outcome::Trained(report));
     }
 
@@ -112,8 +112,15 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
         model: &inputs.model.folder,
     };
     let report = publish(&version, trained)?;
-    checkpoints.clear();
+    clear(&checkpoints, spec, &report);
     Ok(Outcome::Trained(report))
+}
+
+/// Deletes the checkpoints of a version, unless a gate failed: a new version for other gates goes on from there.
+pub fn clear(checkpoints: &Checkpoints, spec: &RunSpec, published: &TrainReport) {
+    if failure(&spec.evaluation.judge(&published.metrics)).is_none() {
+        checkpoints.clear();
+    }
 }
 
 /// The options of LoRA, which is what this release trains.
