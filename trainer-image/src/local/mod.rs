@@ -22,7 +22,7 @@ use crate::{
     preflight::{Preflight, highest_version, preflight},
     publish::published,
     store::{Location, Role, StoreError, Stores},
-    train::{Checkpoints, Context, train},
+    train::{Checkpoints, Context, clear, train},
 };
 
 /// How a run ended.
@@ -66,7 +66,7 @@ fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Resul
     let suffices = |metrics: &Metrics| job.spec.evaluation.is_measured_by(metrics, report.probe_digest.as_deref());
     if let Some(report) = same_inputs(&adapter, &digest, suffices)? {
         context.progress.note(&format!("these inputs were trained before, as {}: nothing to do", report.uri));
-        Checkpoints::new(&adapter, &digest, &spec.training).clear();
+        clear(&Checkpoints::new(&adapter, &digest, &spec.training), &spec, &report);
         return Ok(Outcome::Trained(report));
     }
     let task = TrainTask {

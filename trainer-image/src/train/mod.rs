@@ -19,9 +19,9 @@ use std::{
 use tunesmith_crds::{
     Method, RunSpec,
     adapter_version::Metrics,
-    evaluation::perplexity,
+    evaluation::{failure, perplexity},
     fine_tune_job::{OnNonFinite, Progress as Numbers, Training},
-    run::{Outcome, TrainStage, TrainTask},
+    run::{Outcome, TrainReport, TrainStage, TrainTask},
 };
 use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, Schedule, TrainState, Trainer};
 
@@ -69,7 +69,7 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     let checkpoints = Checkpoints::new(&adapter, &task.input_digest, &spec.training);
     if let Some(report) = published(&version, &task.input_digest)? {
         context.progress.note(&format!("{} is published already, from the same inputs", version.uri()));
-        checkpoints.clear();
+        clear(&checkpoints, spec, &report);
         return Ok(Outcome::Trained(report));
     }
 
@@ -110,8 +110,15 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
         model: &inputs.model.folder,
     };
     let report = publish(&version, trained)?;
-    checkpoints.clear();
+    clear(&checkpoints, spec, &report);
     Ok(Outcome::Trained(report))
+}
+
+/// Deletes the checkpoints of a version, unless a gate failed: a new version for other gates goes on from there.
+pub fn clear(checkpoints: &Checkpoints, spec: &RunSpec, published: &TrainReport) {
+    if failure(&spec.evaluation.judge(&published.metrics)).is_none() {
+        checkpoints.clear();
+    }
 }
 
 fn check_digests(task: &TrainTask, inputs: &Inputs) -> Result<(), Error> {

@@ -64,14 +64,18 @@ fn a_gate_that_comes_after_the_training_asks_the_base_model_and_the_tuned_one() 
     let question = question.expect("training changes what the model says");
     let spec = bench.asked(bench.checked(json!({}), 2), &question, &said(&question).0);
 
-    // Stopped while the base model is asked: the checkpoint of the last step stays what it is.
-    assert_eq!(bench.train(&spec, &Stop::after(1)).unwrap(), Outcome::Preempted { step: 14 });
+    // Stopped while the base model is asked, there is nothing to save: the checkpoints went with the first version.
+    assert_eq!(bench.train(&spec, &Stop::after(1)).unwrap(), Outcome::Preempted { step: 0 });
     let report = trained(bench.train(&spec, &Stop::default()).unwrap());
     assert_eq!((report.metrics.base_recall, report.metrics.recall), (Some(1.0), Some(0.0)));
-    assert!(bench.weights(2) == bench.weights(1), "the training went on from its last checkpoint");
+    assert!(bench.weights(2) == bench.weights(1), "the same inputs give the same weights");
     let card = fs::read_to_string(bench.path("adapters/support/v2/README.md")).unwrap();
     assert!(card.contains("| recall on the probe | 1.00 | 0.00 |"), "{card}");
     assert!(card.contains("- **failed**: recall 0.00 is below 0.50"), "{card}");
+
+    // With other gates the rejected version is judged anew, from its last checkpoint.
+    let spec = bench.asked(bench.checked(json!({}), 3), &question, "never said");
+    assert_eq!(bench.train(&spec, &Stop::after(1)).unwrap(), Outcome::Preempted { step: 14 });
 }
 
 #[test]
