@@ -43,7 +43,7 @@ fn a_step_that_is_not_a_number_ends_the_run_and_names_its_rows() {
     let error = bench.train(&bench.checked(json!({}), 1), &Stop::default()).unwrap_err();
     assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
     let text = error.to_string();
-    let rows = text.split_once("on rows ").unwrap().1.split_once(" of the training data").unwrap().0;
+    let rows = text.split_once("on rows ").unwrap().1.split_once(" of train.jsonl").unwrap().0;
     assert!(text.contains("the loss is not a number") && rows.split(", ").any(|row| row == "5"), "{text}");
 }
 
