@@ -40,11 +40,11 @@ fn poison(bench: &Bench, rows: impl Fn(usize) -> bool) {
 fn a_step_that_is_not_a_number_ends_the_run_and_names_its_rows() {
     let bench = Bench::new();
     poison(&bench, |row| row == 4);
-    let spec = bench.checked(json!({"perDeviceTrainBatchSize": 1, "gradientAccumulationSteps": 2}), 1);
-    let error = bench.train(&spec, &Stop::default()).unwrap_err();
+    let error = bench.train(&bench.checked(json!({}), 1), &Stop::default()).unwrap_err();
     assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
     let text = error.to_string();
-    assert!(text.contains("the loss is not a number (NaN or infinite) on row 5 of train.jsonl;"), "{text}");
+    let rows = text.split_once("on rows ").unwrap().1.split_once(" of train.jsonl").unwrap().0;
+    assert!(text.contains("the loss is not a number") && rows.split(", ").any(|row| row == "5"), "{text}");
 }
 
 #[test]
