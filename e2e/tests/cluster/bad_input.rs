@@ -73,11 +73,11 @@ async fn an_attempt_that_runs_out_of_memory_is_tried_again_as_often_as_allowed()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_method_that_this_trainer_lacks_is_refused_before_it_waits_for_gpus() -> Result<()> {
+async fn full_fine_tuning_over_gpus_is_refused_before_it_waits_for_them() -> Result<()> {
     let team = Tenant::new("full").await?;
     let full = json!({"method": "Full", "resources": {"gpuClass": null}});
     let text = failure(&team, full).await?;
-    assert!(text.contains("Full"), "{text}");
+    assert!(text.contains("method Full would share 4 GPUs") && text.contains("resources.gpuClass"), "{text}");
     // The plan shows what it would have asked for: four A100s in one pod.
     let job = team.until_phase("doomed", FineTuneJobPhase::Failed).await?;
     let plan = job.status.and_then(|status| status.plan).expect("a plan");

@@ -8,6 +8,7 @@ mod bad_input;
 mod gates;
 mod happy_path;
 mod interruptions;
+mod methods;
 mod queueing;
 mod tenant;
 mod testbed;

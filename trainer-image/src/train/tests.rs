@@ -2,6 +2,7 @@
 
 mod best;
 mod gates;
+mod methods;
 mod non_finite;
 
 use std::{
@@ -367,9 +368,11 @@ fn preflight_tells_what_the_planner_needs_and_refuses_what_cannot_be_trained() {
     assert_eq!(check(&bench.spec(json!({}))).unwrap().highest_version, 1);
 
     let full = RunSpec { method: Some(Method::Full), ..bench.spec(json!({})) };
-    let error = check(&full).unwrap_err();
+    assert_eq!(check(&full).unwrap().lora_parameters_per_rank, 0);
+    let lora = Lora { target_modules: vec!["q_proj".into(), "nose_proj".into()], ..Lora::default() };
+    let error = check(&RunSpec { method: Some(Method::LoRA { lora }), ..bench.spec(json!({})) }).unwrap_err();
     assert_eq!(error.exit_code(), exit_code::BAD_SPEC);
-    assert!(error.to_string().contains("set spec.method to LoRA"), "{error}");
+    assert!(error.to_string().contains("\"nose_proj\" matches no linear layer"), "{error}");
 
     fs::remove_file(bench.path("model/tokenizer.json")).unwrap();
     let error = check(&bench.spec(json!({}))).unwrap_err();

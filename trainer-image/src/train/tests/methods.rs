@@ -1,0 +1,80 @@
+//! Every method, from a job's options to files that load.
+
+use tunesmith_crds::fine_tune_job::{Lora, LoraBias, Quantization, QuantizationType};
+use tunesmith_engine::Model;
+
+use super::*;
+use crate::{data::batches::micro_batch, inputs::Inputs};
+
+/// Publishes what the method makes of the bench's data; its folder, and the loss before and after.
+fn published_by(bench: &Bench, method: Method, training: Value) -> (PathBuf, f64, f64) {
+    let spec = RunSpec { method: Some(method), ..bench.checked(training, 1) };
+    let metrics = trained(bench.train(&spec, &Stop::default()).unwrap()).metrics;
+    (bench.path("adapters/support/v1"), metrics.base_eval_loss.unwrap(), metrics.eval_loss.unwrap())
+}
+
+#[test]
+fn full_fine_tuning_publishes_a_model_that_loads_by_itself() {
+    for bf16 in [false, true] {
+        let bench = Bench::new();
+        let (folder, before, after) = published_by(&bench, Method::Full, json!({"learningRate": 0.003, "bf16": bf16}));
+        assert!(after < before - 0.1, "{before} → {after}");
+        assert!(!folder.join("adapter_config.json").exists());
+        let inputs = bench.with_context(&Stop::default(), |context| {
+            Inputs::load(&bench.spec(json!({})), context.stores, context.work)
+        });
+        let batch = micro_batch(&inputs.as_ref().unwrap().eval, 0..4).unwrap();
+        let loss = Model::load(&folder).unwrap().evaluate(&batch).unwrap();
+        let again = loss.sum / loss.tokens as f64;
+        // With bf16 the norms are rounded too when they are published.
+        let limit = if bf16 { 1e-2 } else { 1e-6 };
+        assert!((again - after).abs() < limit * after, "the published model gives {again}, the run measured {after}");
+    }
+}
+
+#[test]
+fn qlora_publishes_an_adapter_over_each_kind_of_quantized_base() {
+    for (bits, kind) in [(4, QuantizationType::Nf4), (4, QuantizationType::Fp4), (8, QuantizationType::Int8)] {
+        let bench = Bench::new();
+        let quantization = Quantization { bits, kind, double_quant: true };
+        let lora = Lora { dropout: 0.0, ..Lora::default() };
+        let (folder, before, after) =
+            published_by(&bench, Method::QLoRA { lora, quantization }, json!({"learningRate": 0.02}));
+        assert!(after < before - 0.02, "{kind:?}: {before} → {after}");
+        Model::load(&bench.path("model")).unwrap().load_adapter(&folder).unwrap();
+    }
+}
+
+#[test]
+fn every_option_of_lora_reaches_the_adapters_files() {
+    let bench = Bench::new();
+    let lora = Lora {
+        rank: 3,
+        target_modules_regex: Some(r".*\.(q_proj|down_proj)".into()),
+        use_dora: true,
+        bias: LoraBias::All,
+        modules_to_save: vec!["norm".into()],
+        rank_pattern: [("down_proj".to_owned(), 2)].into(),
+        alpha_pattern: [("q_proj".to_owned(), 5.0)].into(),
+        lora_plus_lr_ratio: 4.0,
+        ..Lora::default()
+    };
+    let (folder, before, after) =
+        published_by(&bench, Method::LoRA { lora }, json!({"neftuneNoiseAlpha": 2.0, "learningRate": 0.02}));
+    assert!(after < before, "{before} → {after}");
+    let config: Value = serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(config["target_modules"], r".*\.(q_proj|down_proj)");
+    assert_eq!((&config["bias"], &config["use_dora"]), (&json!("all"), &json!(true)));
+    assert_eq!(
+        (&config["rank_pattern"], &config["alpha_pattern"]),
+        (&json!({"down_proj": 2}), &json!({"q_proj": 5.0}))
+    );
+    assert_eq!(config["modules_to_save"], json!(["norm"]));
+    let bytes = fs::read(folder.join("adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let shape = |name: &str| tensors.tensor(&format!("base_model.model.model.{name}")).unwrap().shape().to_vec();
+    assert_eq!(shape("layers.0.mlp.down_proj.lora_A.weight")[0], 2);
+    assert_eq!(shape("layers.1.self_attn.q_proj.lora_B.weight"), [32, 3]);
+    assert_eq!((shape("layers.0.self_attn.q_proj.lora_magnitude_vector"), shape("norm.weight")), (vec![32], vec![32]));
+    Model::load(&bench.path("model")).unwrap().load_adapter(&folder).unwrap();
+}
