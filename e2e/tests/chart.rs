@@ -69,7 +69,8 @@ fn the_default_classes_give_full_four_a100s_and_lora_one_consumer_gpu() -> Resul
     };
     assert_eq!(offers("a100-80gb")?, r#"[{"gpus":4,"method":"Full"}]"#);
     assert_eq!(offers("consumer-24gb")?, r#"[{"gpus":1,"method":"LoRA"},{"gpus":1,"method":"QLoRA"}]"#);
-    assert_eq!(offers("cpu")?, r#"[{"gpus":0,"method":"LoRA"}]"#);
+    let cpu = ["Full", "LoRA", "QLoRA"].map(|method| format!(r#"{{"gpus":0,"method":"{method}"}}"#));
+    assert_eq!(offers("cpu")?, format!("[{}]", cpu.join(",")));
     assert_eq!(find(&template(&["--set", "gpuClasses.cpu=null"])?, "GpuClass").len(), 2);
     Ok(())
 }
