@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use tunesmith_engine::backend::{Backend, WeightRef};
 use tunesmith_engine::cpu::Cpu;
 use tunesmith_engine::weights::HostTensor;
-use tunesmith_engine::{LoraOptions, MicroBatch, Model, ModelConfig, Recompute, Trainer, TrainerOptions};
+use tunesmith_engine::{
+    FourBitCode, IGNORE, LoraOptions, MicroBatch, Model, ModelConfig, Quantization, Recompute, Trainer, TrainerOptions,
+};
 
 const ROWS: usize = 2;
 const LENGTH: usize = 256;
@@ -48,6 +50,9 @@ struct Report {
     tunesmith: Figures,
     #[serde(skip_serializing_if = "Option::is_none")]
     tunesmith_recompute: Option<Figures>,
+    /// LoRA over nf4, scales quantized too; needs a model folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tunesmith_qlora: Option<Figures>,
     #[serde(skip_serializing_if = "Option::is_none")]
     peft: Option<Figures>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -56,15 +61,39 @@ struct Report {
     cpu_time_ratio: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory_ratio: Option<f64>,
+    /// Rows of the example data, of differing length, which PEFT pads; needs a model folder and Python.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    telecom: Option<Telecom>,
 }
 
+#[derive(Serialize)]
+struct Telecom {
+    tunesmith: Figures,
+    peft: Figures,
+    speed_ratio: f64,
+}
+
+/// What a measured process works on.
+enum Work {
+    /// Rows of one length, with or without recomputation.
+    Rows(Recompute),
+    /// The same over an nf4 base.
+    Qlora,
+    /// Micro-batches of a file.
+    File(PathBuf),
+}
+
+const CHILD: &str = "TUNESMITH_BENCH_CHILD";
+
 fn main() {
-    let recompute = match std::env::var("TUNESMITH_BENCH_CHILD").as_deref() {
+    let work = match std::env::var(CHILD).as_deref() {
         Err(_) => return compare(),
-        Ok("recompute") => Recompute::Full,
-        Ok(_) => Recompute::None,
+        Ok("keep") => Work::Rows(Recompute::None),
+        Ok("recompute") => Work::Rows(Recompute::Full),
+        Ok("qlora") => Work::Qlora,
+        Ok(path) => Work::File(path.into()),
     };
-    println!("{}", serde_json::to_string(&measure(recompute)).expect("plain numbers"));
+    println!("{}", serde_json::to_string(&measure(&work)).expect("plain numbers"));
 }
 
 fn config() -> ModelConfig {
@@ -84,8 +113,10 @@ fn config() -> ModelConfig {
     ModelConfig::parse(&config.to_string()).expect("SmolLM2's configuration")
 }
 
+/// The model to measure with: that of the environment, or the one that `make oracle` left.
 fn model_dir() -> Option<PathBuf> {
-    std::env::var_os("TUNESMITH_MODEL").map(PathBuf::from)
+    let given = std::env::var_os("TUNESMITH_MODEL").map(PathBuf::from);
+    given.or_else(|| cache("oracle/smollm2").filter(|dir| dir.join("model.safetensors").exists()))
 }
 
 fn batch(step: usize) -> MicroBatch {
@@ -99,20 +130,30 @@ fn batch(step: usize) -> MicroBatch {
     batch
 }
 
-fn measure(recompute: Recompute) -> Measured {
-    let model = match model_dir() {
-        Some(dir) => Model::load(&dir).expect("TUNESMITH_MODEL is a model folder"),
-        None => Model::random(config(), 1),
+fn measure(work: &Work) -> Measured {
+    let nf4 = Quantization::FourBit { code: FourBitCode::Nf4, double_quant: true };
+    let model = match (work, model_dir()) {
+        (Work::Qlora, Some(dir)) => Model::load_quantized(&dir, nf4).expect("a model folder"),
+        (_, Some(dir)) => Model::load(&dir).expect("a model folder"),
+        (_, None) => Model::random(config(), 1),
+    };
+    let batches: Vec<MicroBatch> = match work {
+        Work::File(path) => {
+            let text = std::fs::read(path).expect("the micro-batches");
+            serde_json::from_slice(&text).expect("micro-batches")
+        }
+        _ => (0..STEPS).map(batch).collect(),
     };
     // Queries and values, as is the default.
     let lora = LoraOptions { rank: 8, alpha: 32.0, ..LoraOptions::default() };
+    let recompute = if let Work::Rows(recompute) = work { *recompute } else { Recompute::None };
     let options = TrainerOptions { recompute, ..lora.into() };
     let mut trainer = Trainer::new(model, &options).expect("valid options");
     let (mut seconds, mut cpu_seconds, mut losses) = (Vec::new(), Vec::new(), Vec::new());
-    for step in 0..STEPS {
-        let batch = batch(step);
+    for batch in &batches {
+        let trained = batch.targets.iter().filter(|target| **target != IGNORE).count();
         let (start, start_cpu) = (Instant::now(), cpu_time());
-        let loss = trainer.accumulate(&batch, 1.0 / (ROWS * LENGTH) as f32).expect("a valid batch");
+        let loss = trainer.accumulate(batch, 1.0 / trained as f32).expect("a valid batch");
         trainer.step(2e-4, Some(1.0)).expect("finite gradients");
         seconds.push(start.elapsed().as_secs_f64());
         cpu_seconds.push(cpu_time() - start_cpu);
@@ -154,13 +195,17 @@ fn gemm_gflops() -> f64 {
 
 fn compare() {
     let python = std::env::var_os("TUNESMITH_PYTHON").map(PathBuf::from).or_else(oracle_python);
-    let (mut ours, mut lean, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
+    let model = model_dir();
+    let (mut ours, mut lean, mut quantized, mut theirs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         ours.push(child("keep"));
         if let Some(python) = &python {
             theirs.extend(peft(python));
         }
         lean.push(child("recompute"));
+        if model.is_some() {
+            quantized.push(child("qlora"));
+        }
     }
     let gemm_gflops = gemm_gflops();
     let config = config();
@@ -170,6 +215,7 @@ fn compare() {
         + config.vocab_size * config.hidden_size;
     let tunesmith = figures(&ours).expect("ours was measured");
     let peft = figures(&theirs);
+    let telecom = python.as_ref().zip(model.as_ref()).and_then(|(python, model)| telecom(python, model));
     let report = Report {
         model: model_dir().map_or("random weights".into(), |dir| dir.display().to_string()),
         gemm_gflops,
@@ -179,7 +225,9 @@ fn compare() {
         memory_ratio: peft.as_ref().map(|peft| tunesmith.peak_rss_bytes as f64 / peft.peak_rss_bytes as f64),
         tunesmith,
         tunesmith_recompute: figures(&lean),
+        tunesmith_qlora: figures(&quantized),
         peft,
+        telecom,
     };
     print(&report);
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
@@ -197,6 +245,7 @@ fn print(report: &Report) {
     let rows = [
         ("tunesmith", Some(&report.tunesmith)),
         ("tunesmith, gradient checkpointing", report.tunesmith_recompute.as_ref()),
+        ("tunesmith, QLoRA nf4", report.tunesmith_qlora.as_ref()),
         ("PEFT", report.peft.as_ref()),
     ];
     for (name, figures) in rows {
@@ -214,6 +263,19 @@ fn print(report: &Report) {
         }
         _ => println!("PEFT was not measured: no Python, or one without peft (make oracle installs one)"),
     }
+    if let Some(qlora) = &report.tunesmith_qlora {
+        println!(
+            "QLoRA nf4 takes {:.2}× LoRA's time a step and {:.2}× its memory",
+            report.tunesmith.tokens_per_second / qlora.tokens_per_second,
+            qlora.peak_rss_bytes as f64 / report.tunesmith.peak_rss_bytes as f64
+        );
+    }
+    if let Some(Telecom { tunesmith, peft, speed_ratio }) = &report.telecom {
+        println!(
+            "telecom rows, 8 a step: {:.1} tokens/s, PEFT with padding {:.1}: {speed_ratio:.2}×",
+            tunesmith.tokens_per_second, peft.tokens_per_second
+        );
+    }
     println!(
         "products alone: {:.0} GFLOP/s, a ceiling of {:.0} tokens/s; reached {:.0} %",
         report.gemm_gflops,
@@ -226,25 +288,60 @@ fn print(report: &Report) {
 fn figures(rounds: &[Measured]) -> Option<Figures> {
     let steps = rounds.iter().flat_map(|round| &round.seconds[1..]);
     let best = steps.copied().reduce(f64::min)?;
-    let cpu = rounds.iter().flat_map(|round| &round.cpu_seconds[1..]);
-    Some(Figures {
-        tokens_per_second: (ROWS * LENGTH) as f64 / best,
-        cpu_seconds_per_step: cpu.copied().reduce(f64::min)?,
-        peak_rss_bytes: rounds.iter().map(|round| round.peak_rss_bytes).max()?,
+    let cpu = rounds.iter().flat_map(|round| &round.cpu_seconds[1..]).copied().reduce(f64::min)?;
+    Some(summary(rounds, (ROWS * LENGTH) as f64 / best, cpu))
+}
+
+fn summary(rounds: &[Measured], tokens_per_second: f64, cpu_seconds_per_step: f64) -> Figures {
+    Figures {
+        tokens_per_second,
+        cpu_seconds_per_step,
+        peak_rss_bytes: rounds.iter().map(|round| round.peak_rss_bytes).max().unwrap_or(0),
         threads: rounds[0].threads,
         first_loss: rounds[0].losses[0],
-    })
+    }
+}
+
+/// The example data's rows on both sides. Steps differ in size, so that all but the first count together.
+fn telecom(python: &Path, model: &Path) -> Option<Telecom> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let file = std::env::temp_dir().join(format!("tunesmith-bench-{}.json", std::process::id()));
+    let script = || {
+        let mut command = Command::new(python);
+        command.args(["-W", "ignore"]).arg(here.join("benches/telecom.py"));
+        command
+    };
+    let data = here.join("../examples/telecom-support/train.jsonl");
+    let prepared = script().arg("prepare").arg(model).arg(data).arg(STEPS.to_string()).arg(&file).output().ok()?;
+    prepared.status.success().then_some(())?;
+    let batches: Vec<MicroBatch> = serde_json::from_slice(&std::fs::read(&file).ok()?).ok()?;
+    let tokens: usize = batches[1..].iter().map(|batch| batch.tokens.len()).sum();
+    let figures = |measured: Measured| {
+        let total = |steps: &[f64]| steps[1..].iter().sum::<f64>();
+        let cpu = total(&measured.cpu_seconds) / (STEPS - 1) as f64;
+        summary(std::slice::from_ref(&measured), tokens as f64 / total(&measured.seconds), cpu)
+    };
+    let tunesmith = figures(child(&file.display().to_string()));
+    let peft = parse(script().arg("train").arg(model).arg(&file)).map(figures);
+    let _ = std::fs::remove_file(&file);
+    let peft = peft?;
+    Some(Telecom { speed_ratio: tunesmith.tokens_per_second / peft.tokens_per_second, tunesmith, peft })
 }
 
 fn child(mode: &str) -> Measured {
     let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
-    parse(command.env("TUNESMITH_BENCH_CHILD", mode)).expect("the engine runs")
+    parse(command.env(CHILD, mode)).expect("the engine runs")
 }
 
 fn oracle_python() -> Option<PathBuf> {
+    cache("oracle/venv/bin/python").filter(|python| python.exists())
+}
+
+/// A path in the cache of this project.
+fn cache(path: &str) -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
-    Some(cache.join("tunesmith/oracle/venv/bin/python")).filter(|python| python.exists())
+    Some(cache.join("tunesmith").join(path))
 }
 
 fn peft(python: &Path) -> Option<Measured> {

@@ -10,6 +10,7 @@ pub mod error;
 pub mod generate;
 mod linear;
 pub mod lora;
+mod merge;
 pub mod model;
 pub mod optim;
 mod param;

@@ -23,6 +23,7 @@ use crate::{
     evaluate::{self, evaluate},
     generate::Writer,
     local,
+    merge::merge,
     pod::{read_spec, report_to},
     preflight::preflight,
     progress::{Progress, serve},
@@ -80,6 +81,23 @@ enum Command {
     Evaluate {
         #[command(flatten)]
         exam: evaluate::Args,
+        #[command(flatten)]
+        local: Local,
+    },
+    /// Put a LoRA adapter into its base model, as a Hugging Face folder that needs no PEFT
+    Merge {
+        /// The base model: a folder, or a URI
+        #[arg(long)]
+        model: String,
+        /// The adapter: a folder, or a URI
+        #[arg(long)]
+        adapter: String,
+        /// The folder to make
+        #[arg(long)]
+        out: PathBuf,
+        /// Round the weights to bfloat16: half the size
+        #[arg(long)]
+        bf16: bool,
         #[command(flatten)]
         local: Local,
     },
@@ -196,6 +214,14 @@ fn run(command: Command, runtime: &Runtime) -> i32 {
             }))
         }
         Command::Check { manifest, local } => exit(check_here(&manifest, &local, &stores, runtime)),
+        Command::Merge { model, adapter, out, bf16, local } => {
+            let stores = stores.or_local(&local.store);
+            exit(merge(&model, &adapter, &out, bf16, &stores, &local.work_dir).map(|warning| {
+                warning.into_iter().for_each(|warning| eprintln!("warning: {warning}"));
+                println!("{}", out.display());
+                0
+            }))
+        }
         Command::Convert { model, out } => exit(convert(&model, &out).map_err(Error::from).map(|()| {
             println!("{}", out.display());
             0

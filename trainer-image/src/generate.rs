@@ -128,7 +128,8 @@ pub(crate) fn uri(text: &str) -> Result<Uri, Error> {
     .map_err(|error| Error::Spec(error.to_string()))
 }
 
-fn fetch_adapter(uri: &Uri, stores: &Stores, work: &Path) -> Result<PathBuf, Error> {
+/// An adapter's files on disk.
+pub(crate) fn fetch_adapter(uri: &Uri, stores: &Stores, work: &Path) -> Result<PathBuf, Error> {
     let location = stores.open(Role::Output, uri)?;
     if let Some(folder) = location.on_disk() {
         return Ok(folder.to_owned());

@@ -14,6 +14,7 @@ pub mod exam;
 pub mod generate;
 pub mod inputs;
 pub mod local;
+pub mod merge;
 pub mod model;
 pub mod pod;
 pub mod preflight;

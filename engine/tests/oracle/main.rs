@@ -159,3 +159,34 @@ fn quantized_bases_have_the_logits_and_gradients_of_bitsandbytes() {
         assert!(logits < 1e-5 && gradients < 1e-5, "{kind}: {logits:.1e} {gradients:.1e}");
     }
 }
+
+#[test]
+fn a_merged_adapter_gives_the_logits_of_the_adapter() {
+    for family in FAMILIES {
+        let dir = fixture("families").join(family);
+        let tokens: Vec<u32> = read_json(&dir.join("tokens.json"));
+        let mut model = Model::load(&dir.join("model")).unwrap();
+        model.load_adapter(&dir.join("adapter")).unwrap();
+
+        let folder = tempfile::tempdir().unwrap();
+        let mut config: serde_json::Value = read_json(&dir.join("model/config.json"));
+        config["tie_word_embeddings"] = (!model.has_own_output()).into();
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let tensors: Vec<(NamedTensor, Vec<u8>)> = model
+            .merged()
+            .into_iter()
+            .map(|tensor| {
+                let bytes = tensor.data.iter().flat_map(|x| x.to_le_bytes()).collect();
+                (tensor, bytes)
+            })
+            .collect();
+        let views = tensors.iter().map(|(tensor, bytes)| {
+            let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, tensor.shape.clone(), bytes);
+            (tensor.name.as_str(), view.unwrap())
+        });
+        safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
+        let merged = Model::load(folder.path()).unwrap();
+        let difference = difference(&merged.logits(&tokens).unwrap(), &model.logits(&tokens).unwrap());
+        assert!(difference < 1e-4, "{family}: {difference:.1e}");
+    }
+}

@@ -13,7 +13,7 @@ use super::peft;
 const SHARD_BYTES: usize = 5_000_000_000;
 
 /// Name and content of each file. `config` is the base model's; with `bf16` weights are rounded to it.
-pub(super) fn files(weights: &[NamedTensor], config: &[u8], bf16: bool) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn files(weights: &[NamedTensor], config: &[u8], bf16: bool) -> BTreeMap<String, Vec<u8>> {
     let mut files = shards(weights, bf16, SHARD_BYTES);
     files.insert("config.json".into(), configuration(config, bf16));
     files

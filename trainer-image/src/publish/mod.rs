@@ -20,7 +20,7 @@ use tunesmith_crds::{
 use tunesmith_engine::NamedTensor;
 
 pub use self::manifest::{MANIFEST, Manifest};
-pub(crate) use self::peft::weights as safetensors_of;
+pub(crate) use self::{full::files as full_model, peft::weights as safetensors_of};
 use crate::{
     digest,
     store::{Created, Location, StoreError},
@@ -31,6 +31,14 @@ use crate::{
 /// PEFT's users expect.
 const TOKENIZER_FILES: [&str; 4] =
     ["chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
+/// What comes with a whole model.
+pub(crate) const BASE_FILES: [&str; 5] = [
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
 
 /// Why a result was not published.
 #[derive(Debug, thiserror::Error)]
@@ -175,8 +183,8 @@ fn files(trained: &Trained<'_>) -> Result<BTreeMap<String, Vec<u8>>, PublishErro
         (tensorboard::FILE.into(), tensorboard::render(trained.history)),
         ("trainer_state.json".into(), trainer_state::render(trained).into_bytes()),
     ]);
-    let is_full = lora_of(trained.method).is_none();
-    for name in TOKENIZER_FILES.into_iter().chain(is_full.then_some("generation_config.json")) {
+    let names = if lora_of(trained.method).is_some() { &TOKENIZER_FILES[..] } else { &BASE_FILES };
+    for &name in names {
         files.extend(base_file(trained.model, name)?.map(|bytes| (name.to_owned(), bytes)));
     }
     Ok(files)

@@ -4,7 +4,7 @@ use tunesmith_crds::fine_tune_job::{Lora, LoraBias, Quantization, QuantizationTy
 use tunesmith_engine::Model;
 
 use super::*;
-use crate::{data::batches::micro_batch, inputs::Inputs};
+use crate::{data::batches::micro_batch, inputs::Inputs, merge::merge};
 
 /// Publishes what the method makes of the bench's data; its folder, and the loss before and after.
 fn published_by(bench: &Bench, method: Method, training: Value) -> (PathBuf, f64, f64) {
@@ -77,4 +77,23 @@ fn every_option_of_lora_reaches_the_adapters_files() {
     assert_eq!(shape("layers.1.self_attn.q_proj.lora_B.weight"), [32, 3]);
     assert_eq!((shape("layers.0.self_attn.q_proj.lora_magnitude_vector"), shape("norm.weight")), (vec![32], vec![32]));
     Model::load(&bench.path("model")).unwrap().load_adapter(&folder).unwrap();
+}
+
+#[test]
+fn a_merged_model_has_the_loss_of_its_adapter_and_needs_nothing_else() {
+    let bench = Bench::new();
+    let lora = Lora { dropout: 0.0, ..Lora::default() };
+    let (folder, _, after) = published_by(&bench, Method::LoRA { lora }, json!({"learningRate": 0.02}));
+    let (base, merged) = (bench.path("model"), bench.path("merged"));
+    let stores = Stores::from_environment(bench.runtime.handle().clone());
+    let run = || merge(base.to_str().unwrap(), folder.to_str().unwrap(), &merged, false, &stores, &bench.path("work"));
+    assert_eq!(run().unwrap(), None);
+    let mut spec = bench.spec(json!({}));
+    spec.base_model = format!("file://{}", merged.display()).parse().unwrap();
+    let inputs = bench.with_context(&Stop::default(), |context| Inputs::load(&spec, context.stores, context.work));
+    let inputs = inputs.unwrap();
+    let batch = micro_batch(&inputs.eval, 0..4).unwrap();
+    let loss = Model::load(&inputs.model.folder).unwrap().evaluate(&batch).unwrap();
+    assert!((loss.sum / loss.tokens as f64 - after).abs() < 1e-5 * after);
+    assert!(run().unwrap_err().to_string().contains("exists"), "nothing is overwritten");
 }
