@@ -79,6 +79,17 @@ impl HostTensor {
         }
     }
 
+    /// Tells the system that the values of a mapped tensor are not needed for now, so that they count as memory no more.
+    pub(crate) fn release(&self) {
+        #[cfg(unix)]
+        if let Values::Mapped { map, start, len, .. } = &self.values {
+            // SAFETY: the mapping is read-only and of a file: a page that is dropped is read again when it is touched.
+            let advised = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, *start, *len) };
+            // It is advice: without it more memory is held.
+            drop(advised);
+        }
+    }
+
     /// The same values in f32, in place where they already are.
     pub(crate) fn into_f32(self) -> Self {
         if self.as_f32().is_some() {

@@ -18,6 +18,9 @@ pub(super) enum Family {
     Gemma3,
 }
 
+/// More blocks than any model has: what is allocated for each must not grow with what a damaged file says.
+const MAX_LAYERS: usize = 1024;
+
 /// `model_type` and class of each family.
 const FAMILIES: [(&str, &str, Family); 7] = [
     ("llama", "LlamaForCausalLM", Family::Llama),
@@ -53,6 +56,9 @@ impl Family {
         let hidden_size = fields.size("hidden_size")?;
         let num_attention_heads = fields.size("num_attention_heads")?;
         let num_hidden_layers = fields.size("num_hidden_layers")?;
+        if num_hidden_layers > MAX_LAYERS {
+            return Err(format!("num_hidden_layers is {num_hidden_layers}; at most {MAX_LAYERS}"));
+        }
         let head_dim = fields.optional_size("head_dim")?.unwrap_or(match self {
             Family::Qwen3 => 128,
             Family::Gemma2 | Family::Gemma3 => 256,

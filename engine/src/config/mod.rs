@@ -130,6 +130,8 @@ impl ModelConfig {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const SMOL: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
@@ -177,6 +179,44 @@ mod tests {
         ] {
             let message = with(changes).unwrap_err();
             assert!(message.contains(name), "{name}: {message}");
+        }
+    }
+    /// Any value that JSON can hold, of the kinds that a damaged or malicious file would.
+    fn value() -> impl Strategy<Value = Value> {
+        prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            (0u64..70).prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            "[a-z_0-9]{0,12}".prop_map(Value::from),
+            Just(serde_json::json!({"rope_type": "dynamic", "factor": 1e300, "full_attention": {"factor": -1}})),
+            Just(serde_json::json!(["sliding_attention", 7])),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_configuration_makes_the_engine_panic(
+            family in prop::sample::select(vec!["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"]),
+            changes in prop::collection::vec((prop::sample::select(vec![
+                "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "vocab_size",
+                "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+                "rope_parameters", "layer_types", "sliding_window", "use_sliding_window", "max_window_layers",
+                "sliding_window_pattern", "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping",
+                "final_logit_softcapping", "pad_token_id", "hidden_act", "hidden_activation", "tie_word_embeddings",
+                "attention_bias", "mlp_bias", "attention_dropout", "architectures",
+            ]), value()), 0..4),
+        ) {
+            let mut json = serde_json::json!({"architectures": null, "model_type": family, "hidden_act": null});
+            for (field, value) in changes {
+                json[field] = value;
+            }
+            if let Ok(config) = with(json) {
+                prop_assert!(config.layers.len() == config.num_hidden_layers);
+                config.ropes.iter().for_each(|rope| drop(rope.frequencies(100_000)));
+                prop_assert!(config.tensors().len() < 20_000);
+            }
         }
     }
 }

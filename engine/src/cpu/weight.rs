@@ -47,6 +47,7 @@ impl Weight {
     pub(super) fn quantized(tensor: &HostTensor, quantization: Quantization) -> Self {
         let &[rows, cols] = tensor.shape() else { panic!("a linear weight is a matrix") };
         let values = tensor.to_f32();
+        tensor.release();
         Weight(match quantization {
             Quantization::FourBit { code, double_quant } => {
                 Stored::FourBit(FourBit::quantize(&values, rows, cols, code, double_quant))
