@@ -18,6 +18,7 @@ pub mod manifests;
 pub mod method;
 pub mod names;
 pub mod run;
+pub mod training;
 pub mod uri;
 
 pub use adapter_version::{AdapterVersion, AdapterVersionPhase, AdapterVersionSpec, AdapterVersionStatus};
