@@ -15,9 +15,10 @@ help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # Every cargo command selects the whole workspace, so that features are resolved and dependencies built once.
+# The demo and the tests share one build, of the dev profile: it optimises what computes, and nothing else.
 demo: rust ## From kubectl apply to a tuned adapter, on a local cluster or on KUBECONFIG=…
-	$(CARGO) build --release --workspace --bins
-	$(PROGRAMS)/release/demo $(DEMO_FLAGS)
+	$(CARGO) build --workspace --bins
+	$(PROGRAMS)/debug/demo $(DEMO_FLAGS)
 
 test: lint unit e2e ## Everything that must pass before a commit lands
 

@@ -211,8 +211,7 @@ fn folder() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Where cargo puts programs of the profile that this one was built with: the demo's are release builds, the tests'
-/// are not, and neither waits for the other's.
+/// Where cargo puts programs of the profile that this one was built with.
 pub fn programs_folder() -> PathBuf {
     let own = std::env::current_exe().unwrap_or_default();
     let folder = own.parent().unwrap_or(Path::new("."));
