@@ -1,8 +1,8 @@
 //! The shape of a decoder language model, read from a Hugging Face `config.json`.
 //!
 //! All families are one block with parts that are used or not: a family is a configuration, no code of its own. Fields
-//! that would change the numbers but are not implemented are refused by name: a model that is trained wrongly costs
-//! more than one that is refused.
+//! that would change the numbers and that the engine does not know are refused by name: a model that is trained wrongly
+//! costs more than one that is refused.
 
 mod family;
 mod fields;
