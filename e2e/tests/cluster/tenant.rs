@@ -160,23 +160,25 @@ impl Tenant {
 
     /// The job, once it is in `phase`. A job that fails instead is an error at once.
     pub async fn until_phase(&self, name: &str, phase: FineTuneJobPhase) -> Result<FineTuneJob> {
-        let ended = [FineTuneJobPhase::Failed, FineTuneJobPhase::Succeeded];
-        let there =
-            |job: &FineTuneJob| observed(job) && phase_of(job).is_some_and(|now| now == phase || ended.contains(&now));
-        let job = self.until(name, &format!("{phase:?}"), there).await?;
+        let is_there = |job: &FineTuneJob| observed(job) && (phase_of(job) == Some(phase) || has_ended(job));
+        let job = self.until(name, &format!("{phase:?}"), is_there).await?;
         match phase_of(&job) == Some(phase) {
             true => Ok(job),
             false => bail!("{name} should be {phase:?}, and is {:?}: {}", phase_of(&job), message(&job)),
         }
     }
 
-    /// The job, once it has trained at least `step` steps.
+    /// The job, once it runs and has trained at least `step` steps. A job that has ended is an error at once.
     pub async fn until_step(&self, name: &str, step: u64) -> Result<FineTuneJob> {
-        self.until(name, &format!("at step {step}"), |job| {
+        let is_there = |job: &FineTuneJob| {
             let progress = job.status.as_ref().and_then(|status| status.progress.as_ref());
             phase_of(job) == Some(FineTuneJobPhase::Running) && progress.is_some_and(|progress| progress.step >= step)
-        })
-        .await
+        };
+        let job = self.until(name, &format!("at step {step}"), |job| is_there(job) || has_ended(job)).await?;
+        match is_there(&job) {
+            true => Ok(job),
+            false => bail!("{name} should run, and is {:?}: {}", phase_of(&job), message(&job)),
+        }
     }
 
     /// The job's pods, of one stage or of all.
@@ -211,6 +213,11 @@ pub fn runs(pod: &Pod) -> bool {
 /// The job's phase.
 pub fn phase_of(job: &FineTuneJob) -> Option<FineTuneJobPhase> {
     job.status.as_ref()?.phase
+}
+
+/// Whether nothing more is to be expected of the job's spec.
+fn has_ended(job: &FineTuneJob) -> bool {
+    matches!(phase_of(job), Some(FineTuneJobPhase::Failed | FineTuneJobPhase::Succeeded))
 }
 
 /// Whether the status is about the spec as it is.
