@@ -126,6 +126,23 @@ pub struct SgdStep {
     pub grad_scale: f32,
 }
 
+/// A row of a micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// Its own tokens.
+    pub len: usize,
+    /// The row before it whose tokens come before its own: it sees them, and its positions go on after theirs. A prefix
+    /// has none itself.
+    pub prefix: Option<usize>,
+}
+
+impl Row {
+    /// A row that stands alone.
+    pub fn new(len: usize) -> Self {
+        Row { len, prefix: None }
+    }
+}
+
 /// A machine that computes.
 pub trait Backend: Send + Sync + Sized {
     /// A matrix of f32 [rows, cols].
@@ -153,8 +170,8 @@ pub trait Backend: Send + Sync + Sized {
     fn weight_values(&self, weight: &Self::Weight) -> Self::Tensor;
     /// The matrix rounded to bf16, as a weight.
     fn bf16_weight(&self, x: &Self::Tensor) -> Self::Weight;
-    /// Prepares rows of these lengths, whose first tokens are at position `offset`, for each rotary embedding.
-    fn rows(&self, lengths: &[usize], offset: usize, ropes: &[Rope]) -> Self::Rows;
+    /// Prepares rows whose first tokens are at position `offset`, for each rotary embedding.
+    fn rows(&self, rows: &[Row], offset: usize, ropes: &[Rope]) -> Self::Rows;
 
     /// scale · rows of `table`: [tokens, hidden].
     fn embedding(&self, table: WeightRef<'_, Self>, tokens: &[u32], scale: f32) -> Self::Tensor;
@@ -247,7 +264,8 @@ pub trait Backend: Send + Sync + Sized {
     /// The opposite rotation, which is its gradient.
     fn rope_backward(&self, dx: &mut Self::Tensor, head_dim: usize, rows: &Self::Rows, rope: usize);
 
-    /// Causal attention within each row, softmax(scale·q·kᵀ)·v, and the log of each softmax's sum [tokens, query heads].
+    /// Causal attention within each row and its prefix, softmax(scale·q·kᵀ)·v, and the log of each softmax's sum
+    /// [tokens, query heads].
     fn attention(
         &self,
         q: &Self::Tensor,

@@ -1,6 +1,6 @@
 //! Writing tokens one at a time with a key-value cache.
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Row};
 use crate::block::KvCache;
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
@@ -96,7 +96,7 @@ impl<'m, B: Backend> Generator<'m, B> {
         self.reserve();
         let Model { backend, blocks, config, .. } = self.model;
         let new = &self.tokens[self.cached..];
-        let rows = backend.rows(&[new.len()], self.cached, &config.ropes);
+        let rows = backend.rows(&[Row::new(new.len())], self.cached, &config.ropes);
         let mut x = self.model.embed(new);
         for ((i, block), cache) in blocks.iter().enumerate().zip(&mut self.caches) {
             x = block.forward_cached(&self.model.pass(i, &rows), x, cache, self.cached);

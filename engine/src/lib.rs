@@ -19,6 +19,7 @@ mod projection;
 pub mod quantize;
 mod random;
 pub mod schedule;
+mod shared;
 pub mod trainer;
 pub mod weights;
 
@@ -34,4 +35,4 @@ pub use schedule::{Schedule, ScheduleKind, Warmup};
 pub use trainer::{IGNORE, LossSum, MicroBatch, StepStats, TrainState, Trainer, TrainerOptions, Tuning};
 
 /// Changes whenever the same inputs may give other numbers; part of a run's input digest.
-pub const NUMERICS_VERSION: u32 = 2;
+pub const NUMERICS_VERSION: u32 = 3;

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use crate::backend::{Backend, RmsNorm};
+use crate::backend::{Backend, RmsNorm, Row};
 use crate::block::{Block, Norm, Pass};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
@@ -312,7 +312,7 @@ impl<B: Backend> Model<B> {
     /// A token is outside the vocabulary.
     pub fn logits(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         self.check_tokens(tokens)?;
-        let rows = self.backend.rows(&[tokens.len()], 0, &self.config.ropes);
+        let rows = self.backend.rows(&[Row::new(tokens.len())], 0, &self.config.ropes);
         let x = self.hidden(tokens, &rows);
         Ok(self.backend.download(&self.output(&x)))
     }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, CrossEntropyGrads};
 use crate::block::{DropoutSource, Kept, Pass};
+use crate::config::Rope;
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::lora::LoraOptions;
@@ -14,6 +15,7 @@ use crate::optim::{Optimizer, OptimizerState, clip_factor};
 use crate::param::Param;
 use crate::peft::saved_name;
 use crate::random;
+use crate::shared::Packed;
 
 /// A target that is not trained on.
 pub const IGNORE: u32 = u32::MAX;
@@ -163,13 +165,16 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// The batch is inconsistent, or has tokens outside the vocabulary.
     pub fn accumulate(&mut self, batch: &MicroBatch, loss_scale: f32) -> Result<LossSum> {
-        let trained = self.model.check_batch(batch)?;
+        self.model.check_batch(batch)?;
         let key = random::key(self.seed, &[self.micro_step]);
         self.micro_step += 1;
-        if trained.is_empty() {
+        // Noise and dropout differ between rows, also where these begin alike.
+        let may_share = self.dropout == 0.0 && self.neftune_noise_alpha.is_none();
+        let batch = &self.model.pack(batch, may_share);
+        if batch.trained.is_empty() {
             return Ok(LossSum::default());
         }
-        let rows = self.model.backend.rows(&batch.row_lengths, 0, &self.model.config.ropes);
+        let rows = self.model.backend.rows(&batch.rows, 0, &self.model.config.ropes);
         let trains_embedding = self.model.embedding.param().is_some();
         // Blocks below the first that learns keep no activations and see no gradient.
         let first = match trains_embedding {
@@ -177,7 +182,7 @@ impl<B: Backend> Trainer<B> {
             false => self.model.blocks.iter().position(|block| block.is_trained()).unwrap_or(self.model.blocks.len()),
         };
         let (x, activations) = self.forward(batch, &rows, first, key);
-        let (loss, mut dx) = output_layer(&mut self.model, x, batch, &trained, loss_scale);
+        let (loss, mut dx) = output_layer(&mut self.model, x, batch, loss_scale);
 
         let p = self.dropout;
         let Model { backend, config, embedding, blocks, .. } = &mut self.model;
@@ -198,7 +203,7 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// The residual stream after the last block, and what the backward pass needs of the blocks from `first` on.
-    fn forward(&self, batch: &MicroBatch, rows: &B::Rows, first: usize, key: u64) -> (B::Tensor, Vec<Activations<B>>) {
+    fn forward(&self, batch: &Packed, rows: &B::Rows, first: usize, key: u64) -> (B::Tensor, Vec<Activations<B>>) {
         let model = &self.model;
         let mut x = model.embed(&batch.tokens);
         if let Some(alpha) = self.neftune_noise_alpha {
@@ -363,34 +368,28 @@ fn shape(rows: usize, cols: usize) -> Vec<usize> {
 fn output_layer<B: Backend>(
     model: &mut Model<B>,
     x: B::Tensor,
-    batch: &MicroBatch,
-    trained: &[u32],
+    batch: &Packed,
     loss_scale: f32,
 ) -> (LossSum, Option<B::Tensor>) {
     let Model { backend, norm, config, embedding, lm_head, .. } = model;
-    let x = backend.gather_rows(&x, trained);
+    let x = backend.gather_rows(&x, &batch.trained);
     let normed = backend.rms_norm(&x, &norm.value, rms_norm(config));
     let output = lm_head.as_mut().unwrap_or(embedding);
     // The gradient is taken out while the weight is read.
     let mut d_output = output.param_mut().and_then(|param| param.grad.take());
     let grads = CrossEntropyGrads { scale: loss_scale, weight: d_output.as_mut() };
-    let targets = targets_at(batch, trained);
     let (losses, d_normed) =
-        backend.linear_cross_entropy(&normed, output.get(), &targets, config.final_softcap, Some(grads));
+        backend.linear_cross_entropy(&normed, output.get(), &batch.targets, config.final_softcap, Some(grads));
     if let Some(param) = output.param_mut() {
         param.grad = d_output;
     }
     let dx = d_normed.map(|d_normed| {
-        let mut dx = backend.zeros(trained.len(), config.hidden_size);
+        let mut dx = backend.zeros(batch.trained.len(), config.hidden_size);
         let Param { value, grad, .. } = norm;
         backend.rms_norm_backward(&x, value, rms_norm(config), &d_normed, &mut dx, grad.as_mut());
-        backend.scatter_rows(&dx, trained, batch.tokens.len())
+        backend.scatter_rows(&dx, &batch.trained, batch.tokens.len())
     });
     (sum(&losses), dx)
-}
-
-fn targets_at(batch: &MicroBatch, trained: &[u32]) -> Vec<u32> {
-    trained.iter().map(|&i| batch.targets[i as usize]).collect()
 }
 
 fn sum(losses: &[f32]) -> LossSum {
@@ -403,20 +402,28 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// The batch is inconsistent, or has tokens outside the vocabulary.
     pub fn evaluate(&self, batch: &MicroBatch) -> Result<LossSum> {
-        let trained = self.check_batch(batch)?;
-        if trained.is_empty() {
+        self.check_batch(batch)?;
+        let batch = self.pack(batch, true);
+        if batch.trained.is_empty() {
             return Ok(LossSum::default());
         }
         let Model { backend, norm, config, .. } = self;
-        let rows = backend.rows(&batch.row_lengths, 0, &config.ropes);
-        let x = backend.gather_rows(&self.hidden(&batch.tokens, &rows), &trained);
+        let rows = backend.rows(&batch.rows, 0, &config.ropes);
+        let x = backend.gather_rows(&self.hidden(&batch.tokens, &rows), &batch.trained);
         let normed = backend.rms_norm(&x, &norm.value, rms_norm(config));
-        let (targets, cap) = (targets_at(batch, &trained), config.final_softcap);
-        Ok(sum(&backend.linear_cross_entropy(&normed, self.output_weight().get(), &targets, cap, None).0))
+        let (output, cap) = (self.output_weight().get(), config.final_softcap);
+        Ok(sum(&backend.linear_cross_entropy(&normed, output, &batch.targets, cap, None).0))
     }
 
-    /// Checks a batch and returns the positions that are trained.
-    fn check_batch(&self, batch: &MicroBatch) -> Result<Vec<u32>> {
+    /// The batch as it is computed. Rows share nothing where the angles of a token depend on its row's length.
+    fn pack(&self, batch: &MicroBatch, may_share: bool) -> Packed {
+        match may_share && !self.config.ropes.iter().any(Rope::depends_on_length) {
+            true => Packed::sharing(batch),
+            false => Packed::whole(batch),
+        }
+    }
+
+    fn check_batch(&self, batch: &MicroBatch) -> Result<()> {
         let MicroBatch { tokens, targets, row_lengths } = batch;
         self.check_tokens(tokens)?;
         if targets.len() != tokens.len() {
@@ -433,6 +440,6 @@ impl<B: Backend> Model<B> {
             let message = format!("target {target} is outside the vocabulary of {vocabulary}");
             return Err(Error::Batch(message));
         }
-        Ok((0..tokens.len() as u32).filter(|&i| targets[i as usize] != IGNORE).collect())
+        Ok(())
     }
 }

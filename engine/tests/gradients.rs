@@ -5,7 +5,8 @@
 use candle_core::{D, DType, Device, Tensor as Candle, Var};
 use tunesmith_engine::Activation;
 use tunesmith_engine::backend::{
-    Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout, Heads, LoraGrads, LoraRef, RmsNorm, WeightRef,
+    Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout, Heads, LoraGrads, LoraRef, RmsNorm, Row,
+    WeightRef,
 };
 use tunesmith_engine::config::{Rope, RopeScaling};
 use tunesmith_engine::cpu::{Cpu, Tensor};
@@ -182,7 +183,7 @@ fn dora_and_its_gradients() {
 #[test]
 fn neftune_noise_is_bounded_by_a_rows_length_and_drawn_anew_by_key() {
     let cpu = Cpu::default();
-    let rows = cpu.rows(&[4, 12], 0, &[]);
+    let rows = cpu.rows(&[4, 12].map(Row::new), 0, &[]);
     let noise = |key| {
         let mut x = cpu.zeros(16, 30);
         cpu.neftune(&mut x, &rows, 5.0, key);
@@ -289,7 +290,7 @@ fn rope_and_its_gradient() {
     let cpu = Cpu::default();
     let (dim, lengths) = (8, [5, 1, 9]);
     let rope_of = |theta| Rope { theta, dim, scaling: RopeScaling::None };
-    let rows = cpu.rows(&lengths, 0, &[rope_of(77.0), rope_of(500.0)]);
+    let rows = cpu.rows(&lengths.map(Row::new), 0, &[rope_of(77.0), rope_of(500.0)]);
     let ((mut x, cx), (mut dy, _)) = (pair(&cpu, 15, 24, 1), pair(&cpu, 15, 24, 2));
     let theirs = rope(&cx, dim, &lengths, &rope_of(500.0).frequencies(9));
     let [expected] = autograd(&theirs, &dy, [&cx]);
@@ -330,9 +331,13 @@ fn attention_of_row(q: &Candle, k: &Candle, v: &Candle, attention: Attention) ->
 #[test]
 fn attention_and_its_gradients_in_packed_rows() {
     let cpu = Cpu::default();
-    // Rows shorter and longer than a block of queries, and one of one token.
-    let lengths = [3, 70, 1, 130];
+    // Rows shorter and longer than a block of queries, one of one token, and two that go on after another.
+    let lengths = [3, 70, 1, 130, 90];
+    let prefixes = [None, None, Some(1), None, Some(1)];
     let tokens = lengths.iter().sum();
+    let starts = [0, 3, 73, 74, 204];
+    let layout = lengths.into_iter().zip(prefixes).map(|(len, prefix)| Row { len, prefix });
+    let layout: Vec<Row> = layout.collect();
     for (query, key_value, softcap, window) in
         [(4, 2, None, None), (2, 2, Some(0.5), None), (3, 1, None, Some(20)), (2, 1, Some(0.7), Some(65))]
     {
@@ -342,18 +347,19 @@ fn attention_and_its_gradients_in_packed_rows() {
         let (k, ck) = pair(&cpu, tokens, key_value * 16, 2);
         let (v, cv) = pair(&cpu, tokens, key_value * 16, 3);
         let (dy, _) = pair(&cpu, tokens, query * 16, 4);
-        let mut start = 0;
-        let theirs: Vec<Candle> = lengths
-            .iter()
-            .map(|&len| {
-                let of = |x: &Candle| x.narrow(0, start, len).unwrap();
-                let y = attention_of_row(&of(&cq), &of(&ck), &of(&cv), attention);
-                start += len;
-                y
+        let theirs: Vec<Candle> = (0..layout.len())
+            .map(|row| {
+                let whole = |x: &Candle| {
+                    let part = |row: usize| x.narrow(0, starts[row], lengths[row]).unwrap();
+                    let parts: Vec<Candle> = prefixes[row].into_iter().chain([row]).map(part).collect();
+                    Candle::cat(&parts, 0).unwrap()
+                };
+                let y = attention_of_row(&whole(&cq), &whole(&ck), &whole(&cv), attention);
+                y.narrow(0, y.dim(0).unwrap() - lengths[row], lengths[row]).unwrap()
             })
             .collect();
         let theirs = Candle::cat(&theirs, 0).unwrap();
-        let rows = cpu.rows(&lengths, 0, &[]);
+        let rows = cpu.rows(&layout, 0, &[]);
         let (y, log_sums) = cpu.attention(&q, &k, &v, attention, &rows);
         same("y", y.values(), &values(&theirs));
         let forward = AttentionForward { q: &q, k: &k, v: &v, out: &y, log_sums: &log_sums };
@@ -372,7 +378,7 @@ fn attention_over_a_cache_is_the_end_of_attention_over_the_row() {
     for (softcap, window) in [(None, None), (Some(0.5), Some(5))] {
         let attention = Attention { heads, scale: 0.3, softcap, window };
         let ((q, _), (k, _), (v, _)) = (pair(&cpu, 12, 32, 1), pair(&cpu, 12, 16, 2), pair(&cpu, 12, 16, 3));
-        let (whole, _) = cpu.attention(&q, &k, &v, attention, &cpu.rows(&[12], 0, &[]));
+        let (whole, _) = cpu.attention(&q, &k, &v, attention, &cpu.rows(&[Row::new(12)], 0, &[]));
         let mut caches = [cpu.zeros(20, 16), cpu.zeros(20, 16)];
         cpu.write_rows(&mut caches[0], &k, 0);
         cpu.write_rows(&mut caches[1], &v, 0);

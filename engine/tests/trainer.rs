@@ -132,6 +132,30 @@ fn gradients_add_up_over_micro_batches_with_one_scale_for_all_tokens() {
 }
 
 #[test]
+fn rows_that_begin_alike_have_the_losses_and_gradients_of_rows_that_do_not() {
+    let mut alike = batch(&[90, 40, 33, 75], 8);
+    let starts = [0, 90, 130, 163];
+    // The first, the third and the fourth share 30 tokens, which are not trained.
+    for start in starts {
+        alike.targets[start..start + 30].fill(IGNORE);
+    }
+    for start in [starts[2], starts[3]] {
+        alike.tokens.copy_within(0..30, start);
+    }
+    for recompute in [Recompute::None, Recompute::Full] {
+        let mut together = trainer_with(&options(0.0), recompute);
+        let mut apart = trainer_with(&options(0.0), recompute);
+        let evaluated = together.evaluate(&alike).unwrap();
+        let loss = together.accumulate(&alike, 0.01).unwrap();
+        let losses: Vec<_> = rows(&alike).iter().map(|row| apart.accumulate(row, 0.01).unwrap()).collect();
+        let sum: f64 = losses.iter().map(|loss| loss.sum).sum();
+        assert!((loss.sum - sum).abs() < 1e-6 * sum && (evaluated.sum - sum).abs() < 1e-6 * sum);
+        assert_eq!(loss.tokens, losses.iter().map(|loss| loss.tokens).sum::<usize>());
+        assert_close(&together.gradients(), &apart.gradients());
+    }
+}
+
+#[test]
 fn recomputing_changes_no_bit() {
     for targets in ["all-linear", r".*(q|v)_proj", r".*mlp\.down_proj"] {
         let options = LoraOptions { target_modules: TargetModules::Pattern(targets.into()), ..options(0.2) };

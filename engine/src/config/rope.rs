@@ -92,6 +92,11 @@ impl Rope {
         frequencies.map(|frequency| self.scaling.apply(frequency)).collect()
     }
 
+    /// Whether a row's length changes the angles of its tokens.
+    pub fn depends_on_length(&self) -> bool {
+        matches!(self.scaling, RopeScaling::Dynamic { .. })
+    }
+
     fn theta_for(&self, row_length: usize) -> f64 {
         match self.scaling {
             RopeScaling::Dynamic { factor, original_max_position_embeddings: original } => {

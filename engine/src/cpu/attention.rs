@@ -1,5 +1,6 @@
 //! Causal attention within each row, y = softmax(cap(scale · q·kᵀ)) · v per head, and its gradients; cap(s) = c·tanh(s/c)
-//! where the scores are capped, and a token may see no more than a window of tokens.
+//! where the scores are capped, and a token may see no more than a window of tokens. A row may go on after another one,
+//! its prefix, whose tokens it sees too.
 //!
 //! q [tokens, query heads · dim]; k, v [tokens, key-value heads · dim]; each key-value head serves a group of query
 //! heads. A task is one row and query head. It takes [`BLOCK`] queries at a time against all keys they may see, so
@@ -23,8 +24,17 @@ const BLOCK: usize = 64;
 struct Task {
     start: usize,
     len: usize,
+    /// The prefix of the row: where it starts, and its length, zero without one.
+    prefix: (usize, usize),
     head: usize,
     kv_head: usize,
+}
+
+impl Task {
+    /// The tokens whose keys it sees, those of the prefix first.
+    fn keys(self) -> usize {
+        self.prefix.1 + self.len
+    }
 }
 
 /// Sizes that all tasks share.
@@ -51,66 +61,117 @@ impl Layout {
         }
     }
 
-    /// The first token that token `i` of a row sees.
+    /// The first token that the token at a position sees.
     #[inline(always)]
-    fn first_seen(&self, i: usize) -> usize {
-        self.window.map_or(0, |window| (i + 1).saturating_sub(window))
+    fn first_seen(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
-    /// `len` of the task's queries (or of what is shaped like them), from the row's token `first` on.
+    /// `len` of the task's queries (or of what is shaped like them), from the row's own token `first` on.
     fn queries<'a>(&self, q: &'a [f32], task: Task, first: usize, len: usize) -> View<'a> {
         let from = (task.start + first) * self.q_width + task.head * self.dim;
         View::strided(&q[from..], len, self.dim, self.q_width)
     }
 
-    /// `len` of the task's keys or values, from the row's token `first` on.
-    fn keys<'a>(&self, k: &'a [f32], task: Task, first: usize, len: usize) -> View<'a> {
-        let from = (task.start + first) * self.kv_width + task.kv_head * self.dim;
-        View::strided(&k[from..], len, self.dim, self.kv_width)
+    /// The task's keys or values by position: in place, or copied to `scratch` behind those of the prefix.
+    fn keys<'a>(&self, k: &'a [f32], task: Task, scratch: &'a mut Vec<f32>) -> Keys<'a> {
+        let of_head = |token: usize| &k[token * self.kv_width + task.kv_head * self.dim..];
+        let (start, len) = task.prefix;
+        if len == 0 {
+            return Keys { values: of_head(task.start), stride: self.kv_width, dim: self.dim };
+        }
+        scratch.clear();
+        for token in (start..start + len).chain(task.start..task.start + task.len) {
+            scratch.extend_from_slice(&of_head(token)[..self.dim]);
+        }
+        Keys { values: scratch, stride: self.dim, dim: self.dim }
+    }
+}
+
+/// Keys or values of one head, by position in the row.
+#[derive(Clone, Copy)]
+struct Keys<'a> {
+    values: &'a [f32],
+    stride: usize,
+    dim: usize,
+}
+
+impl<'a> Keys<'a> {
+    /// `len` of them, from a position on.
+    fn from(self, position: usize, len: usize) -> View<'a> {
+        View::strided(&self.values[position * self.stride..], len, self.dim, self.stride)
     }
 }
 
 fn tasks(heads: Heads, rows: &Rows) -> Vec<Task> {
     let group = heads.query / heads.key_value;
-    let row = |(&start, &len): (&usize, &usize)| {
-        (0..heads.query).map(move |head| Task { start, len, head, kv_head: head / group })
-    };
-    rows.starts.iter().zip(&rows.lengths).flat_map(row).collect()
-}
-
-/// Cuts a buffer [row, head, token, width] into the parts of its tasks.
-fn split<'a>(mut buffer: &'a mut [f32], tasks: &[Task], width: usize) -> Vec<&'a mut [f32]> {
-    tasks
-        .iter()
-        .map(|task| {
-            let (part, rest) = std::mem::take(&mut buffer).split_at_mut(task.len * width);
-            buffer = rest;
-            part
-        })
-        .collect()
-}
-
-/// Puts heads side by side: y [tokens, heads · dim] from [row, head, token, dim], adding up `group` heads for each
-/// head of y.
-fn join_heads(parts: &[f32], rows: &Rows, heads: usize, group: usize, dim: usize, y: &mut [f32]) {
-    let width = heads * dim;
-    y.par_chunks_mut(width).zip(&rows.row_of).zip(&rows.positions).for_each(|((y, &row), &token)| {
+    let row = |row: usize| {
         let (start, len) = (rows.starts[row], rows.lengths[row]);
-        let row_part = &parts[start * width * group..][..len * width * group];
+        let prefix = rows.prefixes[row].map_or((0, 0), |prefix| (rows.starts[prefix], rows.lengths[prefix]));
+        (0..heads.query).map(move |head| Task { start, len, prefix, head, kv_head: head / group })
+    };
+    (0..rows.starts.len()).flat_map(row).collect()
+}
+
+/// Cuts a buffer [task, token, width] into the parts of its tasks, which have so many tokens.
+fn split<'a>(
+    mut buffer: &'a mut [f32],
+    tasks: &[Task],
+    tokens: impl Fn(&Task) -> usize,
+    width: usize,
+) -> Vec<&'a mut [f32]> {
+    let part = |task: &Task| {
+        let (part, rest) = std::mem::take(&mut buffer).split_at_mut(tokens(task) * width);
+        buffer = rest;
+        part
+    };
+    tasks.iter().map(part).collect()
+}
+
+/// Puts heads side by side: y [tokens, heads · dim] from [row, head, token, dim].
+fn join_heads(parts: &[f32], rows: &Rows, heads: usize, dim: usize, y: &mut [f32]) {
+    let width = heads * dim;
+    y.par_chunks_mut(width).zip(&rows.row_of).enumerate().for_each(|(token, (y, &row))| {
+        let (start, len) = (rows.starts[row], rows.lengths[row]);
+        let parts = &parts[start * width..];
         for (head, y) in y.chunks_exact_mut(dim).enumerate() {
-            let part = |member: usize| &row_part[((head * group + member) * len + token) * dim..][..dim];
-            y.copy_from_slice(part(0));
-            for member in 1..group {
-                for (y, x) in y.iter_mut().zip(part(member)) {
-                    *y += x;
+            y.copy_from_slice(&parts[(head * len + token - start) * dim..][..dim]);
+        }
+    });
+}
+
+/// Puts the heads of keys or values side by side: y [tokens, heads · dim] from [row, query head, position, dim], adding
+/// up the query heads that a head serves, and all rows that see a token.
+fn join_key_heads(parts: &[f32], rows: &Rows, heads: Heads, y: &mut [f32]) {
+    let Heads { query, key_value, dim } = heads;
+    let group = query / key_value;
+    y.par_chunks_mut(key_value * dim).zip(&rows.row_of).enumerate().for_each(|(token, (y, &row))| {
+        let position = rows.key_lengths[row] - rows.lengths[row] + token - rows.starts[row];
+        y.fill(0.0);
+        for seen_by in std::iter::once(row).chain(rows.followers[row].iter().copied()) {
+            let len = rows.key_lengths[seen_by];
+            let parts = &parts[rows.key_starts[seen_by] * query * dim..];
+            for (head, y) in y.chunks_exact_mut(dim).enumerate() {
+                for member in 0..group {
+                    let part = &parts[((head * group + member) * len + position) * dim..][..dim];
+                    y.iter_mut().zip(part).for_each(|(y, x)| *y += x);
                 }
             }
         }
     });
 }
 
+/// What a thread needs for a task.
+#[derive(Default)]
+struct Scratch {
+    scores: Vec<f32>,
+    d_scores: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
 thread_local! {
-    static SCORES: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// y and log_sums, which is laid out [row, head, token]; `parts` is scratch as large as y.
@@ -124,35 +185,39 @@ pub(super) fn forward(
 ) {
     let (layout, heads) = (Layout::new(attention), attention.heads);
     let tasks = tasks(heads, rows);
-    let outputs = split(parts, &tasks, heads.dim).into_par_iter().zip(split(log_sums, &tasks, 1));
+    let split = |buffer, width| split(buffer, &tasks, |task| task.len, width);
+    let outputs = split(parts, heads.dim).into_par_iter().zip(split(log_sums, 1));
     tasks.par_iter().zip(outputs).with_max_len(1).for_each(|(&task, (part, log_sums))| {
-        SCORES.with_borrow_mut(|[scores, _]| forward_task(layout, task, qkv, scores, part, log_sums));
+        SCRATCH.with_borrow_mut(|scratch| forward_task(layout, task, qkv, scratch, part, log_sums));
     });
-    join_heads(parts, rows, heads.query, 1, heads.dim, y);
+    join_heads(parts, rows, heads.query, heads.dim, y);
 }
 
 fn forward_task(
     layout: Layout,
     task: Task,
     [q, k, v]: [&[f32]; 3],
-    scores: &mut Vec<f32>,
+    scratch: &mut Scratch,
     part: &mut [f32],
     log_sums: &mut [f32],
 ) {
     let dim = layout.dim;
+    let Scratch { scores, keys, values, .. } = scratch;
+    let (k, v) = (layout.keys(k, task, keys), layout.keys(v, task, values));
     for first in (0..task.len).step_by(BLOCK) {
         let len = BLOCK.min(task.len - first);
-        let from = layout.first_seen(first);
-        let seen = first + len - from;
+        let position = task.prefix.1 + first;
+        let from = layout.first_seen(position);
+        let seen = position + len - from;
         grow(scores, len * seen);
         let q = layout.queries(q, task, first, len);
         let s = ViewMut::new(scores, len, seen);
-        gemm_serial(s, Output::Set, layout.scale, q, layout.keys(k, task, from, seen).t());
+        gemm_serial(s, Output::Set, layout.scale, q, k.from(from, seen).t());
         vectorize(
             #[inline(always)]
             || {
                 for (i, s) in scores.chunks_exact_mut(seen).take(len).enumerate() {
-                    let s = unmasked(s, layout.first_seen(first + i) - from, first + i + 1 - from);
+                    let s = unmasked(s, layout.first_seen(position + i) - from, position + i + 1 - from);
                     if let Some(cap) = layout.softcap {
                         s.iter_mut().for_each(|x| *x = cap * tanh(*x / cap));
                     }
@@ -169,8 +234,7 @@ fn forward_task(
             },
         );
         let part = ViewMut::new(&mut part[first * dim..], len, dim);
-        let p = View::new(scores, len, seen);
-        gemm_serial(part, Output::Set, 1.0, p, layout.keys(v, task, from, seen));
+        gemm_serial(part, Output::Set, 1.0, View::new(scores, len, seen), v.from(from, seen));
     }
 }
 
@@ -184,7 +248,7 @@ fn unmasked(scores: &mut [f32], from: usize, to: usize) -> &mut [f32] {
     seen
 }
 
-/// dq, dk and dv; `parts` are scratch, each as large as q.
+/// dq, dk and dv; `parts` are scratch: the first as large as q, the others with as many rows as [`Rows::keys`] says.
 pub(super) fn backward(
     forward: &AttentionForward<'_, [f32]>,
     dy: &[f32],
@@ -201,20 +265,18 @@ pub(super) fn backward(
         Some(part)
     });
     let [q_parts, k_parts, v_parts] = parts;
-    let outputs = split(q_parts, &tasks, heads.dim)
-        .into_iter()
-        .zip(split(k_parts, &tasks, heads.dim))
-        .zip(split(v_parts, &tasks, heads.dim));
+    let keys = |buffer| split(buffer, &tasks, |task| task.keys(), heads.dim);
+    let outputs = split(q_parts, &tasks, |task| task.len, heads.dim).into_iter();
+    let outputs = outputs.zip(keys(k_parts)).zip(keys(v_parts));
     let all: Vec<_> = tasks.iter().zip(log_sums).zip(outputs).collect();
     all.into_par_iter().with_max_len(1).for_each(|((&task, log_sums), ((dq, dk), dv))| {
-        SCORES.with_borrow_mut(|scratch| {
+        SCRATCH.with_borrow_mut(|scratch| {
             backward_task(layout, task, forward, log_sums, dy, scratch, [dq, dk, dv]);
         });
     });
-    let group = heads.query / heads.key_value;
-    join_heads(q_parts, rows, heads.query, 1, heads.dim, dq);
-    join_heads(k_parts, rows, heads.key_value, group, heads.dim, dk);
-    join_heads(v_parts, rows, heads.key_value, group, heads.dim, dv);
+    join_heads(q_parts, rows, heads.query, heads.dim, dq);
+    join_key_heads(k_parts, rows, heads, dk);
+    join_key_heads(v_parts, rows, heads, dv);
 }
 
 fn backward_task(
@@ -223,24 +285,26 @@ fn backward_task(
     f: &AttentionForward<'_, [f32]>,
     log_sums: &[f32],
     dy: &[f32],
-    [p, ds]: &mut [Vec<f32>; 2],
+    scratch: &mut Scratch,
     [dq, dk, dv]: [&mut [f32]; 3],
 ) {
     let dim = layout.dim;
+    let Scratch { scores: p, d_scores: ds, keys, values } = scratch;
+    let (keys, values) = (layout.keys(f.k, task, keys), layout.keys(f.v, task, values));
     dk.fill(0.0);
     dv.fill(0.0);
     for first in (0..task.len).step_by(BLOCK) {
         let len = BLOCK.min(task.len - first);
-        let from = layout.first_seen(first);
-        let seen = first + len - from;
+        let position = task.prefix.1 + first;
+        let from = layout.first_seen(position);
+        let seen = position + len - from;
         grow(p, len * seen);
         grow(ds, len * seen);
         let q = layout.queries(f.q, task, first, len);
         let d_out = layout.queries(dy, task, first, len);
-        let k = layout.keys(f.k, task, from, seen);
-        let v = layout.keys(f.v, task, from, seen);
+        let k = keys.from(from, seen);
         gemm_serial(ViewMut::new(p, len, seen), Output::Set, layout.scale, q, k.t());
-        gemm_serial(ViewMut::new(ds, len, seen), Output::Set, 1.0, d_out, v.t());
+        gemm_serial(ViewMut::new(ds, len, seen), Output::Set, 1.0, d_out, values.from(from, seen).t());
         vectorize(
             #[inline(always)]
             || {
@@ -248,7 +312,7 @@ fn backward_task(
                 for (i, (p, ds)) in blocks.enumerate() {
                     let at = (task.start + first + i) * layout.q_width + task.head * dim;
                     let delta = dot(&dy[at..at + dim], &f.out[at..at + dim]);
-                    let (low, high) = (layout.first_seen(first + i) - from, first + i + 1 - from);
+                    let (low, high) = (layout.first_seen(position + i) - from, position + i + 1 - from);
                     let (p, ds) = (unmasked(p, low, high), unmasked(ds, low, high));
                     match layout.softcap {
                         None => {

@@ -22,8 +22,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::backend::{
-    AdamWStep, Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout, LoraGrads, LoraRef, RmsNorm, SgdStep,
-    WeightRef,
+    AdamWStep, Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout, LoraGrads, LoraRef, RmsNorm, Row,
+    SgdStep, WeightRef,
 };
 use crate::config::{Activation, Rope};
 use crate::quantize::Quantization;
@@ -45,11 +45,49 @@ pub struct Cpu {
 pub struct Rows {
     starts: Vec<usize>,
     lengths: Vec<usize>,
-    /// Per token: its row, and its place in it counted from the row's start.
+    prefixes: Vec<Option<usize>>,
+    /// Per row: those of which it is the prefix.
+    followers: Vec<Vec<usize>>,
+    /// Per row: its length together with its prefix, and the sum of these of the rows before it.
+    key_lengths: Vec<usize>,
+    key_starts: Vec<usize>,
+    /// Per token: its row.
     row_of: Vec<usize>,
-    positions: Vec<usize>,
     /// Of each rotary embedding.
     angles: Vec<Angles>,
+}
+
+impl Rows {
+    fn new(rows: &[Row], offset: usize, ropes: &[Rope]) -> Self {
+        let lengths: Vec<usize> = rows.iter().map(|row| row.len).collect();
+        let prefixes: Vec<Option<usize>> = rows.iter().map(|row| row.prefix).collect();
+        let past = |row: usize| prefixes[row].map_or(0, |prefix| lengths[prefix]);
+        let key_lengths: Vec<usize> = (0..rows.len()).map(|row| past(row) + lengths[row]).collect();
+        let mut followers = vec![Vec::new(); rows.len()];
+        for (row, prefix) in rows.iter().enumerate().filter_map(|(i, row)| Some((i, row.prefix?))) {
+            followers[prefix].push(row);
+        }
+        let row_of: Vec<usize> = lengths.iter().enumerate().flat_map(|(row, &len)| vec![row; len]).collect();
+        let angles = |rope: &Rope| {
+            let frequencies: Vec<Vec<f32>> = key_lengths.iter().map(|len| rope.frequencies(offset + len)).collect();
+            let tokens = (0..rows.len()).flat_map(|row| (past(row)..key_lengths[row]).map(move |at| (row, at)));
+            Angles::new(tokens.map(|(row, at)| (offset + at, frequencies[row].as_slice())))
+        };
+        let angles = ropes.iter().map(angles).collect();
+        let (starts, key_starts) = (starts(&lengths), starts(&key_lengths));
+        Rows { starts, lengths, prefixes, followers, key_lengths, key_starts, row_of, angles }
+    }
+
+    /// Tokens whose keys the rows see, all rows together.
+    fn keys(&self) -> usize {
+        self.key_lengths.iter().sum()
+    }
+}
+
+/// Where each of these lengths starts, one after the other.
+fn starts(lengths: &[usize]) -> Vec<usize> {
+    let start = |next: &mut usize, len: &usize| Some(std::mem::replace(next, *next + len));
+    lengths.iter().scan(0, start).collect()
 }
 
 impl Cpu {
@@ -149,21 +187,8 @@ impl Backend for Cpu {
         Weight::new(HostTensor::bf16(x.values(), vec![x.rows(), x.cols()]))
     }
 
-    fn rows(&self, lengths: &[usize], offset: usize, ropes: &[Rope]) -> Rows {
-        let mut starts = Vec::with_capacity(lengths.len());
-        let (mut row_of, mut positions) = (Vec::new(), Vec::new());
-        for (row, &len) in lengths.iter().enumerate() {
-            starts.push(positions.len());
-            positions.extend(0..len);
-            row_of.resize(positions.len(), row);
-        }
-        let angles = |rope: &Rope| {
-            let frequencies: Vec<Vec<f32>> = lengths.iter().map(|len| rope.frequencies(offset + len)).collect();
-            let tokens = row_of.iter().zip(&positions);
-            Angles::new(tokens.map(|(&row, &position)| (offset + position, frequencies[row].as_slice())))
-        };
-        let angles = ropes.iter().map(angles).collect();
-        Rows { starts, lengths: lengths.to_vec(), angles, row_of, positions }
+    fn rows(&self, rows: &[Row], offset: usize, ropes: &[Rope]) -> Rows {
+        Rows::new(rows, offset, ropes)
     }
 
     fn embedding(&self, table: WeightRef<'_, Self>, tokens: &[u32], scale: f32) -> Tensor {
@@ -378,7 +403,8 @@ impl Backend for Cpu {
         attention: Attention,
         rows: &Rows,
     ) -> [Tensor; 3] {
-        let [mut q_parts, mut k_parts, mut v_parts] = [(); 3].map(|()| self.stale(dy.rows(), dy.cols()));
+        let [mut q_parts, mut k_parts, mut v_parts] =
+            [dy.rows(), rows.keys(), rows.keys()].map(|count| self.stale(count, dy.cols()));
         let mut dq = self.stale(forward.q.rows(), forward.q.cols());
         let mut dk = self.stale(forward.k.rows(), forward.k.cols());
         let mut dv = self.stale(forward.v.rows(), forward.v.cols());
