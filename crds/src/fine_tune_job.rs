@@ -89,7 +89,8 @@ pub struct FineTuneJobSpec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct BaseModel {
-    /// A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json, tokenizer_config.json.
+    /// A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json, tokenizer_config.json. Or a
+    /// GGUF file (.gguf) of the Llama architecture.
     pub uri: Uri,
     /// Refuses to train if the folder's digest is another one (status.run.baseDigest shows it).
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -135,6 +135,9 @@ pub enum Optim {
     /// AdamW with torch's betas (0.9, 0.999) and eps (1e-8).
     #[default]
     AdamwTorch,
+    /// The same with its state in 8 bits, as bitsandbytes keeps it: a quarter of the memory.
+    #[serde(rename = "adamw_bnb_8bit")]
+    AdamwBnb8bit,
     /// Stochastic gradient descent without momentum.
     Sgd,
 }

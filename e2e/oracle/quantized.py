@@ -47,6 +47,24 @@ def codes(out):
     save_file({n: t.contiguous().clone() for n, t in tensors.items()}, out / "codes.safetensors")
 
 
+def optimizer(out):
+    """Three steps of AdamW in 8 bits on a tensor with a ragged last block."""
+    torch.manual_seed(2)
+    param = torch.nn.Parameter(torch.randn(43, 101))
+    tensors = {"param": param.data.clone()}
+    adamw = bnb.optim.AdamW8bit([param], lr=0.01, weight_decay=0.1)
+    for step in range(3):
+        # Rows of very different size, and one without a gradient.
+        param.grad = torch.randn(43, 101) * torch.logspace(-6, 0, 43).unsqueeze(1)
+        param.grad[7:13] = 0
+        tensors[f"grad{step}"] = param.grad.clone()
+        adamw.step()
+    state = adamw.state[param]
+    tensors |= {name: state[name] for name in ["state1", "absmax1", "state2", "absmax2"]}
+    tensors |= {"map": state["qmap2"], "after": param.data}
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, out / "optimizer.safetensors")
+
+
 def four_bit(linear, kind, double):
     packed, state = quantize_4bit(linear.weight.data, blocksize=64, quant_type=kind, compress_statistics=double)
     linear.weight.data = dequantize_4bit(packed, state)
@@ -98,6 +116,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     codes(out)
+    optimizer(out)
     models(out)
 
 

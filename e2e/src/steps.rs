@@ -1,8 +1,12 @@
 //! What is being done, and how long it took: one line a step.
 
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+/// Keeps the spinners of steps that go on at once, and the lines between them, apart.
+static SPINNERS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// One step under way: a spinner on a terminal, and a line when it ends.
 ///
@@ -27,7 +31,8 @@ impl Step {
     /// Begins a step that shows by itself how far it is.
     pub fn without_spinner(title: impl Into<String>) -> Self {
         let title = title.into();
-        let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
+        let spinner = SPINNERS
+            .add(ProgressBar::no_length())
             .with_style(ProgressStyle::with_template("{spinner} {msg} ({elapsed})").expect("a valid template"))
             .with_message(title.clone());
         Self { title, start: Instant::now(), spinner, ended: false }
@@ -55,8 +60,8 @@ impl Step {
         self.ended = true;
         self.spinner.finish_and_clear();
         match reason {
-            Some(reason) => eprintln!("{mark} {}: {reason}", self.title),
-            None => eprintln!("{mark} {} ({})", self.title, human(self.start.elapsed())),
+            Some(reason) => print(&format!("{mark} {}: {reason}", self.title)),
+            None => print(&format!("{mark} {} ({})", self.title, human(self.start.elapsed()))),
         }
     }
 }
@@ -65,9 +70,13 @@ impl Drop for Step {
     fn drop(&mut self) {
         if !self.ended {
             self.spinner.finish_and_clear();
-            eprintln!("✗ {} ({})", self.title, human(self.start.elapsed()));
+            print(&format!("✗ {} ({})", self.title, human(self.start.elapsed())));
         }
     }
+}
+
+fn print(line: &str) {
+    SPINNERS.suspend(|| eprintln!("{line}"));
 }
 
 /// A duration as people say it: "0.4 s", "25 s", "9 min 20 s".

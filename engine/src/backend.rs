@@ -149,6 +149,8 @@ pub trait Backend: Send + Sync + Sized {
     type Tensor: Send + Sync;
     /// A frozen weight [out, in], in whatever form the backend multiplies with.
     type Weight: Send + Sync;
+    /// State of an optimizer in 8 bits of a dynamic map, in blocks of 256 (Dettmers et al., 2022).
+    type State8bit: Send + Sync;
     /// The rows of a micro-batch: where each starts, and the rotary angles of its positions.
     type Rows: Send + Sync;
 
@@ -334,6 +336,20 @@ pub trait Backend: Send + Sync + Sized {
         moments: (&mut Self::Tensor, &mut Self::Tensor),
         step: &AdamWStep,
     );
+    /// The same with moments in 8 bits.
+    fn adamw_8bit(
+        &self,
+        param: &mut Self::Tensor,
+        grad: &Self::Tensor,
+        moments: (&mut Self::State8bit, &mut Self::State8bit),
+        step: &AdamWStep,
+    );
+    /// Zeros in 8 bits, in a map for numbers of either sign or of one.
+    fn zeros_8bit(&self, len: usize, signed: bool) -> Self::State8bit;
+    /// The codes, one a value, and the largest magnitude of each block.
+    fn download_8bit(&self, x: &Self::State8bit) -> (Vec<u8>, Vec<f32>);
+    /// Takes codes and magnitudes, as many as there are.
+    fn upload_8bit(&self, x: &mut Self::State8bit, codes: &[u8], absmax: &[f32]);
 }
 
 /// What attention's backward pass takes from the forward pass.

@@ -30,6 +30,7 @@ pub use generate::{Generator, Sampling};
 pub use lora::{LoraBias, LoraOptions, TargetModules};
 pub use model::{Model, NamedTensor, Recompute};
 pub use optim::{Optimizer, Rule};
+pub use peft::AdaptedLayer;
 pub use quantize::{FourBitCode, Quantization};
 pub use schedule::{Schedule, ScheduleKind, Warmup};
 pub use trainer::{IGNORE, LossSum, MicroBatch, StepStats, TrainState, Trainer, TrainerOptions, Tuning};

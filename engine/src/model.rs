@@ -156,22 +156,22 @@ impl<B: Backend> Model<B> {
     /// Makes every weight trainable; with `bf16`, matrices are computed with as rounded to bf16.
     pub(crate) fn train_all(&mut self, bf16: bool) {
         let Model { backend, embedding, blocks, norm, lm_head, .. } = self;
-        let train = |weight: &mut Weight<B>| {
+        let train = |weight: &mut Weight<B>, group| {
             if let Weight::Frozen(frozen) = weight {
-                *weight = Weight::trained(backend, backend.weight_values(frozen), bf16);
+                *weight = Weight::trained(backend, backend.weight_values(frozen), group, bf16);
             }
         };
         let linears = |block: &mut Block<B>| {
             for linear in block.projections.iter_mut().flatten() {
-                train(&mut linear.weight);
+                train(&mut linear.weight, Group::Matrix);
                 linear.bias.iter_mut().for_each(|bias| bias.train(backend));
             }
             block.norms.iter_mut().flatten().for_each(|norm| norm.train(backend));
         };
-        train(embedding);
+        train(embedding, Group::Embedding);
         blocks.iter_mut().for_each(linears);
         norm.train(backend);
-        lm_head.iter_mut().for_each(train);
+        lm_head.iter_mut().for_each(|weight| train(weight, Group::Matrix));
     }
 
     /// Makes all biases trainable.
@@ -189,7 +189,7 @@ impl<B: Backend> Model<B> {
         if is_named(LM_HEAD, name) {
             let weight = lm_head.as_ref().unwrap_or(embedding);
             if let Weight::Frozen(frozen) = weight {
-                *lm_head = Some(Weight::trained(backend, backend.weight_values(frozen), false));
+                *lm_head = Some(Weight::trained(backend, backend.weight_values(frozen), Group::Matrix, false));
             }
             found = true;
         }
@@ -200,7 +200,7 @@ impl<B: Backend> Model<B> {
                 return Err(Error::Lora(message.into()));
             }
             if let Weight::Frozen(frozen) = embedding {
-                *embedding = Weight::trained(backend, backend.weight_values(frozen), false);
+                *embedding = Weight::trained(backend, backend.weight_values(frozen), Group::Embedding, false);
             }
             found = true;
         }

@@ -29,6 +29,16 @@ pub enum Rule {
         /// Added to the root of the mean of squares.
         eps: f64,
     },
+    /// AdamW with its state in 8 bits, as bitsandbytes': a quarter of the memory. Embeddings and small tensors keep
+    /// theirs in 32.
+    AdamW8bit {
+        /// Decay of the mean of gradients.
+        beta1: f64,
+        /// Decay of the mean of squared gradients.
+        beta2: f64,
+        /// Added to the root of the mean of squares.
+        eps: f64,
+    },
     /// Stochastic gradient descent.
     Sgd {
         /// How much of the last step's direction is kept.
@@ -44,42 +54,96 @@ impl Default for Optimizer {
     }
 }
 
+/// Tensors below this size keep their state in 32 bits (bitsandbytes' min_8bit_size).
+const MIN_8BIT_SIZE: usize = 4096;
+
 /// What an optimizer remembers of one parameter.
-pub(crate) enum OptimizerState<T> {
+pub(crate) enum OptimizerState<B: Backend> {
     /// Running means of gradients and of their squares.
     AdamW {
-        exp_avg: T,
-        exp_avg_sq: T,
+        exp_avg: B::Tensor,
+        exp_avg_sq: B::Tensor,
+    },
+    /// The same in 8 bits.
+    AdamW8bit {
+        state1: B::State8bit,
+        state2: B::State8bit,
     },
     Sgd {
-        momentum_buffer: Option<T>,
+        momentum_buffer: Option<B::Tensor>,
     },
 }
 
-impl<T> OptimizerState<T> {
-    /// The tensors, with torch's names.
-    pub(crate) fn parts(&self) -> Vec<(&'static str, &T)> {
+/// A tensor of an optimizer's state as it is saved.
+pub(crate) struct Part {
+    pub(crate) name: &'static str,
+    pub(crate) shape: [usize; 2],
+    pub(crate) data: Vec<f32>,
+}
+
+impl<B: Backend> OptimizerState<B> {
+    /// The tensors, with the names of torch or bitsandbytes. Codes are saved as numbers.
+    pub(crate) fn parts(&self, backend: &B) -> Vec<Part> {
+        let plain = |name, x: &B::Tensor| Part { name, shape: backend.shape(x), data: backend.download(x) };
+        let quantized = |names: [&'static str; 2], x: &B::State8bit| {
+            let (codes, absmax) = backend.download_8bit(x);
+            let part = |name, data: Vec<f32>| Part { name, shape: [1, data.len()], data };
+            [part(names[0], codes.into_iter().map(f32::from).collect()), part(names[1], absmax)]
+        };
         match self {
-            OptimizerState::AdamW { exp_avg, exp_avg_sq } => vec![("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)],
-            OptimizerState::Sgd { momentum_buffer } => momentum_buffer.iter().map(|x| ("momentum_buffer", x)).collect(),
+            OptimizerState::AdamW { exp_avg, exp_avg_sq } => {
+                vec![plain("exp_avg", exp_avg), plain("exp_avg_sq", exp_avg_sq)]
+            }
+            OptimizerState::AdamW8bit { state1, state2 } => {
+                let parts = [quantized(["state1", "absmax1"], state1), quantized(["state2", "absmax2"], state2)];
+                parts.into_iter().flatten().collect()
+            }
+            OptimizerState::Sgd { momentum_buffer } => {
+                momentum_buffer.iter().map(|x| plain("momentum_buffer", x)).collect()
+            }
         }
     }
 
-    pub(crate) fn parts_mut(&mut self) -> Vec<&mut T> {
+    /// Takes the values of [`OptimizerState::parts`], in that order and of those sizes.
+    pub(crate) fn set(&mut self, backend: &B, values: &[&[f32]]) {
+        let plain = |x: &mut B::Tensor, values: &[f32]| {
+            let [rows, cols] = backend.shape(x);
+            *x = backend.upload(values, rows, cols);
+        };
+        let quantized = |x: &mut B::State8bit, values: &[&[f32]]| {
+            let codes: Vec<u8> = values[0].iter().map(|&code| code as u8).collect();
+            backend.upload_8bit(x, &codes, values[1]);
+        };
         match self {
-            OptimizerState::AdamW { exp_avg, exp_avg_sq } => vec![exp_avg, exp_avg_sq],
-            OptimizerState::Sgd { momentum_buffer } => momentum_buffer.iter_mut().collect(),
+            OptimizerState::AdamW { exp_avg, exp_avg_sq } => {
+                plain(exp_avg, values[0]);
+                plain(exp_avg_sq, values[1]);
+            }
+            OptimizerState::AdamW8bit { state1, state2 } => {
+                quantized(state1, &values[..2]);
+                quantized(state2, &values[2..]);
+            }
+            OptimizerState::Sgd { momentum_buffer } => {
+                momentum_buffer.iter_mut().for_each(|x| plain(x, values[0]));
+            }
         }
     }
 }
 
 impl Optimizer {
     /// The state of a parameter before its first step.
-    pub(crate) fn state<B: Backend>(&self, backend: &B, param: &B::Tensor) -> OptimizerState<B::Tensor> {
-        let [rows, cols] = backend.shape(param);
+    pub(crate) fn state<B: Backend>(&self, backend: &B, param: &Param<B::Tensor>) -> OptimizerState<B> {
+        let [rows, cols] = backend.shape(&param.value);
         let zeros = || backend.zeros(rows, cols);
+        let is_8bit = rows * cols >= MIN_8BIT_SIZE && param.group != Group::Embedding;
         match self.rule {
-            Rule::AdamW { .. } => OptimizerState::AdamW { exp_avg: zeros(), exp_avg_sq: zeros() },
+            Rule::AdamW8bit { .. } if is_8bit => OptimizerState::AdamW8bit {
+                state1: backend.zeros_8bit(rows * cols, true),
+                state2: backend.zeros_8bit(rows * cols, false),
+            },
+            Rule::AdamW { .. } | Rule::AdamW8bit { .. } => {
+                OptimizerState::AdamW { exp_avg: zeros(), exp_avg_sq: zeros() }
+            }
             Rule::Sgd { momentum } => OptimizerState::Sgd { momentum_buffer: (momentum != 0.0).then(zeros) },
         }
     }
@@ -89,7 +153,7 @@ impl Optimizer {
         &self,
         backend: &B,
         param: &mut Param<B::Tensor>,
-        state: &mut OptimizerState<B::Tensor>,
+        state: &mut OptimizerState<B>,
         step: u64,
         lr: f64,
         grad_scale: f32,
@@ -97,10 +161,14 @@ impl Optimizer {
         let Param { value, grad: Some(grad), group } = param else { return };
         let lr = if *group == Group::LoraB { lr * self.lora_plus_lr_ratio } else { lr };
         let weight_decay = if *group == Group::Vector { 0.0 } else { self.weight_decay };
+        let adamw = |beta1, beta2, eps| AdamWStep { lr, beta1, beta2, eps, weight_decay, step, grad_scale };
         match (self.rule, state) {
-            (Rule::AdamW { beta1, beta2, eps }, OptimizerState::AdamW { exp_avg, exp_avg_sq }) => {
-                let numbers = AdamWStep { lr, beta1, beta2, eps, weight_decay, step, grad_scale };
-                backend.adamw(value, grad, (exp_avg, exp_avg_sq), &numbers);
+            (
+                Rule::AdamW { beta1, beta2, eps } | Rule::AdamW8bit { beta1, beta2, eps },
+                OptimizerState::AdamW { exp_avg, exp_avg_sq },
+            ) => backend.adamw(value, grad, (exp_avg, exp_avg_sq), &adamw(beta1, beta2, eps)),
+            (Rule::AdamW8bit { beta1, beta2, eps }, OptimizerState::AdamW8bit { state1, state2 }) => {
+                backend.adamw_8bit(value, grad, (state1, state2), &adamw(beta1, beta2, eps));
             }
             (Rule::Sgd { momentum }, OptimizerState::Sgd { momentum_buffer }) => {
                 let numbers = SgdStep { lr, momentum, weight_decay, grad_scale };

@@ -14,6 +14,8 @@ pub(crate) struct Param<T> {
 pub(crate) enum Group {
     /// Matrices: their weights decay.
     Matrix,
+    /// The embedding, also where it is the output layer. It decays too.
+    Embedding,
     /// Norm weights and biases, which never decay.
     Vector,
     /// LoRA's B, which may have a learning rate of its own.
@@ -77,8 +79,8 @@ impl<B: Backend> Weight<B> {
     }
 
     /// Makes a trained weight of one that holds `value`.
-    pub(crate) fn trained(backend: &B, value: B::Tensor, bf16: bool) -> Self {
-        let mut master = Param::frozen(value, Group::Matrix);
+    pub(crate) fn trained(backend: &B, value: B::Tensor, group: Group, bf16: bool) -> Self {
+        let mut master = Param::frozen(value, group);
         master.train(backend);
         let bf16 = bf16.then(|| backend.bf16_weight(&master.value));
         Weight::Trained { master, bf16 }

@@ -84,6 +84,39 @@ pub(crate) fn load<B: Backend>(dir: &Path, model: &mut Model<B>) -> Result<()> {
     }
 }
 
+/// One linear layer's adapter: y += scale · B · A · x.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdaptedLayer {
+    /// Its name, such as `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// Rows of A and columns of B.
+    pub rank: usize,
+    /// [rank, in], row-major.
+    pub a: Vec<f32>,
+    /// [out, rank], row-major.
+    pub b: Vec<f32>,
+    /// Factor of the update.
+    pub scale: f32,
+}
+
+impl<B: Backend> Model<B> {
+    /// The layers that have an adapter, block by block. DoRA's magnitudes are no part of it.
+    pub fn adapted_layers(&self) -> Vec<AdaptedLayer> {
+        let blocks = self.blocks.iter().enumerate();
+        blocks
+            .flat_map(|(block, layers)| {
+                let layer = move |which: Projection| {
+                    let adapter = layers.projections[which as usize].as_ref()?.adapter.as_ref()?;
+                    let [a, b] = [&adapter.a.value, &adapter.b.value].map(|x| self.backend.download(x));
+                    let [rank, _] = self.backend.shape(&adapter.a.value);
+                    Some(AdaptedLayer { module: which.name(block), rank, a, b, scale: adapter.scale })
+                };
+                Projection::ALL.into_iter().filter_map(layer)
+            })
+            .collect()
+    }
+}
+
 /// A base model's name for what PEFT calls so: PEFT wraps adapted layers.
 fn base_name(name: &str) -> String {
     name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")

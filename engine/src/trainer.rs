@@ -11,7 +11,7 @@ use crate::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::lora::LoraOptions;
 use crate::model::{Model, NamedTensor, Recompute, rms_norm};
-use crate::optim::{Optimizer, OptimizerState, clip_factor};
+use crate::optim::{Optimizer, OptimizerState, Part, clip_factor};
 use crate::param::Param;
 use crate::peft::saved_name;
 use crate::random;
@@ -112,7 +112,7 @@ pub struct Trainer<B: Backend = Cpu> {
     /// Whether the trained tensors have PEFT's names.
     is_adapter: bool,
     /// In the order of the trained parameters.
-    states: Vec<OptimizerState<B::Tensor>>,
+    states: Vec<OptimizerState<B>>,
     step: u64,
     micro_step: u64,
 }
@@ -143,7 +143,7 @@ impl<B: Backend> Trainer<B> {
             }
         };
         let state = |(_, param): &(String, &Param<B::Tensor>)| {
-            param.is_trained().then(|| options.optimizer.state(&model.backend, &param.value))
+            param.is_trained().then(|| options.optimizer.state(&model.backend, param))
         };
         let states = model.parameters().iter().filter_map(state).collect();
         Ok(Trainer {
@@ -285,7 +285,10 @@ impl<B: Backend> Trainer<B> {
     /// What [`Trainer::restore`] needs. Take it between optimizer steps: accumulated gradients are not part of it.
     pub fn state(&self) -> TrainState {
         let tensors = self.trained().zip(&self.states).flat_map(|((name, param), state)| {
-            let parts = state.parts().into_iter().map(|(part, x)| self.download(format!("{name}.{part}"), x));
+            let parts =
+                state.parts(&self.model.backend).into_iter().map(|Part { name: part, shape: [rows, cols], data }| {
+                    NamedTensor { name: format!("{name}.{part}"), shape: shape(rows, cols), data }
+                });
             let parts: Vec<NamedTensor> = parts.collect();
             parts.into_iter().chain([self.download(name, &param.value)])
         });
@@ -300,8 +303,7 @@ impl<B: Backend> Trainer<B> {
         let saved: HashMap<&str, &NamedTensor> =
             state.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
         let backend = &self.model.backend;
-        let upload = |name: &str, like: &B::Tensor| {
-            let [rows, cols] = backend.shape(like);
+        let find = |name: &str, [rows, cols]: [usize; 2]| {
             let tensor = saved
                 .get(name)
                 .ok_or_else(|| Error::State(format!("{name} is missing; was it saved with other options?")))?;
@@ -312,22 +314,22 @@ impl<B: Backend> Trainer<B> {
                     shape(rows, cols)
                 )));
             }
-            Ok(backend.upload(&tensor.data, rows, cols))
+            Ok(tensor.data.as_slice())
         };
-        let mut values = Vec::new();
-        let mut parts = Vec::new();
+        let (mut values, mut parts) = (Vec::new(), Vec::new());
         for ((name, param), state) in self.trained().zip(&self.states) {
-            values.push(upload(&name, &param.value)?);
-            for (part, like) in state.parts() {
-                parts.push(upload(&format!("{name}.{part}"), like)?);
-            }
+            values.push(find(&name, backend.shape(&param.value))?);
+            let state = state.parts(backend).into_iter();
+            let state = state.map(|part| find(&format!("{name}.{}", part.name), part.shape));
+            parts.push(state.collect::<Result<Vec<_>>>()?);
         }
-        let (_, params) = self.model.parameters_mut();
-        for (param, value) in params.into_iter().filter(|param| param.is_trained()).zip(values) {
-            param.value = value;
+        let Trainer { model, states, .. } = self;
+        let (backend, params) = model.parameters_mut();
+        for (param, values) in params.into_iter().filter(|param| param.is_trained()).zip(values) {
+            let [rows, cols] = backend.shape(&param.value);
+            param.value = backend.upload(values, rows, cols);
         }
-        let places = self.states.iter_mut().flat_map(OptimizerState::parts_mut);
-        places.zip(parts).for_each(|(place, part)| *place = part);
+        states.iter_mut().zip(parts).for_each(|(state, parts)| state.set(backend, &parts));
         self.model.refresh();
         self.clear_gradients();
         (self.step, self.micro_step) = (state.step, state.micro_step);

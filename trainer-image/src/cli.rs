@@ -7,7 +7,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 use tunesmith_crds::{
@@ -18,12 +18,14 @@ use tunesmith_crds::{
 use tunesmith_engine::Sampling;
 
 use crate::{
-    convert::convert,
+    chat::Chat,
+    convert::{convert, gguf_lora},
     error::Error,
     evaluate::{self, evaluate},
-    generate::Writer,
+    generate::{Writer, fetch_adapter, uri},
     local,
     merge::merge,
+    model::ModelFolder,
     pod::{read_spec, report_to},
     preflight::preflight,
     progress::{Progress, serve},
@@ -77,6 +79,25 @@ enum Command {
         #[command(flatten)]
         local: Local,
     },
+    /// Talk with a model, with or without an adapter: a line of input is a turn
+    Chat {
+        /// The model: a folder, or a URI
+        #[arg(long)]
+        model: String,
+        /// A LoRA adapter over it: a folder, or a URI
+        #[arg(long)]
+        adapter: Option<String>,
+        /// What the system turn says
+        #[arg(long)]
+        system: Option<String>,
+        /// Tokens of an answer at most
+        #[arg(long, default_value_t = 250)]
+        max_new_tokens: usize,
+        #[command(flatten)]
+        sampling: SamplingArgs,
+        #[command(flatten)]
+        local: Local,
+    },
     /// Ask a model the questions of a probe, with or without an adapter, and print its recall
     Evaluate {
         #[command(flatten)]
@@ -98,6 +119,23 @@ enum Command {
         /// Round the weights to bfloat16: half the size
         #[arg(long)]
         bf16: bool,
+        #[command(flatten)]
+        local: Local,
+    },
+    /// Write a LoRA adapter in another program's format
+    Export {
+        /// The format
+        #[arg(long)]
+        format: ExportFormat,
+        /// The base model: a folder, or a URI
+        #[arg(long)]
+        model: String,
+        /// The adapter: a folder, or a URI
+        #[arg(long)]
+        adapter: String,
+        /// The file to make
+        #[arg(long)]
+        out: PathBuf,
         #[command(flatten)]
         local: Local,
     },
@@ -127,6 +165,13 @@ enum Command {
         #[command(flatten)]
         pod: Pod,
     },
+}
+
+/// What `export` writes.
+#[derive(Clone, Copy, ValueEnum)]
+enum ExportFormat {
+    /// A GGUF file for llama.cpp's --lora
+    GgufLora,
 }
 
 /// Where a pod finds its spec and leaves its report.
@@ -169,6 +214,12 @@ struct SamplingArgs {
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     seed: u64,
+}
+
+impl From<SamplingArgs> for Sampling {
+    fn from(SamplingArgs { repetition_penalty, temperature, top_p, seed }: SamplingArgs) -> Self {
+        Sampling { repetition_penalty, temperature, top_p, seed }
+    }
 }
 
 /// Runs the command line of this process.
@@ -222,14 +273,30 @@ fn run(command: Command, runtime: &Runtime) -> i32 {
                 0
             }))
         }
+        Command::Chat { model, adapter, system, max_new_tokens, sampling, local } => {
+            let stores = stores.or_local(&local.store);
+            exit(Writer::load(&model, adapter.as_deref(), &stores, &local.work_dir).and_then(|writer| {
+                let (model, voice) = writer.into_parts();
+                let (system, sampling) = (system.as_deref(), sampling.into());
+                let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+                let chat = Chat { model: &model, voice: &voice, system, sampling, max_new_tokens, terminal };
+                chat.run(std::io::stdin().lock(), &mut std::io::stdout().lock()).map(|()| 0)
+            }))
+        }
+        Command::Export { format: ExportFormat::GgufLora, model, adapter, out, local } => {
+            let stores = stores.or_local(&local.store);
+            exit(export(&model, &adapter, &out, &stores, &local.work_dir).map(|()| {
+                println!("{}", out.display());
+                0
+            }))
+        }
         Command::Convert { model, out } => exit(convert(&model, &out).map_err(Error::from).map(|()| {
             println!("{}", out.display());
             0
         })),
         Command::Generate { model, adapter, prompt, system, max_new_tokens, sampling, local } => {
             let stores = stores.or_local(&local.store);
-            let SamplingArgs { repetition_penalty, temperature, top_p, seed } = sampling;
-            let sampling = Sampling { repetition_penalty, temperature, top_p, seed };
+            let sampling = sampling.into();
             exit(Writer::load(&model, adapter.as_deref(), &stores, &local.work_dir).and_then(|writer| {
                 for prompt in &prompt {
                     println!("{}", writer.answer(system.as_deref(), prompt, sampling, max_new_tokens)?);
@@ -245,6 +312,12 @@ fn exit(result: Result<i32, Error>) -> i32 {
         eprintln!("error: {error}");
         error.exit_code()
     })
+}
+
+fn export(model: &str, adapter: &str, out: &Path, stores: &Stores, work: &Path) -> Result<(), Error> {
+    let base = ModelFolder::fetch(&uri(model)?, stores, &work.join("model"))?.folder;
+    let adapter = fetch_adapter(&uri(adapter)?, stores, &work.join("adapter"))?;
+    Ok(gguf_lora(&base, &adapter, out)?)
 }
 
 fn run_here(manifest: &Path, local: &Local, stores: &Stores, runtime: &Runtime) -> Result<i32, Error> {

@@ -23,6 +23,12 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// Whoever reads or writes along is gone.
+    #[error("standard input or output: {source}")]
+    Pipe {
+        /// Why.
+        source: std::io::Error,
+    },
     /// The object store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -58,7 +64,7 @@ impl Error {
     /// One of [`exit_code`].
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Spec(_) | Self::File { .. } => exit_code::BAD_SPEC,
+            Self::Spec(_) | Self::File { .. } | Self::Pipe { .. } => exit_code::BAD_SPEC,
             Self::Engine(tunesmith_engine::Error::Lora(_)) => exit_code::BAD_SPEC,
             Self::Input(_) | Self::Engine(_) | Self::Convert(_) => exit_code::BAD_INPUT,
             Self::Store(error) | Self::Model(ModelError::Store(error)) => error.exit_code(),

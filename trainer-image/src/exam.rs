@@ -114,7 +114,7 @@ impl Exam {
     ) -> Result<ControlFlow<(), Score>, Error> {
         let mut score = Score::default();
         for (question, prompt) in &self.questions {
-            let go_on = || !stop.is_requested();
+            let go_on = |_: &[u32]| !stop.is_requested();
             let answer = self.voice.answer(model, prompt, Sampling::default(), self.max_new_tokens, go_on)?;
             let Some(text) = answer else { return Ok(Break(())) };
             let missing = question.missing_in(&text);

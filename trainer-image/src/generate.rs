@@ -1,16 +1,23 @@
 //! `generate`: lets a model answer, with or without an adapter.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use serde_json::Value;
 use tunesmith_crds::Uri;
 use tunesmith_engine::{Generator, Model, Sampling};
 
 use crate::{
-    data::encode::{Vocabulary, VocabularyError},
+    data::{
+        encode::{Vocabulary, VocabularyError},
+        formats::Message,
+    },
     error::Error,
     model::ModelFolder,
-    store::{Role, Stores},
+    publish::CHAT_TEMPLATE,
+    store::{Role, StoreError, Stores},
 };
 
 /// What the engine reads of an adapter.
@@ -44,7 +51,23 @@ impl Voice {
         self.vocabulary.prompt(system, user)
     }
 
-    /// The answer to a prompt; None once `go_on` says no, which is asked before each token.
+    /// Tokens that make the model say the next turn of a conversation.
+    ///
+    /// # Errors
+    /// There is no chat template, or it refuses the conversation.
+    pub fn conversation(&self, turns: &[Message]) -> Result<Vec<u32>, String> {
+        self.vocabulary.conversation(turns)
+    }
+
+    /// The text of tokens.
+    ///
+    /// # Errors
+    /// The tokenizer fails.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String, String> {
+        self.vocabulary.decode(tokens)
+    }
+
+    /// The answer to a prompt; None once `go_on` says no, which sees what there is of it before each token.
     ///
     /// # Errors
     /// The prompt is longer than the model reads.
@@ -54,12 +77,12 @@ impl Voice {
         prompt: &[u32],
         sampling: Sampling,
         max_new_tokens: usize,
-        go_on: impl Fn() -> bool,
+        mut go_on: impl FnMut(&[u32]) -> bool,
     ) -> Result<Option<String>, Error> {
         let mut generator = Generator::new(model, prompt, sampling, &self.stop)?;
         let mut tokens = Vec::new();
         while tokens.len() < max_new_tokens {
-            if !go_on() {
+            if !go_on(&tokens) {
                 return Ok(None);
             }
             match generator.next_token()? {
@@ -83,12 +106,15 @@ impl Writer {
     /// # Errors
     /// A file is missing, or model and adapter don't fit.
     pub fn load(model: &str, adapter: Option<&str>, stores: &Stores, work: &Path) -> Result<Self, Error> {
-        let folder = ModelFolder::fetch(&stores.open(Role::Model, &uri(model)?)?, &work.join("model"))?.folder;
-        let voice = Voice::load(&folder).map_err(|error| Error::Input(format!("{model}: {error}")))?;
+        let folder = ModelFolder::fetch(&uri(model)?, stores, &work.join("model"))?.folder;
+        let adapter =
+            adapter.map(|adapter| fetch_adapter(&uri(adapter)?, stores, &work.join("adapter"))).transpose()?;
+        let template = adapter.as_deref().and_then(chat_template);
+        let vocabulary = Vocabulary::load(&folder, template.as_deref());
+        let vocabulary = vocabulary.map_err(|error| Error::Input(format!("{model}: {error}")))?;
+        let voice = Voice::new(&folder, vocabulary);
         let mut model = Model::load(&folder)?;
-        if let Some(adapter) = adapter {
-            model.load_adapter(&fetch_adapter(&uri(adapter)?, stores, &work.join("adapter"))?)?;
-        }
+        adapter.iter().try_for_each(|adapter| model.load_adapter(adapter))?;
         Ok(Self { model, voice })
     }
 
@@ -114,7 +140,7 @@ impl Writer {
         max_new_tokens: usize,
     ) -> Result<String, Error> {
         let prompt = self.voice.prompt(system, prompt).map_err(Error::Input)?;
-        let answer = self.voice.answer(&self.model, &prompt, sampling, max_new_tokens, || true)?;
+        let answer = self.voice.answer(&self.model, &prompt, sampling, max_new_tokens, |_| true)?;
         Ok(answer.unwrap_or_default())
     }
 }
@@ -137,12 +163,27 @@ pub(crate) fn fetch_adapter(uri: &Uri, stores: &Stores, work: &Path) -> Result<P
     for name in ADAPTER_FILES {
         location.join(name).download(&work.join(name))?;
     }
+    // The folder may hold that of another adapter.
+    let template = work.join(CHAT_TEMPLATE);
+    match location.join(CHAT_TEMPLATE).read_if_exists()? {
+        Some(bytes) => fs::write(&template, bytes),
+        None => fs::remove_file(&template).or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        }),
+    }
+    .map_err(|source| StoreError::Disk { path: template, source })?;
     Ok(work.to_owned())
+}
+
+/// The chat template that an adapter was trained with, if it has one of its own.
+pub(crate) fn chat_template(adapter: &Path) -> Option<String> {
+    fs::read_to_string(adapter.join(CHAT_TEMPLATE)).ok()
 }
 
 /// The end tokens of `generation_config.json`, one or several, and the tokenizer's.
 fn stop_tokens(folder: &Path, vocabulary: &Vocabulary) -> Vec<u32> {
-    let config = std::fs::read(folder.join("generation_config.json")).ok();
+    let config = fs::read(folder.join("generation_config.json")).ok();
     let config: Value = config.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
     let ids = match &config["eos_token_id"] {
         Value::Array(ids) => ids.clone(),

@@ -46,7 +46,7 @@ impl Inputs {
     /// # Errors
     /// Model or data is missing or can't be used.
     pub fn load(spec: &RunSpec, stores: &Stores, work: &Path) -> Result<Self, Error> {
-        let model = ModelFolder::fetch(&stores.open(Role::Model, &spec.base_model)?, &work.join("model"))?;
+        let model = ModelFolder::fetch(&spec.base_model, stores, &work.join("model"))?;
         if let Some(pin) = spec.base_digest_pin.as_ref().filter(|pin| **pin != model.digest) {
             let (uri, found) = (&spec.base_model, &model.digest);
             return Err(Error::Input(format!(

@@ -7,10 +7,10 @@ use tunesmith_engine::Model;
 
 use crate::{
     error::Error,
-    generate::{fetch_adapter, uri},
+    generate::{chat_template, fetch_adapter, uri},
     model::ModelFolder,
-    publish::{BASE_FILES, full_model},
-    store::{Role, StoreError, Stores},
+    publish::{BASE_FILES, CHAT_TEMPLATE, full_model},
+    store::{StoreError, Stores},
 };
 
 /// Merges and writes the folder, which must not exist; `bf16` rounds the weights to it. The result says what to know
@@ -29,7 +29,7 @@ pub fn merge(
     if out.exists() {
         return Err(Error::Spec(format!("{} exists: name a folder that does not, or remove it", out.display())));
     }
-    let base = ModelFolder::fetch(&stores.open(Role::Model, &uri(model)?)?, &work.join("model"))?.folder;
+    let base = ModelFolder::fetch(&uri(model)?, stores, &work.join("model"))?.folder;
     let adapter = fetch_adapter(&uri(adapter)?, stores, &work.join("adapter"))?;
     let mut model = Model::load(&base)?;
     model.load_adapter(&adapter)?;
@@ -47,6 +47,7 @@ pub fn merge(
             files.insert(name.into(), read(&path)?);
         }
     }
+    files.extend(chat_template(&adapter).map(|template| (CHAT_TEMPLATE.into(), template.into_bytes())));
     // Beside its place first, so that nothing half-written has the name.
     let part = out.with_extension("part");
     let disk = |path: &Path| {

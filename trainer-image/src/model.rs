@@ -1,4 +1,5 @@
-//! The base model's folder: which of its files are used, their digest, and whether they fit together.
+//! The base model's folder: which of its files are used, their digest, and whether they fit together. A GGUF file becomes
+//! such a folder first.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,8 +17,9 @@ use tunesmith_crds::{Uri, adapter_version::ArtifactFile, run::ModelShape};
 use tunesmith_engine::ModelConfig;
 
 use crate::{
+    convert::convert,
     digest,
-    store::{Location, StoreError},
+    store::{Location, Role, StoreError, Stores},
 };
 
 /// The weights in one file.
@@ -79,11 +81,22 @@ pub enum ModelError {
 }
 
 impl ModelFolder {
-    /// Brings the model at `location` to this machine (into `work`, unless it is on a disk already) and checks it.
+    /// Brings a model to this machine (into `work`, unless it is on a disk already) and checks it. `uri` is a Hugging
+    /// Face folder or a GGUF file.
     ///
     /// # Errors
     /// A file is missing or damaged, or the model is not supported.
-    pub fn fetch(location: &Location, work: &Path) -> Result<Self, ModelError> {
+    pub fn fetch(uri: &Uri, stores: &Stores, work: &Path) -> Result<Self, ModelError> {
+        let location = stores.open(Role::Model, uri)?;
+        if !is_gguf(uri.file_name()) {
+            return Self::fetch_folder(&location, work);
+        }
+        let (folder, digest) = convert_gguf(&location, work)?;
+        let converted = stores.open(Role::Model, &Uri::File { path: folder.display().to_string() })?;
+        Ok(Self { digest, ..Self::fetch_folder(&converted, work)? })
+    }
+
+    fn fetch_folder(location: &Location, work: &Path) -> Result<Self, ModelError> {
         let present: BTreeSet<String> = location.list()?.into_iter().collect();
         if present.is_empty() {
             return Err(ModelError::Empty { uri: location.uri().clone() });
@@ -125,6 +138,35 @@ impl ModelFolder {
     }
 }
 
+fn is_gguf(name: &str) -> bool {
+    name.to_ascii_lowercase().ends_with(".gguf")
+}
+
+/// Turns a GGUF file into a folder under `work`, where it may be already, and tells the file's digest.
+fn convert_gguf(location: &Location, work: &Path) -> Result<(PathBuf, String), ModelError> {
+    const NAME: &str = "model.gguf";
+    let downloaded = work.join(NAME);
+    let (path, file) = match location.on_disk() {
+        Some(path) => {
+            let disk = |source| StoreError::Disk { path: path.to_owned(), source };
+            (path, digest::file_on_disk(path, NAME).map_err(disk)?)
+        }
+        None => (downloaded.as_path(), ArtifactFile { path: NAME.into(), ..location.download(&downloaded)? }),
+    };
+    let digest = digest::of_files(&[file]);
+    let folder = work.join(format!("gguf-{}", &digest["sha256:".len()..][..16]));
+    if !folder.exists() {
+        let unusable = |problem| ModelError::Unusable { uri: location.uri().clone(), problem };
+        convert(path, &folder).map_err(|error| unusable(error.to_string()))?;
+        tracing::info!(uri = %location.uri(), "converted from GGUF");
+    }
+    if path == downloaded {
+        // Weights are not kept twice.
+        fs::remove_file(path).map_err(|source| StoreError::Disk { path: path.to_owned(), source })?;
+    }
+    Ok((folder, digest))
+}
+
 fn unusable(location: &Location, file: &str, problem: String) -> ModelError {
     ModelError::Unusable { uri: location.uri().join(file), problem }
 }
@@ -132,9 +174,7 @@ fn unusable(location: &Location, file: &str, problem: String) -> ModelError {
 /// What to tell the owner of a folder in which a file is missing.
 fn hint(present: &BTreeSet<String>) -> &'static str {
     match present {
-        files if files.iter().any(|name| name.ends_with(".gguf")) => {
-            ", but a GGUF file: turn it into a Hugging Face folder with `tunesmith-trainer convert`"
-        }
+        files if files.iter().any(|name| is_gguf(name)) => ", but a GGUF file: name that file in baseModel.uri",
         files if files.iter().any(|name| name.ends_with(".bin") || name.ends_with(".pt")) => {
             ", but pickled weights: save the model as safetensors"
         }

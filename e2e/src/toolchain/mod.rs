@@ -11,6 +11,7 @@ pub(crate) mod python;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 
@@ -43,9 +44,13 @@ impl Toolchain {
 
         debian::install()?;
         let go = go::Go::find_or_install(&self.bin)?;
-        for module in go::MODULES {
-            go.build(module, &self.bin)?;
-        }
+        // While one waits for downloads or links, the other compiles.
+        let (longest, others) = go::MODULES.split_first().context("there are modules")?;
+        thread::scope(|scope| {
+            let longest = scope.spawn(|| go.build(longest, &self.bin));
+            let others = others.iter().try_for_each(|module| go.build(module, &self.bin));
+            longest.join().unwrap_or_else(|_| bail!("the build panicked")).and(others)
+        })?;
         python::install(&python::SEAWEEDFS, &self.bin.join("seaweedfs"))?;
         self.compile_pause()
     }

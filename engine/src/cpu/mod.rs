@@ -26,7 +26,7 @@ use crate::backend::{
     SgdStep, WeightRef,
 };
 use crate::config::{Activation, Rope};
-use crate::quantize::Quantization;
+use crate::quantize::{Blockwise, Quantization};
 use crate::weights::HostTensor;
 use gemm::{Operand, Output, View, ViewMut, gemm};
 use rope::Angles;
@@ -139,6 +139,7 @@ fn lora_shape(x: &Tensor, lora: &LoraRef<'_, Tensor>) -> lora::Shape {
 impl Backend for Cpu {
     type Tensor = Tensor;
     type Weight = Weight;
+    type State8bit = Blockwise;
     type Rows = Rows;
 
     fn upload(&self, values: &[f32], rows: usize, cols: usize) -> Tensor {
@@ -511,5 +512,28 @@ impl Backend for Cpu {
 
     fn adamw(&self, param: &mut Tensor, grad: &Tensor, (m, v): (&mut Tensor, &mut Tensor), step: &AdamWStep) {
         optimizers::adamw(param.values_mut(), grad.values(), m.values_mut(), v.values_mut(), step);
+    }
+
+    fn adamw_8bit(
+        &self,
+        param: &mut Tensor,
+        grad: &Tensor,
+        moments: (&mut Blockwise, &mut Blockwise),
+        step: &AdamWStep,
+    ) {
+        optimizers::adamw_8bit(param.values_mut(), grad.values(), moments, step);
+    }
+
+    fn zeros_8bit(&self, len: usize, signed: bool) -> Blockwise {
+        Blockwise::zeros(len, signed)
+    }
+
+    fn download_8bit(&self, x: &Blockwise) -> (Vec<u8>, Vec<f32>) {
+        (x.codes.clone(), x.absmax.clone())
+    }
+
+    fn upload_8bit(&self, x: &mut Blockwise, codes: &[u8], absmax: &[f32]) {
+        x.codes.copy_from_slice(codes);
+        x.absmax.copy_from_slice(absmax);
     }
 }

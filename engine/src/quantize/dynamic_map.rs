@@ -1,18 +1,22 @@
-//! The signed dynamic map of 8 bits (Dettmers, 2016), in which bitsandbytes stores the scales of 4-bit blocks: the more
-//! leading zeros, the smaller the number and the shorter its fraction.
+//! The dynamic maps of 8 bits (Dettmers, 2016), in which bitsandbytes stores the scales of 4-bit blocks and the state of
+//! optimizers: the more leading zeros, the smaller the number and the shorter its fraction.
 
 use std::sync::OnceLock;
 
-/// The 256 values, ascending.
-pub(super) fn dynamic_map() -> &'static [f32; 256] {
-    static MAP: OnceLock<[f32; 256]> = OnceLock::new();
-    MAP.get_or_init(|| {
+/// The 256 values, ascending; without a sign, fractions are one bit longer.
+pub(super) fn dynamic_map(signed: bool) -> &'static [f32; 256] {
+    static SIGNED: OnceLock<[f32; 256]> = OnceLock::new();
+    static UNSIGNED: OnceLock<[f32; 256]> = OnceLock::new();
+    let map = if signed { &SIGNED } else { &UNSIGNED };
+    map.get_or_init(|| {
         let mut values = vec![0.0, 1.0];
         for exponent in 0..7 {
-            let boundaries = linspace(0.1, 1.0, (1 << exponent) + 1);
+            let fractions = 1 << if signed { exponent } else { exponent + 1 };
+            let boundaries = linspace(0.1, 1.0, fractions + 1);
             for pair in boundaries.windows(2) {
                 let value = 10f64.powi(exponent - 6) as f32 * ((pair[0] + pair[1]) / 2.0);
-                values.extend([value, -value]);
+                values.push(value);
+                values.extend(signed.then_some(-value));
             }
         }
         values.sort_by(f32::total_cmp);

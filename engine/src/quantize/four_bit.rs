@@ -1,12 +1,11 @@
 //! A weight in 4 bits: blocks of 64 in the row-major order of the weight, each divided by its largest magnitude.
 
 use super::FourBitCode;
-use super::dynamic_map::{dynamic_map, nearest};
+use super::blockwise;
+use super::dynamic_map::dynamic_map;
 
 /// Weights that share a scale.
 pub(crate) const BLOCK: usize = 64;
-/// Scales that share a scale, where they are quantized too.
-const SCALE_BLOCK: usize = 256;
 
 /// bitsandbytes' tables.
 const NF4: [f32; 16] = [
@@ -89,7 +88,7 @@ impl Scales {
         match self {
             Scales::Plain(absmax) => absmax[block],
             Scales::Nested { codes, absmax, offset } => {
-                dynamic_map()[codes[block] as usize] * absmax[block / SCALE_BLOCK] + offset
+                dynamic_map(true)[codes[block] as usize] * absmax[block / blockwise::BLOCK] + offset
             }
         }
     }
@@ -138,17 +137,13 @@ impl Scales {
     fn nested(scales: &[f32]) -> Self {
         let sum: f64 = scales.iter().map(|&scale| f64::from(scale)).sum();
         let offset = (sum / scales.len() as f64) as f32;
-        let map = dynamic_map();
-        let mut codes = Vec::with_capacity(scales.len());
-        let mut absmax = Vec::new();
-        for scales in scales.chunks(SCALE_BLOCK) {
+        let mut codes = vec![0; scales.len()];
+        let blocks = scales.chunks(blockwise::BLOCK).zip(codes.chunks_mut(blockwise::BLOCK));
+        let quantize = |(scales, codes): (&[f32], &mut [u8])| {
             let centred: Vec<f32> = scales.iter().map(|scale| scale - offset).collect();
-            let largest = largest(&centred);
-            absmax.push(largest);
-            // Where all scales are alike, the code doesn't matter: it is multiplied by zero.
-            let inverse = if largest > 0.0 { 1.0 / largest } else { 0.0 };
-            codes.extend(centred.iter().map(|x| if largest > 0.0 { nearest(map, x * inverse) } else { 0 }));
-        }
+            blockwise::quantize(dynamic_map(true), &centred, codes)
+        };
+        let absmax = blocks.map(quantize).collect();
         Scales::Nested { codes, absmax, offset }
     }
 }

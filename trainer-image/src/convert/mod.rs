@@ -1,9 +1,12 @@
-//! `convert`: a GGUF file becomes a Hugging Face folder (config.json, model.safetensors, tokenizer.json, …).
+//! GGUF files, in and out. `convert`: a model becomes a Hugging Face folder (config.json, model.safetensors,
+//! tokenizer.json, …). `export`: a LoRA adapter becomes a file for llama.cpp.
 //!
-//! Weights are dequantized to f32, because nothing smaller holds every value of a quantized block exactly.
+//! A model's weights are dequantized to f32, because nothing smaller holds every value of a quantized block exactly.
 
+mod adapter;
 mod config;
 mod gguf;
+mod names;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
@@ -14,6 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use adapter::gguf_lora;
 pub use gguf::Gguf;
 use serde_json::Value;
 
@@ -31,6 +35,9 @@ pub enum ConvertError {
     /// The output folder is taken.
     #[error("{} exists already: remove it, or choose another --out", .0.display())]
     Exists(PathBuf),
+    /// An adapter that can't be exported.
+    #[error("the adapter can't be exported: {0}")]
+    Adapter(String),
     /// Not a GGUF file, or a damaged one.
     #[error("{} is no whole GGUF file: {source}; download it again", path.display())]
     Damaged {

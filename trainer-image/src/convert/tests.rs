@@ -12,7 +12,7 @@ use candle_core::{
 use tunesmith_engine::Model;
 
 use super::convert;
-use crate::data::encode::Vocabulary;
+use crate::{data::encode::Vocabulary, model::ModelFolder, store::Stores};
 
 const HIDDEN: usize = 32;
 
@@ -82,6 +82,28 @@ fn a_converted_model_loads_with_its_tokenizer() {
     assert_eq!(vocabulary.eos(), 0);
     let error = convert_bytes(&gguf(&metadata(), &tensors()), folder.path()).unwrap_err();
     assert!(error.contains("exists already"), "{error}");
+}
+
+#[test]
+fn a_gguf_file_is_a_base_model_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, work) = (folder.path().join("model.gguf"), folder.path().join("work"));
+    fs::write(&file, gguf(&metadata(), &tensors())).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let stores = Stores::from_environment(runtime.handle().clone());
+    let uri = format!("file://{}", file.display()).parse().unwrap();
+    let first = ModelFolder::fetch(&uri, &stores, &work).unwrap();
+    assert_eq!((first.shape.layers, first.config.vocab_size), (1, 5));
+    let again = ModelFolder::fetch(&uri, &stores, &work).unwrap();
+    assert_eq!((&again.digest, &again.folder), (&first.digest, &first.folder));
+    assert!(file.exists(), "the user's file is left alone");
+
+    fs::write(&file, gguf(&metadata(), &tensors())).unwrap();
+    let other = ModelFolder::fetch(&uri, &stores, &work).unwrap();
+    assert_ne!(other.digest, first.digest, "other weights");
+    fs::write(&file, b"GGUF").unwrap();
+    let error = ModelFolder::fetch(&uri, &stores, &work).map(|_| ()).unwrap_err().to_string();
+    assert!(error.starts_with(&format!("{uri}: ")) && error.contains("no whole GGUF file"), "{error}");
 }
 
 #[test]

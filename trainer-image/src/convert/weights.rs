@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Map, json};
 
-use super::{ConvertError, Gguf, config::LlamaShape};
+use super::{ConvertError, Gguf, config::LlamaShape, names::unpermute};
 
 /// A weight under both of its names.
 struct Weight {
@@ -95,31 +95,4 @@ fn header(weights: &[Weight]) -> Vec<u8> {
     let mut json = serde_json::Value::Object(entries).to_string().into_bytes();
     json.resize(json.len().next_multiple_of(8), b' ');
     [&(json.len() as u64).to_le_bytes(), json.as_slice()].concat()
-}
-
-/// GGUF pairs the features that rotate together, [heads, dim/2, 2]; Hugging Face keeps them in halves,
-/// [heads, 2, dim/2].
-fn unpermute(values: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
-    let columns = values.len() / (heads * head_dim);
-    let half = head_dim / 2;
-    let mut out = Vec::with_capacity(values.len());
-    for head in 0..heads {
-        for row in 0..head_dim {
-            let source = head * head_dim + (row % half) * 2 + row / half;
-            out.extend_from_slice(&values[source * columns..][..columns]);
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_that_gguf_pairs_are_laid_out_in_halves() {
-        // Two heads of four features, one column; GGUF order is 0, 2, 1, 3 of each head.
-        let gguf = [0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0];
-        assert_eq!(unpermute(&gguf, 2, 4), [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0]);
-    }
 }

@@ -75,10 +75,21 @@ impl Vocabulary {
     /// # Errors
     /// The template refuses the conversation.
     pub fn prompt(&self, system: Option<&str>, user: &str) -> Result<Vec<u32>, String> {
-        let Some(template) = &self.template else { return self.text(user) };
+        if self.template.is_none() {
+            return self.text(user);
+        }
         let system = system.map(|content| Message::new("system", content));
-        let messages: Vec<Message> = system.into_iter().chain([Message::new("user", user)]).collect();
-        self.rendered(&template.prompt(&messages)?).map(|(tokens, _)| tokens)
+        let turns: Vec<Message> = system.into_iter().chain([Message::new("user", user)]).collect();
+        self.conversation(&turns)
+    }
+
+    /// Tokens that make the model say the next turn.
+    ///
+    /// # Errors
+    /// There is no template, or it refuses the conversation.
+    pub fn conversation(&self, turns: &[Message]) -> Result<Vec<u32>, String> {
+        let template = self.template.as_ref().ok_or("the model has no chat template: it can't hold a conversation")?;
+        self.rendered(&template.prompt(turns)?).map(|(tokens, _)| tokens)
     }
 
     /// Tokens of a plain text, with what the tokenizer puts before texts, but no end token.

@@ -27,18 +27,15 @@ use crate::{
     train::{History, lora_of},
 };
 
+/// Holds a chat template, before which that of `tokenizer_config.json` does not count.
+pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Files of the base model's that tell how to turn text into tokens. They come with the adapter, where it has them, as
 /// PEFT's users expect.
 const TOKENIZER_FILES: [&str; 4] =
-    ["chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
+    [CHAT_TEMPLATE, "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
 /// What comes with a whole model.
-pub(crate) const BASE_FILES: [&str; 5] = [
-    "chat_template.jinja",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-];
+pub(crate) const BASE_FILES: [&str; 5] =
+    [CHAT_TEMPLATE, "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
 
 /// Why a result was not published.
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +184,9 @@ fn files(trained: &Trained<'_>) -> Result<BTreeMap<String, Vec<u8>>, PublishErro
     for &name in names {
         files.extend(base_file(trained.model, name)?.map(|bytes| (name.to_owned(), bytes)));
     }
+    // What it was trained with is what it must be asked with.
+    let template = trained.spec.dataset.chat_template.clone();
+    files.extend(template.map(|template| (CHAT_TEMPLATE.to_owned(), template.into_bytes())));
     Ok(files)
 }
 

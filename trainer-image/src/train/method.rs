@@ -55,6 +55,10 @@ pub(super) fn trainer_options(method: &Method, training: &Training) -> TrainerOp
     let lora = lora_of(method);
     let rule = match training.optim {
         Optim::AdamwTorch => Optimizer::default().rule,
+        Optim::AdamwBnb8bit => match Optimizer::default().rule {
+            Rule::AdamW { beta1, beta2, eps } => Rule::AdamW8bit { beta1, beta2, eps },
+            rule => rule,
+        },
         Optim::Sgd => Rule::Sgd { momentum: 0.0 },
     };
     TrainerOptions {

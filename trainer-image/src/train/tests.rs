@@ -25,6 +25,7 @@ use tunesmith_crds::{
 use super::{Context, Stop, train};
 use crate::{
     error::Error,
+    generate::Writer,
     preflight::preflight,
     progress::Progress,
     store::{Role, Stores},
@@ -88,9 +89,12 @@ impl Bench {
         work(context)
     }
 
-    /// The spec after its preflight.
     fn checked(&self, training: Value, version: u32) -> RunSpec {
-        let spec = self.spec(training);
+        self.check(self.spec(training), version)
+    }
+
+    /// The spec after its preflight.
+    fn check(&self, spec: RunSpec, version: u32) -> RunSpec {
         let report = self.with_context(&Stop::default(), |context| preflight(&spec, context)).unwrap().report;
         let method = spec.method.clone().unwrap();
         let task = TrainTask {
@@ -231,6 +235,27 @@ fn a_version_comes_with_the_base_models_tokenizer() {
         assert_eq!(read("adapters/support/v1"), read("model"), "{name}");
         assert!(report.files.iter().any(|file| file.path == name), "{name} is not in the manifest");
     }
+}
+
+#[test]
+fn a_version_is_asked_with_the_chat_template_that_it_was_trained_with() {
+    let bench = Bench::new();
+    let template = "{% for m in messages %}[{{ m['content'] }}]{{ eos_token }}{% endfor %}";
+    let mut spec = bench.spec(json!({"maxSteps": 2}));
+    spec.dataset.chat_template = Some(template.into());
+    trained(bench.train(&bench.check(spec, 1), &Stop::default()).unwrap());
+    let read = |name: &str| fs::read_to_string(bench.path("adapters/support/v1").join(name)).unwrap();
+    assert_eq!(read("chat_template.jinja"), template);
+
+    let load = |adapter: Option<&str>| {
+        let stores = Stores::from_environment(bench.runtime.handle().clone());
+        let path = |name: &str| bench.path(name).display().to_string();
+        let writer = Writer::load(&path("model"), adapter.map(path).as_deref(), &stores, &bench.path("work")).unwrap();
+        writer.into_parts().1.prompt(None, "Hi").unwrap()
+    };
+    let (base, tuned) = (load(None), load(Some("adapters/support/v1")));
+    assert_eq!(tuned.len(), "[Hi]".len() + 1, "a token a byte, and the end token");
+    assert!(base.len() > tuned.len(), "{base:?}");
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! Every method, from a job's options to files that load.
 
+use candle_core::{Device, quantized::gguf_file::Content};
 use tunesmith_crds::fine_tune_job::{Lora, LoraBias, Quantization, QuantizationType};
 use tunesmith_engine::Model;
 
 use super::*;
-use crate::{data::batches::micro_batch, inputs::Inputs, merge::merge};
+use crate::{convert::gguf_lora, data::batches::micro_batch, inputs::Inputs, merge::merge};
 
 /// Publishes what the method makes of the bench's data; its folder, and the loss before and after.
 fn published_by(bench: &Bench, method: Method, training: Value) -> (PathBuf, f64, f64) {
@@ -96,4 +97,63 @@ fn a_merged_model_has_the_loss_of_its_adapter_and_needs_nothing_else() {
     let loss = Model::load(&inputs.model.folder).unwrap().evaluate(&batch).unwrap();
     assert!((loss.sum / loss.tokens as f64 - after).abs() < 1e-5 * after);
     assert!(run().unwrap_err().to_string().contains("exists"), "nothing is overwritten");
+}
+
+#[test]
+fn an_adapter_is_exported_with_the_names_scale_and_order_of_llama_cpp() {
+    let bench = Bench::new();
+    let lora = Lora {
+        rank: 3,
+        target_modules: vec!["q_proj".into(), "down_proj".into()],
+        alpha_pattern: [("q_proj".to_owned(), 5.0)].into(),
+        ..Lora::default()
+    };
+    let (folder, ..) = published_by(&bench, Method::LoRA { lora }, json!({"learningRate": 0.02}));
+    let (base, out) = (bench.path("model"), bench.path("support.gguf"));
+    gguf_lora(&base, &folder, &out).unwrap();
+    assert!(gguf_lora(&base, &folder, &out).unwrap_err().to_string().contains("exists"), "nothing is overwritten");
+
+    let mut file = fs::File::open(&out).unwrap();
+    let content = Content::read(&mut file).unwrap();
+    let text = |key: &str| content.metadata[key].to_string().unwrap().clone();
+    assert_eq!(text("general.architecture") + &text("general.type") + &text("adapter.type"), "llamaadapterlora");
+    let alpha = content.metadata["adapter.lora.alpha"].to_f32().unwrap();
+    let mut read = |name: &str| -> (Vec<usize>, Vec<f32>) {
+        let tensor = content.tensor(&mut file, name, &Device::Cpu).unwrap().dequantize(&Device::Cpu).unwrap();
+        (tensor.dims().to_vec(), tensor.flatten_all().unwrap().to_vec1().unwrap())
+    };
+    let mut model = Model::load(&base).unwrap();
+    model.load_adapter(&folder).unwrap();
+    let layers = model.adapted_layers();
+    assert_eq!((layers.len(), content.tensor_infos.len()), (4, 8));
+    for layer in layers {
+        let (block, name) = match layer.module.rsplit_once('.').unwrap() {
+            (path, "q_proj") => (path.split('.').nth(2).unwrap(), "attn_q"),
+            (path, _) => (path.split('.').nth(2).unwrap(), "ffn_down"),
+        };
+        let (shape, a) = read(&format!("blk.{block}.{name}.weight.lora_a"));
+        assert_eq!((shape[0], a), (3, layer.a));
+        let (shape, b) = read(&format!("blk.{block}.{name}.weight.lora_b"));
+        assert_eq!(shape, [32, 3]);
+        let (half, dim) = (4, 8);
+        for row in 0..32 {
+            // A head's features come in pairs that rotate together; llama.cpp scales by alpha / rank.
+            let paired = row / dim * dim + (row % 2) * half + row % dim / 2;
+            let source = if name == "attn_q" { paired } else { row };
+            for column in 0..3 {
+                let (found, expected) = (alpha / 3.0 * b[row * 3 + column], layer.scale * layer.b[source * 3 + column]);
+                assert!((found - expected).abs() <= 1e-6 * expected.abs(), "{name}, row {row}: {found}, {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_adapter_that_is_more_than_lora_is_not_exported() {
+    let bench = Bench::new();
+    let lora = Lora { use_dora: true, ..Lora::default() };
+    let (folder, ..) = published_by(&bench, Method::LoRA { lora }, json!({"learningRate": 0.02}));
+    let error = gguf_lora(&bench.path("model"), &folder, &bench.path("support.gguf")).unwrap_err().to_string();
+    assert!(error.contains("DoRA") && error.contains("merge"), "{error}");
+    assert!(!bench.path("support.gguf").exists());
 }
