@@ -11,6 +11,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import peft
 import torch
+import transformers
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 from safetensors.torch import save_file
 
@@ -103,6 +104,26 @@ def models(out):
     save_file({n: t.contiguous().clone() for n, t in tensors.items()}, out / "models.safetensors")
 
 
+def checkpoints(out):
+    """The model of fixtures/tied as transformers saves it once bitsandbytes has quantized it, and its logits."""
+    tied = HERE / "tied"
+    tokens = json.loads((tied / "tokens.json").read_text())
+    for name, options in {
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        "int8": {"load_in_8bit": True},
+    }.items():
+        config = transformers.BitsAndBytesConfig(**options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tied / "model", quantization_config=config, dtype=torch.float32, device_map="cpu"
+        )
+        model.save_pretrained(out / name)
+        (out / name / "generation_config.json").unlink(missing_ok=True)
+        # In training, int8 weights meet float activations on a CPU.
+        logits = model.train()(torch.tensor([tokens])).logits[0].detach()
+        save_file({"logits": logits.contiguous()}, out / name / "logits.safetensors")
+
+
 def unpacked(batch):
     rows, start = [], 0
     for length in batch["row_lengths"]:
@@ -118,6 +139,7 @@ def main():
     codes(out)
     optimizer(out)
     models(out)
+    checkpoints(out)
 
 
 if __name__ == "__main__":

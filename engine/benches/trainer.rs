@@ -8,9 +8,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use tunesmith_engine::backend::{Backend, WeightRef};
-use tunesmith_engine::cpu::Cpu;
-use tunesmith_engine::weights::HostTensor;
+use tunesmith_engine::cpu::profile;
 use tunesmith_engine::{
     FourBitCode, IGNORE, LoraOptions, MicroBatch, Model, ModelConfig, Quantization, Recompute, Trainer, TrainerOptions,
 };
@@ -179,20 +177,6 @@ fn peak_rss() -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
-/// GFLOP/s of the engine's own products at the MLP's shape, best of some.
-fn gemm_gflops() -> f64 {
-    let cpu = Cpu::default();
-    let (tokens, input, output) = (ROWS * LENGTH, 576, 1536);
-    let x = cpu.upload(&vec![0.5; tokens * input], tokens, input);
-    let w = cpu.weight(HostTensor::new(vec![0.25; output * input], vec![output, input]));
-    let best = (0..40).map(|_| {
-        let start = Instant::now();
-        std::hint::black_box(cpu.linear(&x, WeightRef::Frozen(&w)));
-        start.elapsed().as_secs_f64()
-    });
-    2e-9 * (tokens * input * output) as f64 / best.fold(f64::MAX, f64::min)
-}
-
 fn compare() {
     let python = std::env::var_os("TUNESMITH_PYTHON").map(PathBuf::from).or_else(oracle_python);
     let model = model_dir();
@@ -207,7 +191,7 @@ fn compare() {
             quantized.push(child("qlora"));
         }
     }
-    let gemm_gflops = gemm_gflops();
+    let gemm_gflops = profile::peak_gflops();
     let config = config();
     let matrices = config.num_hidden_layers
         * config.hidden_size

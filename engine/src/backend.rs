@@ -5,7 +5,7 @@
 //! A `_backward` function takes the gradient of the output (`dy`) and returns, or adds to, those of its inputs.
 
 use crate::config::{Activation, Rope};
-use crate::quantize::Quantization;
+use crate::quantize::{Quantization, StoredWeight};
 use crate::weights::HostTensor;
 
 /// Heads of an attention layer.
@@ -168,6 +168,8 @@ pub trait Backend: Send + Sync + Sized {
     fn weight(&self, weight: HostTensor) -> Self::Weight;
     /// Takes a frozen weight and stores it in fewer bits.
     fn quantized_weight(&self, weight: HostTensor, quantization: Quantization) -> Self::Weight;
+    /// Takes a frozen weight that is in few bits already.
+    fn stored_weight(&self, weight: StoredWeight) -> Self::Weight;
     /// A frozen weight's values.
     fn weight_values(&self, weight: &Self::Weight) -> Self::Tensor;
     /// The matrix rounded to bf16, as a weight.

@@ -15,7 +15,7 @@ use crate::peft;
 use crate::projection::Projection;
 use crate::quantize::Quantization;
 use crate::random;
-use crate::weights::{Checkpoint, HostTensor};
+use crate::weights::{Checkpoint, HostTensor, Linear as LinearWeight};
 
 /// A tensor with a name, in row-major f32.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,46 +63,79 @@ impl Model<Cpu> {
     }
 
     /// Loads a folder and quantizes the linear layers of its blocks, one after the other. Embedding, norms and output
-    /// layer stay as they are.
+    /// layer stay as they are. Where bitsandbytes did so before, its codes are taken as they are.
     ///
     /// # Errors
-    /// As for [`Model::load`].
+    /// As for [`Model::load`], or the checkpoint is quantized in another way.
     pub fn load_quantized(dir: &Path, quantization: Quantization) -> Result<Self> {
         Self::load_as(dir, Some(quantization))
     }
 
     fn load_as(dir: &Path, quantization: Option<Quantization>) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
-        let checkpoint = Checkpoint::open(dir)?;
-        Self::build(Cpu::default(), config, quantization, |name, shape| checkpoint.tensor(name, shape))
+        if let (Some(asked), Some(stored)) = (quantization, config.stored_as)
+            && !asked.is_like(stored)
+        {
+            let (asked, stored) = (asked.name(), stored.name());
+            let message = format!("quantization_config: the weights are stored as {stored}, and {asked} is asked for");
+            return Err(Error::config(&dir.join("config.json"), message));
+        }
+        Self::build(Cpu::default(), config, quantization, &mut Checkpoint::open(dir)?)
     }
 
     /// A model with random weights, for tests and measurements.
     pub fn random(config: ModelConfig, seed: u64) -> Self {
-        let mut tensors = 0;
-        let random = |_: &str, shape: &[usize]| {
-            tensors += 1;
-            let key = random::key(seed, &[tensors]);
-            let values = match shape {
-                [n] => random::uniform(*n, 0.1, key).into_iter().map(|x| 1.0 + x).collect(),
-                _ => random::uniform(shape.iter().product(), (3.0 / shape[1] as f32).sqrt(), key),
-            };
-            Ok(HostTensor::new(values, shape.to_vec()))
+        let source = &mut RandomSource { seed, tensors: 0 };
+        Self::build(Cpu::default(), config, None, source).expect("every tensor is given")
+    }
+}
+
+/// Where a model's weights come from, by name and shape.
+trait Source {
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<HostTensor>;
+
+    fn linear(&mut self, name: &str, shape: [usize; 2]) -> Result<LinearWeight> {
+        Ok(LinearWeight::Float(self.tensor(name, &shape)?))
+    }
+}
+
+impl Source for Checkpoint {
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<HostTensor> {
+        Checkpoint::tensor(self, name, shape)
+    }
+
+    fn linear(&mut self, name: &str, shape: [usize; 2]) -> Result<LinearWeight> {
+        Checkpoint::linear(self, name, shape)
+    }
+}
+
+struct RandomSource {
+    seed: u64,
+    tensors: u64,
+}
+
+impl Source for RandomSource {
+    fn tensor(&mut self, _: &str, shape: &[usize]) -> Result<HostTensor> {
+        self.tensors += 1;
+        let key = random::key(self.seed, &[self.tensors]);
+        let values = match shape {
+            [n] => random::uniform(*n, 0.1, key).into_iter().map(|x| 1.0 + x).collect(),
+            _ => random::uniform(shape.iter().product(), (3.0 / shape[1] as f32).sqrt(), key),
         };
-        Self::build(Cpu::default(), config, None, random).expect("every tensor is given")
+        Ok(HostTensor::new(values, shape.to_vec()))
     }
 }
 
 impl<B: Backend> Model<B> {
-    /// Takes each tensor that `config` asks for, by name and shape, from `tensor`.
+    /// Takes each tensor that `config` asks for.
     fn build(
         backend: B,
         config: ModelConfig,
         quantization: Option<Quantization>,
-        mut tensor: impl FnMut(&str, &[usize]) -> Result<HostTensor>,
+        source: &mut impl Source,
     ) -> Result<Self> {
         let table = [config.vocab_size, config.hidden_size];
-        let embedding = backend.weight(tensor(&format!("{EMBEDDING}.weight"), &table)?);
+        let embedding = backend.weight(source.tensor(&format!("{EMBEDDING}.weight"), &table)?);
         let vector = |tensor: Result<HostTensor>, len: usize| {
             Ok(Param::frozen(backend.upload(&tensor?.to_f32(), 1, len), Group::Vector))
         };
@@ -112,11 +145,16 @@ impl<B: Backend> Model<B> {
             let mut block = Block { norms: Default::default(), projections: Default::default() };
             for which in Projection::of(&config) {
                 let [output, input] = which.shape(&config);
-                let weight = tensor(&name(&format!("{}.weight", which.path())), &[output, input])?;
-                let bias = which.has_bias(&config).then(|| tensor(&name(&format!("{}.bias", which.path())), &[output]));
-                let weight = match quantization {
-                    None => backend.weight(weight),
-                    Some(quantization) => backend.quantized_weight(weight, quantization),
+                let weight = source.linear(&name(&format!("{}.weight", which.path())), [output, input])?;
+                let bias = name(&format!("{}.bias", which.path()));
+                let bias = which.has_bias(&config).then(|| source.tensor(&bias, &[output]));
+                let weight = match (weight, quantization) {
+                    (LinearWeight::Stored(weight), _) => backend.stored_weight(weight),
+                    // What bitsandbytes left as it was stays so.
+                    (LinearWeight::Float(weight), Some(quantization)) if config.stored_as.is_none() => {
+                        backend.quantized_weight(weight, quantization)
+                    }
+                    (LinearWeight::Float(weight), _) => backend.weight(weight),
                 };
                 block.projections[which as usize] = Some(Linear {
                     weight: Weight::Frozen(weight),
@@ -127,15 +165,15 @@ impl<B: Backend> Model<B> {
             for which in Norm::ALL {
                 let Some(path) = which.path(&config) else { continue };
                 let len = which.len(&config);
-                let weight = tensor(&name(&format!("{path}.weight")), &[len]);
+                let weight = source.tensor(&name(&format!("{path}.weight")), &[len]);
                 block.norms[which as usize] = Some(vector(weight, len)?);
             }
             blocks.push(block);
         }
-        let norm = vector(tensor(&format!("{FINAL_NORM}.weight"), &[config.hidden_size]), config.hidden_size)?;
+        let norm = vector(source.tensor(&format!("{FINAL_NORM}.weight"), &[config.hidden_size]), config.hidden_size)?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(Weight::Frozen(backend.weight(tensor(&format!("{LM_HEAD}.weight"), &table)?))),
+            false => Some(Weight::Frozen(backend.weight(source.tensor(&format!("{LM_HEAD}.weight"), &table)?))),
         };
         Ok(Model { norm, backend, config, embedding: Weight::Frozen(embedding), blocks, lm_head })
     }

@@ -11,6 +11,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::quantize::{StoredWeight, read_stored};
 
 /// A tensor on the host, as a checkpoint stores it.
 pub struct HostTensor {
@@ -115,6 +116,27 @@ pub(crate) struct Checkpoint {
     tensors: HashMap<String, Entry>,
 }
 
+/// A linear layer's weight as a checkpoint has it.
+pub(crate) enum Linear {
+    Float(HostTensor),
+    Stored(StoredWeight),
+}
+
+/// A tensor's bytes where they lie.
+#[derive(Clone, Copy)]
+pub(crate) struct Bytes<'a> {
+    pub(crate) dtype: Dtype,
+    pub(crate) data: &'a [u8],
+}
+
+fn is_float(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+}
+
+fn unsupported(name: &str, dtype: Dtype) -> String {
+    format!("{name} has dtype {dtype:?}; supported: F32, F16, BF16")
+}
+
 struct Entry {
     map: Arc<Mmap>,
     start: usize,
@@ -171,8 +193,8 @@ impl Checkpoint {
                 .map_err(|e| Error::weights(path, format!("not a whole safetensors file: {e}")))?;
             for (name, view) in parsed.iter() {
                 let dtype = view.dtype();
-                if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                    return Err(Error::weights(path, format!("{name} has dtype {dtype:?}; supported: F32, F16, BF16")));
+                if !(is_float(dtype) || matches!(dtype, Dtype::U8 | Dtype::I8)) {
+                    return Err(Error::weights(path, unsupported(name, dtype)));
                 }
                 let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
                 let len = view.data().len();
@@ -193,6 +215,20 @@ impl Checkpoint {
         names
     }
 
+    /// The bytes of a tensor, if it is there.
+    pub(crate) fn bytes(&self, name: &str) -> Option<Bytes<'_>> {
+        let Entry { map, start, len, dtype, .. } = self.tensors.get(name)?;
+        Some(Bytes { dtype: *dtype, data: &map[*start..start + len] })
+    }
+
+    /// A linear layer's weight [out, in], in few bits where the checkpoint has it so.
+    pub(crate) fn linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear> {
+        match read_stored(self, name, shape).map_err(|problem| Error::weights(&self.dir, problem))? {
+            Some(weight) => Ok(Linear::Stored(weight)),
+            None => Ok(Linear::Float(self.tensor(name, &shape)?)),
+        }
+    }
+
     /// The tensor, which must have this shape.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<HostTensor> {
         let entry = self
@@ -206,6 +242,9 @@ impl Checkpoint {
             ));
         }
         let Entry { map, start, len, dtype, .. } = entry;
+        if !is_float(*dtype) {
+            return Err(Error::weights(&self.dir, unsupported(name, *dtype)));
+        }
         Ok(HostTensor {
             shape: shape.to_vec(),
             values: Values::Mapped { map: map.clone(), start: *start, len: *len, dtype: *dtype },

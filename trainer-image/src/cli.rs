@@ -15,7 +15,7 @@ use tunesmith_crds::{
     names::{REPORT_PATH, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, exit_code},
     run::{Outcome, VerifySpec},
 };
-use tunesmith_engine::Sampling;
+use tunesmith_engine::{Sampling, cpu::profile};
 
 use crate::{
     chat::Chat,
@@ -47,6 +47,9 @@ enum Command {
     Run {
         /// The manifest, as kubectl apply takes it
         manifest: PathBuf,
+        /// Say at the end where the time went, operation by operation
+        #[arg(long)]
+        profile: bool,
         #[command(flatten)]
         local: Local,
     },
@@ -256,7 +259,16 @@ fn run(command: Command, runtime: &Runtime) -> i32 {
         Command::Preflight { pod } => preflight_pod(&pod, &stores, runtime),
         Command::Train { pod, listen } => train_pod(&pod, listen, &stores, runtime),
         Command::Verify { pod } => verify_pod(&pod, &stores, runtime),
-        Command::Run { manifest, local } => exit(run_here(&manifest, &local, &stores, runtime)),
+        Command::Run { manifest, profile, local } => {
+            if profile {
+                profile::start();
+            }
+            let code = exit(run_here(&manifest, &local, &stores, runtime));
+            if profile {
+                print!("{}", profile_table());
+            }
+            code
+        }
         Command::Evaluate { exam, local } => {
             let stores = stores.or_local(&local.store);
             exit(evaluate(&exam, &stores, &local.work_dir).map(|report| {
@@ -312,6 +324,24 @@ fn exit(result: Result<i32, Error>) -> i32 {
         eprintln!("error: {error}");
         error.exit_code()
     })
+}
+
+/// Where the engine's time went.
+fn profile_table() -> String {
+    let (totals, peak) = (profile::totals(), profile::peak_gflops());
+    let all: f64 = totals.iter().map(|(_, total)| total.seconds).sum();
+    let mut table =
+        format!("\n{:<26}{:>9}{:>9}{:>8}{:>10}{:>9}\n", "", "calls", "seconds", "share", "GFLOP/s", "of peak");
+    for (name, total) in totals {
+        let share = 100.0 * total.seconds / all;
+        table += &format!("{name:<26}{:>9}{:>9.2}{share:>6.1} %", total.calls, total.seconds);
+        if total.flops > 0.0 {
+            let gflops = total.flops / total.seconds * 1e-9;
+            table += &format!("{gflops:>10.0}{:>7.0} %", 100.0 * gflops / peak);
+        }
+        table.push('\n');
+    }
+    table + &format!("{:<26}{:>9}{all:>9.2}{:>8}{peak:>10.0}\n", "all; peak of products", "", "")
 }
 
 fn export(model: &str, adapter: &str, out: &Path, stores: &Stores, work: &Path) -> Result<(), Error> {

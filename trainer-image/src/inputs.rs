@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use tunesmith_crds::{
-    RunSpec, Uri,
+    Method, RunSpec, Uri,
     adapter_version::{ArtifactFile, DatasetRecord},
 };
+use tunesmith_engine::Quantization;
 
 use crate::{
     data::{
@@ -20,6 +21,7 @@ use crate::{
     generate::Voice,
     model::ModelFolder,
     store::{Object, Role, StoreError, Stores},
+    train::engine_quantization,
 };
 
 /// A run's inputs.
@@ -54,6 +56,7 @@ impl Inputs {
                  correct the digest or the URI"
             )));
         }
+        check_method(spec.method.as_ref(), model.config.stored_as)?;
         let dataset = &spec.dataset;
         let vocabulary = Vocabulary::load(&model.folder, dataset.chat_template.as_deref());
         let vocabulary = vocabulary.map_err(|error| match error {
@@ -154,6 +157,21 @@ fn fetch_object(object: Object, work: &Path, known_as: String) -> Result<(DataFi
     Ok((DataFile { path, name }, ArtifactFile { path: known_as, ..file }))
 }
 
+/// A base that is stored in few bits can't be trained but with adapters over these.
+fn check_method(method: Option<&Method>, stored: Option<Quantization>) -> Result<(), Error> {
+    let (Some(method), Some(stored)) = (method, stored) else { return Ok(()) };
+    match method {
+        Method::QLoRA { quantization, .. } if engine_quantization(quantization).is_like(stored) => Ok(()),
+        _ => {
+            let (name, bits) = (stored.name(), if stored == Quantization::Int8 { 8 } else { 4 });
+            Err(Error::Spec(format!(
+                "the base model is stored as {name} (quantization_config in its config.json): set method QLoRA with \
+                 quantization.bits {bits} and type {name}, or name the model as it was before"
+            )))
+        }
+    }
+}
+
 /// Checks that the model knows every token and reads as many at once.
 fn check_fits(model: &ModelFolder, rows: &Rows) -> Result<(), Error> {
     let (context, vocabulary) = (model.config.max_position_embeddings, model.config.vocab_size);
@@ -174,4 +192,32 @@ fn check_fits(model: &ModelFolder, rows: &Rows) -> Result<(), Error> {
         )));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tunesmith_engine::FourBitCode;
+
+    use super::*;
+
+    #[test]
+    fn a_base_in_few_bits_is_for_qlora_of_the_same_kind() {
+        let nf4 = Some(Quantization::FourBit { code: FourBitCode::Nf4, double_quant: true });
+        let qlora = |bits: u8, kind: &str| -> Method {
+            let quantization = json!({"bits": bits, "type": kind});
+            Method::QLoRA {
+                lora: serde_json::from_value(json!({})).unwrap(),
+                quantization: serde_json::from_value(quantization).unwrap(),
+            }
+        };
+        for fits in [Some(qlora(4, "nf4")), None] {
+            check_method(fits.as_ref(), nf4).unwrap();
+        }
+        check_method(Some(&Method::Full), None).unwrap();
+        for other in [Method::Full, qlora(4, "fp4"), qlora(8, "int8")] {
+            let error = check_method(Some(&other), nf4).unwrap_err().to_string();
+            assert!(error.contains("stored as nf4") && error.contains("quantization.bits 4 and type nf4"), "{error}");
+        }
+    }
 }

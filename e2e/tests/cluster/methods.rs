@@ -27,7 +27,8 @@ const ADAPTER: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn full_fine_tuning_publishes_a_model() -> Result<()> {
-    let spec = json!({"method": "Full", "training": {"maxSteps": 20, "learningRate": 0.003}});
+    let spec =
+        json!({"method": "Full", "training": {"maxSteps": 20, "learningRate": 0.003, "optim": "adamw_bnb_8bit"}});
     let files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
     trains("method-full", spec, ArtifactType::FullModel, &files).await
 }

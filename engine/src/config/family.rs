@@ -88,6 +88,7 @@ impl Family {
             head_dim,
             max_position_embeddings,
             rms_norm_eps: eps as f32,
+            stored_as: None,
             tie_word_embeddings: fields.optional_flag("tie_word_embeddings")?.unwrap_or(self.is_gemma()),
             pad_token_id: self.pad_token_id(fields)?,
             activation: self.activation(fields)?,
@@ -207,9 +208,6 @@ fn layer_types(types: &Value, number: usize) -> Result<Vec<bool>, String> {
 
 /// Fields that would change the numbers, in any family.
 fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), String> {
-    if fields.get("quantization_config").is_some() {
-        return Err("quantization_config is set; give the unquantized checkpoint".into());
-    }
     if let Some(tp) = fields.get("pretraining_tp").filter(|tp| tp.as_u64() != Some(1)) {
         return Err(format!("pretraining_tp is {tp}; supported: 1"));
     }

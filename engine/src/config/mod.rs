@@ -15,6 +15,7 @@ use serde_json::Value;
 pub use self::rope::{Rope, RopeScaling};
 use self::{family::Family, fields::Fields};
 use crate::error::{Error, Result};
+use crate::quantize::Quantization;
 
 /// The shape of a decoder language model.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,6 +38,8 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f32,
+    /// How the checkpoint stores the linear layers of its blocks, if in few bits.
+    pub stored_as: Option<Quantization>,
     /// Whether the output layer shares the embedding's weights.
     pub tie_word_embeddings: bool,
     /// The token whose embedding torch does not train (`padding_idx`).
@@ -104,7 +107,8 @@ impl ModelConfig {
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
         let json: Value = serde_json::from_str(text).map_err(|e| format!("not valid JSON: {e}"))?;
         let fields = Fields(json.as_object().ok_or("not a JSON object")?);
-        let config = Family::of(&fields)?.config(&fields)?;
+        let mut config = Family::of(&fields)?.config(&fields)?;
+        config.stored_as = fields.get("quantization_config").map(Quantization::of_config).transpose()?;
         config.validate()?;
         Ok(config)
     }
@@ -175,7 +179,8 @@ mod tests {
             (serde_json::json!({"vocab_size": 1e30}), "vocab_size"),
             (serde_json::json!({"num_key_value_heads": 4}), "num_key_value_heads"),
             (serde_json::json!({"head_dim": 63}), "head_dim"),
-            (serde_json::json!({"quantization_config": {"bits": 4}}), "quantization_config"),
+            (serde_json::json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), "quant_method"),
+            (serde_json::json!({"quantization_config": {"quant_method": "bitsandbytes"}}), "load_in_4bit"),
         ] {
             let message = with(changes).unwrap_err();
             assert!(message.contains(name), "{name}: {message}");

@@ -10,8 +10,10 @@ mod gemm;
 mod lora;
 mod neftune;
 mod optimizers;
+pub mod profile;
 mod rms_norm;
 mod rope;
+mod rows;
 mod simd;
 mod tensor;
 mod transpose;
@@ -26,10 +28,11 @@ use crate::backend::{
     SgdStep, WeightRef,
 };
 use crate::config::{Activation, Rope};
-use crate::quantize::{Blockwise, Quantization};
+use crate::quantize::{Blockwise, Quantization, StoredWeight};
 use crate::weights::HostTensor;
 use gemm::{Operand, Output, View, ViewMut, gemm};
-use rope::Angles;
+use profile::time;
+pub use rows::Rows;
 use tensor::Pool;
 pub use tensor::Tensor;
 use weight::Matrix;
@@ -39,55 +42,6 @@ pub use weight::Weight;
 #[derive(Default)]
 pub struct Cpu {
     pool: Arc<Pool>,
-}
-
-/// Rows of a micro-batch and their rotary angles.
-pub struct Rows {
-    starts: Vec<usize>,
-    lengths: Vec<usize>,
-    prefixes: Vec<Option<usize>>,
-    /// Per row: those of which it is the prefix.
-    followers: Vec<Vec<usize>>,
-    /// Per row: its length together with its prefix, and the sum of these of the rows before it.
-    key_lengths: Vec<usize>,
-    key_starts: Vec<usize>,
-    /// Per token: its row.
-    row_of: Vec<usize>,
-    /// Of each rotary embedding.
-    angles: Vec<Angles>,
-}
-
-impl Rows {
-    fn new(rows: &[Row], offset: usize, ropes: &[Rope]) -> Self {
-        let lengths: Vec<usize> = rows.iter().map(|row| row.len).collect();
-        let prefixes: Vec<Option<usize>> = rows.iter().map(|row| row.prefix).collect();
-        let past = |row: usize| prefixes[row].map_or(0, |prefix| lengths[prefix]);
-        let key_lengths: Vec<usize> = (0..rows.len()).map(|row| past(row) + lengths[row]).collect();
-        let mut followers = vec![Vec::new(); rows.len()];
-        for (row, prefix) in rows.iter().enumerate().filter_map(|(i, row)| Some((i, row.prefix?))) {
-            followers[prefix].push(row);
-        }
-        let row_of: Vec<usize> = lengths.iter().enumerate().flat_map(|(row, &len)| vec![row; len]).collect();
-        let angles = |rope: &Rope| {
-            let frequencies: Vec<Vec<f32>> = key_lengths.iter().map(|len| rope.frequencies(offset + len)).collect();
-            let tokens = (0..rows.len()).flat_map(|row| (past(row)..key_lengths[row]).map(move |at| (row, at)));
-            Angles::new(tokens.map(|(row, at)| (offset + at, frequencies[row].as_slice())))
-        };
-        let angles = ropes.iter().map(angles).collect();
-        let (starts, key_starts) = (starts(&lengths), starts(&key_lengths));
-        Rows { starts, lengths, prefixes, followers, key_lengths, key_starts, row_of, angles }
-    }
-
-    /// Tokens whose keys the rows see, all rows together.
-    fn keys(&self) -> usize {
-        self.key_lengths.iter().sum()
-    }
-}
-
-/// Where each of these lengths starts, one after the other.
-fn starts(lengths: &[usize]) -> Vec<usize> {
-    let start = |next: &mut usize, len: &usize| Some(std::mem::replace(next, *next + len));
-    lengths.iter().scan(0, start).collect()
 }
 
 impl Cpu {
@@ -136,6 +90,27 @@ fn lora_shape(x: &Tensor, lora: &LoraRef<'_, Tensor>) -> lora::Shape {
     lora::Shape { tokens: x.rows(), input: x.cols(), output: lora.b.rows(), rank: lora.a.rows() }
 }
 
+/// Weights of a matrix.
+fn elements(w: WeightRef<'_, Cpu>) -> usize {
+    let w = matrix(w);
+    w.rows * w.cols
+}
+
+fn lora_backward_flops(x: &Tensor, lora: &LoraRef<'_, Tensor>, wants_dx: bool) -> usize {
+    let (input, output) = (x.cols(), lora.b.rows());
+    2 * x.rows() * lora.a.rows() * (2 * output + if wants_dx { 2 } else { 1 } * input)
+}
+
+/// Logits, and with gradients that of x and perhaps that of the weight, for which the logits are computed again.
+fn output_flops(x: &Tensor, w: WeightRef<'_, Cpu>, grads: Option<&CrossEntropyGrads<'_, Tensor>>) -> usize {
+    let products = match grads {
+        None => 1,
+        Some(CrossEntropyGrads { weight: None, .. }) => 2,
+        Some(_) => 4,
+    };
+    2 * products * x.rows() * elements(w)
+}
+
 impl Backend for Cpu {
     type Tensor = Tensor;
     type Weight = Weight;
@@ -163,6 +138,7 @@ impl Backend for Cpu {
     }
 
     fn copy(&self, x: &Tensor) -> Tensor {
+        let _timer = time("copies", 0);
         let mut y = self.stale(x.rows(), x.cols());
         let chunks = y.values_mut().par_chunks_mut(TASK).zip(x.values().par_chunks(TASK));
         chunks.for_each(|(y, x)| y.copy_from_slice(x));
@@ -177,7 +153,12 @@ impl Backend for Cpu {
         Weight::quantized(&weight, quantization)
     }
 
+    fn stored_weight(&self, weight: StoredWeight) -> Weight {
+        Weight::stored(weight)
+    }
+
     fn weight_values(&self, weight: &Weight) -> Tensor {
+        let _timer = time("other", 0);
         let w = weight.matrix();
         let mut x = self.stale(w.rows, w.cols);
         x.values_mut().par_chunks_mut(w.cols).enumerate().for_each(|(row, x)| w.widen(row, 0, x));
@@ -185,6 +166,7 @@ impl Backend for Cpu {
     }
 
     fn bf16_weight(&self, x: &Tensor) -> Weight {
+        let _timer = time("rounding to bf16", 0);
         Weight::new(HostTensor::bf16(x.values(), vec![x.rows(), x.cols()]))
     }
 
@@ -193,6 +175,7 @@ impl Backend for Cpu {
     }
 
     fn embedding(&self, table: WeightRef<'_, Self>, tokens: &[u32], scale: f32) -> Tensor {
+        let _timer = time("embedding", 0);
         let table = matrix(table);
         let mut x = self.stale(tokens.len(), table.cols);
         x.values_mut().par_chunks_mut(table.cols).zip(tokens).for_each(|(x, &token)| {
@@ -205,6 +188,7 @@ impl Backend for Cpu {
     }
 
     fn embedding_backward(&self, dx: &Tensor, tokens: &[u32], scale: f32, pad: Option<u32>, d_table: &mut Tensor) {
+        let _timer = time("embedding, backward", 0);
         let width = dx.cols();
         for (dx, &token) in dx.values().chunks_exact(width).zip(tokens).filter(|(_, token)| Some(**token) != pad) {
             let d_row = &mut d_table.values_mut()[token as usize * width..][..width];
@@ -218,6 +202,7 @@ impl Backend for Cpu {
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, norm: RmsNorm) -> Tensor {
+        let _timer = time("norms", 0);
         let mut y = self.stale(x.rows(), x.cols());
         rms_norm::forward(x.values(), weight.values(), norm, y.values_mut());
         y
@@ -232,6 +217,7 @@ impl Backend for Cpu {
         dx: &mut Tensor,
         d_weight: Option<&mut Tensor>,
     ) {
+        let _timer = time("norms, backward", 0);
         rms_norm::backward(x.values(), weight.values(), norm, dy.values(), dx.values_mut());
         if let Some(d_weight) = d_weight {
             rms_norm::weight_backward(x.values(), norm, dy.values(), d_weight.values_mut());
@@ -239,6 +225,7 @@ impl Backend for Cpu {
     }
 
     fn linear(&self, x: &Tensor, w: WeightRef<'_, Self>) -> Tensor {
+        let _timer = time("linear", 2 * x.rows() * elements(w));
         let w = matrix(w);
         let mut y = self.stale(x.rows(), w.rows);
         project(x, w, Output::Set, &mut y);
@@ -246,10 +233,12 @@ impl Backend for Cpu {
     }
 
     fn linear_add(&self, x: &Tensor, w: WeightRef<'_, Self>, y: &mut Tensor) {
+        let _timer = time("linear", 2 * x.rows() * elements(w));
         project(x, matrix(w), Output::Add, y);
     }
 
     fn linear_backward(&self, dy: &Tensor, w: WeightRef<'_, Self>) -> Tensor {
+        let _timer = time("linear, backward", 2 * dy.rows() * elements(w));
         let w = matrix(w);
         let mut dx = self.stale(dy.rows(), w.cols);
         project_back(dy, w, Output::Set, &mut dx);
@@ -257,30 +246,36 @@ impl Backend for Cpu {
     }
 
     fn linear_backward_add(&self, dy: &Tensor, w: WeightRef<'_, Self>, dx: &mut Tensor) {
+        let _timer = time("linear, backward", 2 * dy.rows() * elements(w));
         project_back(dy, matrix(w), Output::Add, dx);
     }
 
     fn linear_weight_backward(&self, x: &Tensor, dy: &Tensor, d_weight: &mut Tensor) {
+        let _timer = time("weight gradients", 2 * x.rows() * x.cols() * dy.cols());
         let (x, dy) = (View::new(x.values(), x.rows(), x.cols()), View::new(dy.values(), dy.rows(), dy.cols()));
         let (outputs, inputs) = (d_weight.rows(), d_weight.cols());
         gemm(ViewMut::new(d_weight.values_mut(), outputs, inputs), Output::Add, 1.0, dy.t(), x);
     }
 
     fn add_bias(&self, y: &mut Tensor, bias: &Tensor) {
+        let _timer = time("biases", 0);
         let width = y.cols();
         columns::add_to_rows(y.values_mut(), width, bias.values());
     }
 
     fn bias_backward(&self, dy: &Tensor, d_bias: &mut Tensor) {
+        let _timer = time("biases", 0);
         columns::add_sums(dy.values(), dy.cols(), d_bias.values_mut());
     }
 
     fn add(&self, y: &mut Tensor, x: &Tensor) {
+        let _timer = time("copies", 0);
         let chunks = y.values_mut().par_chunks_mut(TASK).zip(x.values().par_chunks(TASK));
         chunks.for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y += x));
     }
 
     fn columns(&self, x: &Tensor, from: usize, count: usize) -> Tensor {
+        let _timer = time("copies", 0);
         let mut y = self.stale(x.rows(), count);
         let rows = y.values_mut().par_chunks_mut(count).zip(x.values().par_chunks(x.cols()));
         rows.for_each(|(y, x)| y.copy_from_slice(&x[from..from + count]));
@@ -288,6 +283,7 @@ impl Backend for Cpu {
     }
 
     fn join_columns(&self, parts: &[&Tensor]) -> Tensor {
+        let _timer = time("copies", 0);
         let width = parts.iter().map(|part| part.cols()).sum();
         let mut y = self.stale(parts[0].rows(), width);
         y.values_mut().par_chunks_mut(width).enumerate().for_each(|(row, mut y)| {
@@ -301,6 +297,7 @@ impl Backend for Cpu {
     }
 
     fn softcap(&self, x: &mut Tensor, cap: f32) {
+        let _timer = time("other", 0);
         x.values_mut().par_chunks_mut(TASK).for_each(|x| {
             simd::vectorize(
                 #[inline(always)]
@@ -310,23 +307,27 @@ impl Backend for Cpu {
     }
 
     fn dora_factors(&self, w: WeightRef<'_, Self>, lora: &LoraRef<'_, Tensor>, magnitude: &Tensor) -> Tensor {
+        let _timer = time("dora", 0);
         let mut factors = self.stale(1, magnitude.cols());
         dora::factors(matrix(w), lora, magnitude.values(), factors.values_mut());
         factors
     }
 
     fn scale_columns(&self, y: &Tensor, factors: &Tensor) -> Tensor {
+        let _timer = time("dora", 0);
         let mut scaled = self.stale(y.rows(), y.cols());
         columns::scale(y.values(), factors.values(), scaled.values_mut());
         scaled
     }
 
     fn dora_backward(&self, y: &Tensor, dy: &Tensor, factors: &Tensor, magnitude: &Tensor, d_magnitude: &mut Tensor) {
+        let _timer = time("dora", 0);
         let factors = factors.values().iter().zip(magnitude.values()).map(|(factor, magnitude)| factor / magnitude);
         columns::add_products(y.values(), dy.values(), &factors.collect::<Vec<f32>>(), d_magnitude.values_mut());
     }
 
     fn lora(&self, x: &Tensor, lora: &LoraRef<'_, Tensor>, y: &mut Tensor) -> Tensor {
+        let _timer = time("lora", 2 * x.rows() * lora.a.rows() * (x.cols() + lora.b.rows()));
         let shape = lora_shape(x, lora);
         let dropped = self.dropped(x, lora.dropout);
         let input = dropped.as_ref().unwrap_or(x);
@@ -352,6 +353,7 @@ impl Backend for Cpu {
         grads: LoraGrads<'_, Tensor>,
         dx: Option<&mut Tensor>,
     ) {
+        let _timer = time("lora, backward", lora_backward_flops(x, lora, dx.is_some()));
         let shape = lora_shape(x, lora);
         let mut d_hidden = self.stale(shape.tokens, shape.rank);
         let dropped = self.dropped(x, lora.dropout);
@@ -373,16 +375,19 @@ impl Backend for Cpu {
     }
 
     fn rope(&self, x: &mut Tensor, head_dim: usize, rows: &Rows, rope: usize) {
+        let _timer = time("rope", 0);
         let width = x.cols();
         rope::rotate(x.values_mut(), width, head_dim, &rows.angles[rope], false);
     }
 
     fn rope_backward(&self, dx: &mut Tensor, head_dim: usize, rows: &Rows, rope: usize) {
+        let _timer = time("rope", 0);
         let width = dx.cols();
         rope::rotate(dx.values_mut(), width, head_dim, &rows.angles[rope], true);
     }
 
     fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, attention: Attention, rows: &Rows) -> (Tensor, Tensor) {
+        let _timer = time("attention", 4 * rows.pairs() * attention.heads.query * attention.heads.dim);
         let mut y = self.stale(q.rows(), q.cols());
         let mut log_sums = self.stale(q.rows(), attention.heads.query);
         let mut parts = self.stale(q.rows(), q.cols());
@@ -404,6 +409,7 @@ impl Backend for Cpu {
         attention: Attention,
         rows: &Rows,
     ) -> [Tensor; 3] {
+        let _timer = time("attention, backward", 10 * rows.pairs() * attention.heads.query * attention.heads.dim);
         let [mut q_parts, mut k_parts, mut v_parts] =
             [dy.rows(), rows.keys(), rows.keys()].map(|count| self.stale(count, dy.cols()));
         let mut dq = self.stale(forward.q.rows(), forward.q.cols());
@@ -435,6 +441,7 @@ impl Backend for Cpu {
         attention: Attention,
         past: usize,
     ) -> Tensor {
+        let _timer = time("attention", 4 * past * q.values().len());
         let mut y = self.stale(q.rows(), q.cols());
         attention::cached(q.values(), keys.values(), values.values(), attention, past, y.values_mut());
         y
@@ -446,12 +453,14 @@ impl Backend for Cpu {
     }
 
     fn gated(&self, activation: Activation, gate: &Tensor, up: &Tensor) -> Tensor {
+        let _timer = time("activations", 0);
         let mut y = self.stale(gate.rows(), gate.cols());
         gated::forward(activation, gate.values(), up.values(), y.values_mut());
         y
     }
 
     fn gated_backward(&self, activation: Activation, gate: &Tensor, up: &Tensor, dy: &Tensor) -> (Tensor, Tensor) {
+        let _timer = time("activations, backward", 0);
         let mut d_gate = self.stale(gate.rows(), gate.cols());
         let mut d_up = self.stale(gate.rows(), gate.cols());
         let (gate, up, dy) = (gate.values(), up.values(), dy.values());
@@ -460,6 +469,7 @@ impl Backend for Cpu {
     }
 
     fn gather_rows(&self, x: &Tensor, indices: &[u32]) -> Tensor {
+        let _timer = time("copies", 0);
         let mut y = self.stale(indices.len(), x.cols());
         for (y, &i) in y.values_mut().chunks_exact_mut(x.cols()).zip(indices) {
             y.copy_from_slice(x.row(i as usize));
@@ -468,6 +478,7 @@ impl Backend for Cpu {
     }
 
     fn scatter_rows(&self, x: &Tensor, indices: &[u32], rows: usize) -> Tensor {
+        let _timer = time("copies", 0);
         let mut y = self.zeros(rows, x.cols());
         let cols = x.cols();
         for (x, &i) in x.values().chunks_exact(cols).zip(indices) {
@@ -484,6 +495,7 @@ impl Backend for Cpu {
         softcap: Option<f32>,
         grads: Option<CrossEntropyGrads<'_, Tensor>>,
     ) -> (Vec<f32>, Option<Tensor>) {
+        let _timer = time("output layer and loss", output_flops(x, w, grads.as_ref()));
         let problem = cross_entropy::Problem { x: x.values(), w: matrix(w), targets, softcap };
         let mut scratch = self.stale(1, problem.scratch_len());
         let mut dx = grads.is_some().then(|| self.stale(x.rows(), x.cols()));
@@ -497,20 +509,24 @@ impl Backend for Cpu {
     }
 
     fn sum_of_squares(&self, x: &Tensor) -> f64 {
+        let _timer = time("optimizer", 0);
         let square = |x: &f32| f64::from(*x) * f64::from(*x);
         let parts: Vec<f64> = x.values().par_chunks(TASK).map(|x| x.iter().map(square).sum()).collect();
         parts.iter().sum()
     }
 
     fn clear(&self, x: &mut Tensor) {
+        let _timer = time("optimizer", 0);
         x.values_mut().par_chunks_mut(TASK).for_each(|x| x.fill(0.0));
     }
 
     fn sgd(&self, param: &mut Tensor, grad: &Tensor, momentum: Option<&mut Tensor>, step: &SgdStep) {
+        let _timer = time("optimizer", 0);
         optimizers::sgd(param.values_mut(), grad.values(), momentum.map(Tensor::values_mut), step);
     }
 
     fn adamw(&self, param: &mut Tensor, grad: &Tensor, (m, v): (&mut Tensor, &mut Tensor), step: &AdamWStep) {
+        let _timer = time("optimizer", 0);
         optimizers::adamw(param.values_mut(), grad.values(), m.values_mut(), v.values_mut(), step);
     }
 
@@ -521,6 +537,7 @@ impl Backend for Cpu {
         moments: (&mut Blockwise, &mut Blockwise),
         step: &AdamWStep,
     ) {
+        let _timer = time("optimizer", 0);
         optimizers::adamw_8bit(param.values_mut(), grad.values(), moments, step);
     }
 

@@ -2,7 +2,7 @@
 
 use super::four_bit;
 use super::gemm::View;
-use crate::quantize::{EightBit, FourBit, Quantization};
+use crate::quantize::{EightBit, FourBit, Quantization, StoredWeight};
 use crate::weights::HostTensor;
 
 /// A frozen weight [out, in].
@@ -53,6 +53,13 @@ impl Weight {
                 Stored::FourBit(FourBit::quantize(&values, rows, cols, code, double_quant))
             }
             Quantization::Int8 => Stored::EightBit(EightBit::quantize(&values, rows, cols)),
+        })
+    }
+
+    pub(super) fn stored(weight: StoredWeight) -> Self {
+        Weight(match weight {
+            StoredWeight::FourBit(weight) => Stored::FourBit(weight),
+            StoredWeight::EightBit(weight) => Stored::EightBit(weight),
         })
     }
 

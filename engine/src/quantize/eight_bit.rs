@@ -2,7 +2,7 @@
 //! with float activations that bitsandbytes trains on a CPU, too.
 
 /// A weight [rows, cols]: each value is code · absmax / 127.
-pub(crate) struct EightBit {
+pub struct EightBit {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) codes: Vec<i8>,

@@ -65,7 +65,7 @@ impl FourBitCode {
 }
 
 /// A weight [rows, cols] in 4 bits.
-pub(crate) struct FourBit {
+pub struct FourBit {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) code: FourBitCode,

@@ -5,15 +5,13 @@ mod blockwise;
 mod dynamic_map;
 mod eight_bit;
 mod four_bit;
+mod stored;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::blockwise::Blockwise;
-pub(crate) use self::{
-    blockwise::BLOCK as STATE_BLOCK,
-    eight_bit::EightBit,
-    four_bit::{BLOCK, FourBit},
-};
+pub(crate) use self::stored::read as read_stored;
+pub(crate) use self::{blockwise::BLOCK as STATE_BLOCK, four_bit::BLOCK};
+pub use self::{blockwise::Blockwise, eight_bit::EightBit, four_bit::FourBit, stored::StoredWeight};
 
 /// How the linear layers of a frozen base are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

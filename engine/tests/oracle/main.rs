@@ -132,6 +132,25 @@ fn every_weight_of_every_family_has_transformers_gradient() {
 }
 
 #[test]
+fn checkpoints_that_bitsandbytes_quantized_load_as_they_are() {
+    let tokens: Vec<u32> = read_json(&fixture("tied/tokens.json"));
+    let four_bit = |code| Quantization::FourBit { code, double_quant: false };
+    let kinds =
+        [("nf4", four_bit(FourBitCode::Nf4)), ("fp4", four_bit(FourBitCode::Fp4)), ("int8", Quantization::Int8)];
+    for (name, quantization) in kinds {
+        let dir = fixture("quantized").join(name);
+        let expected = read_tensors(&dir.join("logits.safetensors")).remove(0).data;
+        for model in [Model::load(&dir), Model::load_quantized(&dir, quantization)] {
+            let worst = difference(&model.unwrap().logits(&tokens).unwrap(), &expected);
+            assert!(worst < 1e-4, "{name}: logits differ by {worst:.1e}");
+        }
+        let (_, other) = kinds.into_iter().find(|(other, _)| *other != name).unwrap();
+        let error = Model::load_quantized(&dir, other).err().unwrap().to_string();
+        assert!(error.contains(&format!("stored as {name}")), "{error}");
+    }
+}
+
+#[test]
 fn quantized_bases_have_the_logits_and_gradients_of_bitsandbytes() {
     let tied = fixture("tied");
     let (run, tokens): (Run, Vec<u32>) = (read_json(&tied.join("run.json")), read_json(&tied.join("tokens.json")));

@@ -41,7 +41,8 @@ pub(super) fn load(folder: &Path, method: &Method) -> Result<Model, Error> {
     })
 }
 
-fn engine_quantization(quantization: &Quantization) -> EngineQuantization {
+/// How the engine is to store the base.
+pub fn engine_quantization(quantization: &Quantization) -> EngineQuantization {
     let code = match quantization.kind {
         QuantizationType::Nf4 => FourBitCode::Nf4,
         QuantizationType::Fp4 => FourBitCode::Fp4,
