@@ -1,5 +1,7 @@
 //! [`FineTuneJob`]: what a user asks for, and how far it is.
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
@@ -90,14 +92,15 @@ pub struct FineTuneJobSpec {
 #[serde(rename_all = "camelCase")]
 pub struct BaseModel {
     /// A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json, tokenizer_config.json. Or a
-    /// GGUF file (.gguf) of the Llama architecture.
+    /// GGUF file (.gguf) of the Llama architecture. In S3 (`s3://bucket/folder`), on the Hugging Face Hub
+    /// (`hf://owner/name`, `hf://owner/name@revision`), or in a volume (`pvc://claim/folder`).
     pub uri: Uri,
     /// Refuses to train if the folder's digest is another one (status.run.baseDigest shows it).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
     pub digest: Option<String>,
-    /// Secret with the store's credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION).
-    /// Default: output.secretRef.
+    /// Secret with the store's credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION); for
+    /// hf://, with HF_TOKEN where the model is private or gated, and HF_ENDPOINT for a mirror. Default: output.secretRef.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
 }
@@ -143,7 +146,9 @@ pub struct Dataset {
 }
 
 /// Files of rows.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("!self.uri.startsWith('hf://')")
+    .message("data is read from s3://, pvc:// or file://").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
 pub struct DataSource {
     /// Where the file is. `*` stands for any characters of one part of the path: `s3://datasets/support/part-*.jsonl` is
@@ -200,7 +205,9 @@ pub struct Resources {
 /// What the result is called and where it goes.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("!(has(self.secretRef) && has(self.serviceAccountName))")
-    .message("give at most one of secretRef and serviceAccountName"))]
+    .message("give at most one of secretRef and serviceAccountName"),
+    validation = Rule::new("!self.uri.startsWith('hf://') && !self.uri.startsWith('pvc://')")
+    .message("versions are published to s3://bucket/folder").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
 pub struct Output {
     /// Name of the adapter: a DNS label. Versions are AdapterVersions `<adapterName>-v1`, `-v2`, …
@@ -379,6 +386,16 @@ pub struct RunRecord {
 /// What a count that is seldom there says to serde.
 pub(crate) fn is_zero(count: &u64) -> bool {
     *count == 0
+}
+
+impl FineTuneJobSpec {
+    /// The PersistentVolumeClaims that `pvc://` URIs name.
+    pub fn claims(&self) -> BTreeSet<&str> {
+        let Dataset { train, eval, .. } = &self.dataset;
+        let data = [Some(train), eval.as_ref()].into_iter().flatten().map(|source| &source.uri);
+        let probe = self.evaluation.probe().map(|probe| &probe.uri);
+        [&self.base_model.uri].into_iter().chain(data).chain(probe).filter_map(Uri::claim).collect()
+    }
 }
 
 /// A CEL rule on a field. (`#[x_kube]` on a field would need a type without container-level defaults.)

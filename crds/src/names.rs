@@ -22,8 +22,11 @@ pub const REPORT_PATH: &str = "/dev/termination-log";
 /// The trainer pods' only writable folder: model and data caches, sockets, temporary files.
 pub const WORK_DIR: &str = "/work";
 
+/// Where a trainer pod finds the volumes of `pvc://` URIs, each in a folder named after its claim; read-only.
+pub const CLAIMS_DIR: &str = "/claims";
+
 /// Environment prefixes under which the tenant's Secrets (keys `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
-/// `AWS_ENDPOINT_URL`, `AWS_REGION`, …) reach a trainer pod, one prefix a role, so that one pod can hold three.
+/// `AWS_ENDPOINT_URL`, `AWS_REGION`, `HF_TOKEN`, …) reach a trainer pod, one prefix a role, so that one pod can hold three.
 /// A variable without its prefix is the fallback.
 pub mod env_prefix {
     /// Reads the base model.

@@ -48,6 +48,9 @@ fn a_sound_job_passes_every_rule() {
     let quantization = json!({"bits": 4, "type": "nf4"});
     assert_eq!(refusals(with(job(), &[("/spec/method", json!("QLoRA")), ("/spec/quantization", quantization)])), "");
     assert_eq!(refusals(with(job(), &[("/spec/method", json!("Full")), ("/spec/lora", Value::Null)])), "");
+    for uri in ["hf://HuggingFaceTB/SmolLM2-135M-Instruct", "hf://owner/name@v1/m.gguf", "pvc://models/llama"] {
+        assert_eq!(refusals(with(job(), &[("/spec/baseModel/uri", json!(uri))])), "");
+    }
     for training in [
         json!({"evalSteps": 10, "earlyStoppingPatience": 3, "earlyStoppingThreshold": 0.01, "loadBestModelAtEnd": true}),
         json!({"lrSchedulerType": "cosine_with_restarts", "lrSchedulerKwargs": {"numCycles": 2}}),
@@ -107,6 +110,11 @@ fn each_rule_refuses_the_manifest_that_breaks_it_and_says_what_to_do() {
         ),
         (&[("/spec/resources", json!({"memory": "lots"}))], "must be a quantity such as 4Gi"),
         (&[("/spec/output/adapterName", json!("Support_Bot"))], "must be a DNS label"),
+        (&[("/spec/output/uri", json!("pvc://adapters"))], "versions are published to s3://bucket/folder"),
+        (
+            &[("/spec/dataset/train/uri", json!("hf://owner/name/t.jsonl"))],
+            "data is read from s3://, pvc:// or file://",
+        ),
         (
             &[("/spec/output/secretRef", json!({"name": "s3"})), ("/spec/output/serviceAccountName", json!("tuner"))],
             "at most one of secretRef and serviceAccountName",

@@ -13,3 +13,4 @@ mod queueing;
 mod tenant;
 mod testbed;
 mod versions;
+mod volumes;

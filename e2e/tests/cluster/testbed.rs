@@ -52,7 +52,7 @@ fn bring_up(cluster: &Cluster) -> Result<()> {
 }
 
 /// Writes the tiny model with the trainer's own example program.
-fn tiny_model() -> Result<PathBuf> {
+pub fn tiny_model() -> Result<PathBuf> {
     let folder = std::env::temp_dir().join("tunesmith-tiny-model");
     run(Command::new(programs_folder().join("examples/tiny_model")).arg(&folder))?;
     Ok(folder)

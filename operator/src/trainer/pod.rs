@@ -1,7 +1,7 @@
 //! The pod of a trainer Job: restricted Pod Security, no Kubernetes token, a read-only root, credentials from the
 //! tenant's Secrets by reference.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::{
     api::batch::v1::{
@@ -10,14 +10,14 @@ use k8s_openapi::{
     },
     api::core::v1::{
         Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource,
-        KeyToPath, PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretEnvSource,
-        SecurityContext, Toleration, Volume, VolumeMount,
+        KeyToPath, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
+        ResourceRequirements, SeccompProfile, SecretEnvSource, SecurityContext, Toleration, Volume, VolumeMount,
     },
     apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta},
 };
 use tunesmith_crds::{
     fine_tune_job::SecretRef,
-    names::{REPORT_PATH, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, exit_code},
+    names::{CLAIMS_DIR, REPORT_PATH, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, exit_code},
 };
 
 use super::Stage;
@@ -55,6 +55,8 @@ pub struct TrainerPod<'a> {
     pub config_map: String,
     /// Secrets whose keys become environment variables with this prefix.
     pub secrets: Vec<(&'static str, &'a SecretRef)>,
+    /// PersistentVolumeClaims that it reads.
+    pub claims: BTreeSet<&'a str>,
     /// ServiceAccount whose cloud identity it uses.
     pub service_account_name: Option<&'a str>,
     /// Requests and limits.
@@ -73,7 +75,7 @@ impl TrainerPod<'_> {
     /// The template of a Job.
     pub fn template(self) -> PodTemplateSpec {
         let container = self.container();
-        let volumes = vec![
+        let mut volumes = vec![
             Volume {
                 name: "run".into(),
                 config_map: Some(ConfigMapVolumeSource {
@@ -90,6 +92,7 @@ impl TrainerPod<'_> {
             empty_dir("work", &self.work_limit),
             empty_dir("tmp", "1Gi"),
         ];
+        volumes.extend(self.claims.iter().enumerate().map(|(number, claim)| claim_volume(number, claim)));
         PodTemplateSpec {
             metadata: Some(ObjectMeta { labels: Some(self.labels), ..Default::default() }),
             spec: Some(PodSpec {
@@ -123,6 +126,15 @@ impl TrainerPod<'_> {
             secret_ref: Some(SecretEnvSource { name: secret.name.clone(), optional: None }),
             config_map_ref: None,
         });
+        let mut volume_mounts = vec![
+            VolumeMount { read_only: Some(true), ..mount("run", run_folder) },
+            mount("work", WORK_DIR),
+            mount("tmp", "/tmp"),
+        ];
+        volume_mounts.extend(self.claims.iter().enumerate().map(|(number, claim)| VolumeMount {
+            read_only: Some(true),
+            ..mount(&claim_volume_name(number), &format!("{CLAIMS_DIR}/{claim}"))
+        }));
         Container {
             name: "trainer".into(),
             image: Some(self.image.name.clone()),
@@ -135,11 +147,7 @@ impl TrainerPod<'_> {
                 ..Default::default()
             }]),
             resources: Some(self.resources.clone()),
-            volume_mounts: Some(vec![
-                VolumeMount { read_only: Some(true), ..mount("run", run_folder) },
-                mount("work", WORK_DIR),
-                mount("tmp", "/tmp"),
-            ]),
+            volume_mounts: Some(volume_mounts),
             working_dir: Some(WORK_DIR.into()),
             termination_message_path: Some(REPORT_PATH.into()),
             termination_message_policy: Some("File".into()),
@@ -187,6 +195,22 @@ pub fn retry_policy() -> PodFailurePolicy {
                 ..Default::default()
             },
         ],
+    }
+}
+
+/// A claim's name may be longer than a volume's, and have dots.
+fn claim_volume_name(number: usize) -> String {
+    format!("claim-{number}")
+}
+
+fn claim_volume(number: usize, claim: &str) -> Volume {
+    Volume {
+        name: claim_volume_name(number),
+        persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+            claim_name: claim.into(),
+            read_only: Some(true),
+        }),
+        ..Default::default()
     }
 }
 

@@ -1,5 +1,7 @@
 //! The objects that verify a version.
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::{
     api::{
         batch::v1::{Job, JobSpec},
@@ -66,6 +68,7 @@ fn verify_job(version: &AdapterVersion, image: &Image) -> Job {
         labels: metadata.labels.clone().unwrap_or_default(),
         config_map: verify_name(version),
         secrets: artifact.secret_ref.iter().map(|secret| (env_prefix::OUTPUT, secret)).collect(),
+        claims: BTreeSet::new(),
         service_account_name: artifact.service_account_name.as_deref(),
         resources: check_resources(None),
         work_limit: CHECK_WORK_LIMIT.into(),

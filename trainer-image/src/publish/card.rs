@@ -7,7 +7,7 @@ use crate::train::lora_of;
 
 pub(super) fn render(trained: &Trained<'_>) -> String {
     let Trained { spec, task, method, history, manifest, .. } = trained;
-    let (name, version, base) = (&spec.adapter_name, task.version, &spec.base_model);
+    let (name, version, base) = (&spec.adapter_name, task.version, spec.base_model.model_name().0);
     let training = &spec.training;
     let Metrics { steps, tokens, train_seconds, best_step, skipped_steps, eval_loss, .. } = manifest.metrics;
     let loss = |loss: Option<f64>| loss.map_or("not measured".to_owned(), |loss| format!("{loss:.4}"));

@@ -162,9 +162,9 @@ pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, P
 fn files(trained: &Trained<'_>) -> Result<BTreeMap<String, Vec<u8>>, PublishError> {
     let mut files: BTreeMap<String, Vec<u8>> = match lora_of(trained.method) {
         Some(lora) => {
-            let base = trained.spec.base_model.to_string();
+            let base = &trained.spec.base_model;
             [
-                ("adapter_config.json".into(), peft::config(lora, &trained.weights, &base).into_bytes()),
+                ("adapter_config.json".into(), peft::config(lora, &trained.weights, base).into_bytes()),
                 ("adapter_model.safetensors".into(), peft::weights(&trained.weights)),
             ]
             .into()

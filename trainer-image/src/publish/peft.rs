@@ -7,11 +7,12 @@ use std::{
 
 use safetensors::{Dtype, View};
 use serde_json::{Value, json};
-use tunesmith_crds::fine_tune_job::Lora;
+use tunesmith_crds::{Uri, fine_tune_job::Lora};
 use tunesmith_engine::NamedTensor;
 
 /// Every classic field of PEFT's LoraConfig, with sorted keys and an indent of 2.
-pub(super) fn config(lora: &Lora, adapter: &[NamedTensor], base_model: &str) -> String {
+pub(super) fn config(lora: &Lora, adapter: &[NamedTensor], base_model: &Uri) -> String {
+    let (base_model, revision) = base_model.model_name();
     let config = json!({
         "alpha_pattern": lora.alpha_pattern,
         "auto_mapping": null,
@@ -36,7 +37,7 @@ pub(super) fn config(lora: &Lora, adapter: &[NamedTensor], base_model: &str) -> 
         "peft_type": "LORA",
         "r": lora.rank,
         "rank_pattern": lora.rank_pattern,
-        "revision": null,
+        "revision": revision,
         "target_modules": target_modules(lora, adapter),
         "target_parameters": null,
         "task_type": "CAUSAL_LM",
@@ -127,7 +128,7 @@ mod tests {
     #[test]
     fn the_configuration_reads_as_peft_writes_it() {
         let lora = Lora { target_modules: vec!["all-linear".into()], ..Lora::default() };
-        let text = config(&lora, &adapter(1.0), "s3://models/m");
+        let text = config(&lora, &adapter(1.0), &"s3://models/m".parse().unwrap());
         let config: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(config["target_modules"], json!(["q_proj"]));
         assert_eq!((&config["r"], &config["lora_alpha"]), (&json!(8), &json!(32)));

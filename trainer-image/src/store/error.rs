@@ -10,10 +10,7 @@ use super::Role;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The environment's settings or the URI can't be used.
-    #[error(
-        "{role} {uri}: {problem}; correct the AWS_… keys of the Secret that {} names, or the environment ({}AWS_…, AWS_…)",
-        role.secret_field(), role.env_prefix()
-    )]
+    #[error("{role} {uri}: {problem}{}", settings_advice(*role, uri))]
     Settings {
         /// What it was opened for.
         role: Role,
@@ -56,7 +53,7 @@ pub enum StoreError {
         answer: String,
     },
     /// The store can't be reached, or fails.
-    #[error("the store of {uri} ({role}) failed: {answer}; check AWS_ENDPOINT_URL, AWS_REGION and the network")]
+    #[error("the store of {uri} ({role}) failed: {answer}; check {}", network_settings(uri))]
     Unavailable {
         /// What it was opened for.
         role: Role,
@@ -99,6 +96,25 @@ impl StoreError {
             Self::Missing { .. } | Self::NoMatch { .. } | Self::Refused { .. } => exit_code::BAD_INPUT,
             Self::Unavailable { .. } | Self::Disk { .. } => exit_code::STORAGE,
         }
+    }
+}
+
+fn settings_advice(role: Role, uri: &Uri) -> String {
+    match uri {
+        Uri::S3 { .. } => format!(
+            "; correct the AWS_… keys of the Secret that {} names, or the environment ({}AWS_…, AWS_…)",
+            role.secret_field(),
+            role.env_prefix()
+        ),
+        _ => String::new(),
+    }
+}
+
+fn network_settings(uri: &Uri) -> &'static str {
+    match uri {
+        Uri::S3 { .. } => "AWS_ENDPOINT_URL, AWS_REGION and the network",
+        Uri::Hub { .. } => "HF_ENDPOINT and the network",
+        Uri::Claim { .. } | Uri::File { .. } => "the disk",
     }
 }
 

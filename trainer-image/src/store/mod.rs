@@ -19,7 +19,10 @@ pub use glob::Object;
 pub use location::{Created, Location};
 use object_store::{ObjectStore, local::LocalFileSystem, path::Path};
 use tokio::runtime::Handle;
-use tunesmith_crds::{Uri, names::env_prefix};
+use tunesmith_crds::{
+    Uri,
+    names::{CLAIMS_DIR, env_prefix},
+};
 
 /// What a store is used for; each role has credentials of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +87,12 @@ impl Stores {
         Self { runtime, environment: Arc::new(environment), local: None }
     }
 
+    #[cfg(test)]
+    pub(crate) fn with_variable(mut self, name: &str, value: &str) -> Self {
+        Arc::make_mut(&mut self.environment).insert(name.into(), value.into());
+        self
+    }
+
     /// The same; but where the environment has neither credentials nor an endpoint, `s3://bucket/key` is
     /// `<folder>/bucket/key`.
     pub fn or_local(self, folder: &FilePath) -> Self {
@@ -104,9 +113,29 @@ impl Stores {
         self.connect(role, uri).map_err(|problem| StoreError::Settings { role, uri: uri.clone(), problem })
     }
 
+    /// A setting of the Hugging Face Hub's clients (`HF_…`), for reading models.
+    pub fn hub_setting(&self, name: &str) -> Option<String> {
+        let names = [format!("{}{name}", env_prefix::MODEL), name.to_owned()];
+        let set = |name: &String| Some(self.environment.get(name)?.trim().to_owned()).filter(|value| !value.is_empty());
+        names.iter().find_map(set)
+    }
+
+    /// Text without this process's credentials.
+    pub fn redact(&self, text: &str) -> String {
+        s3::secrets(&self.environment).iter().fold(text.to_owned(), |text, secret| text.replace(secret, "[redacted]"))
+    }
+
     fn connect(&self, role: Role, uri: &Uri) -> Result<Location, String> {
         let on_disk = match (uri, &self.local) {
             (Uri::File { path }, _) => absolute(path),
+            (Uri::Claim { claim, path }, _) => {
+                let volume = FilePath::new(CLAIMS_DIR).join(claim);
+                if !volume.exists() {
+                    return Err("no such claim is mounted here: pvc:// is read in a cluster's pods".into());
+                }
+                absolute(volume.join(path))
+            }
+            (Uri::Hub { .. }, _) => return Err("hf:// names a whole base model, nothing else".into()),
             (Uri::S3 { bucket, key }, Some(folder)) => absolute(folder.join(bucket).join(key)),
             (Uri::S3 { bucket, key }, None) => {
                 let store: Arc<dyn ObjectStore> = Arc::new(s3::connect(&self.environment, role, bucket)?);

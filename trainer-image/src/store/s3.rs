@@ -44,7 +44,8 @@ pub(super) fn is_configured(environment: &Environment) -> bool {
 pub(super) fn secrets(environment: &Environment) -> Vec<String> {
     let secret = |(name, value): (&String, &String)| {
         let value = value.trim();
-        let is_secret = IDENTITY.iter().any(|identity| name.ends_with(identity)) && !value.is_empty();
+        let is_secret =
+            IDENTITY.iter().chain(&["HF_TOKEN"]).any(|identity| name.ends_with(identity)) && !value.is_empty();
         is_secret.then(|| value.to_owned())
     };
     environment.iter().filter_map(secret).collect()

@@ -175,6 +175,24 @@ fn secrets_reach_the_pod_by_reference_with_one_prefix_a_role() {
 }
 
 #[test]
+fn claims_are_mounted_read_only_each_once() {
+    let own = job(json!({
+        "baseModel": {"uri": "pvc://models.team/llama"},
+        "dataset": {"train": {"uri": "pvc://data/t.jsonl"}, "eval": {"uri": "pvc://data/e.jsonl"}},
+    }));
+    let built = training(&own, &offers(&[]));
+    let pod = pod_of(&built);
+    let mounts = |what: &Value, from: usize| what.as_array().unwrap()[from..].to_vec();
+    let volume = |name: &str, claim: &str| json!({"name": name, "persistentVolumeClaim": {"claimName": claim, "readOnly": true}});
+    assert_eq!(mounts(&pod["volumes"], 3), [volume("claim-0", "data"), volume("claim-1", "models.team")]);
+    let mount = |name: &str, path: &str| json!({"name": name, "mountPath": path, "readOnly": true});
+    assert_eq!(
+        mounts(&pod["containers"][0]["volumeMounts"], 3),
+        [mount("claim-0", "/claims/data"), mount("claim-1", "/claims/models.team")]
+    );
+}
+
+#[test]
 fn a_preflight_is_a_small_pod_that_the_job_controller_retries() {
     let observed = observed_checked(job(json!({})), |_| {});
     let Some(Change::CreateJob(built)) = build(&Step::CreatePreflight { run: 2 }, &observed, &image()) else {

@@ -1,6 +1,9 @@
 //! The base model's folder: which of its files are used, their digest, and whether they fit together. A GGUF file becomes
 //! such a folder first.
 
+mod hub;
+mod source;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
@@ -13,13 +16,14 @@ use safetensors::{
     tensor::{Metadata, TensorInfo},
 };
 use serde_json::Value;
-use tunesmith_crds::{Uri, adapter_version::ArtifactFile, run::ModelShape};
+use source::{Fetched, Source, fetch_file};
+use tunesmith_crds::{Uri, run::ModelShape};
 use tunesmith_engine::ModelConfig;
 
 use crate::{
     convert::convert,
     digest,
-    store::{Location, Role, StoreError, Stores},
+    store::{StoreError, Stores},
 };
 
 /// The weights in one file.
@@ -87,54 +91,48 @@ impl ModelFolder {
     /// # Errors
     /// A file is missing or damaged, or the model is not supported.
     pub fn fetch(uri: &Uri, stores: &Stores, work: &Path) -> Result<Self, ModelError> {
-        let location = stores.open(Role::Model, uri)?;
         if !is_gguf(uri.file_name()) {
-            return Self::fetch_folder(&location, work);
+            return Self::fetch_folder(&Source::open(uri, stores, work)?);
         }
-        let (folder, digest) = convert_gguf(&location, work)?;
-        let converted = stores.open(Role::Model, &Uri::File { path: folder.display().to_string() })?;
-        Ok(Self { digest, ..Self::fetch_folder(&converted, work)? })
+        let (folder, digest) = convert_gguf(uri, stores, work)?;
+        let converted = Uri::File { path: folder.display().to_string() };
+        Ok(Self { digest, ..Self::fetch_folder(&Source::open(&converted, stores, work)?)? })
     }
 
-    fn fetch_folder(location: &Location, work: &Path) -> Result<Self, ModelError> {
-        let present: BTreeSet<String> = location.list()?.into_iter().collect();
+    fn fetch_folder(source: &Source) -> Result<Self, ModelError> {
+        let (present, folder) = (source.files(), source.folder());
         if present.is_empty() {
-            return Err(ModelError::Empty { uri: location.uri().clone() });
+            return Err(ModelError::Empty { uri: source.uri().clone() });
         }
-        let missing = |file, hint| ModelError::MissingFile { uri: location.uri().clone(), file, hint };
+        let missing = |file, hint| ModelError::MissingFile { uri: source.uri().clone(), file, hint };
         if let Some(file) = REQUIRED.into_iter().find(|file| !present.contains(*file)) {
-            return Err(missing(file, hint(&present)));
+            return Err(missing(file, hint(present)));
         }
-        let folder = match location.on_disk() {
-            Some(folder) => folder.to_owned(),
-            None => download_folder(location, work, &present)?,
-        };
-        let fetch = |name: &str| fetch(location, &folder, name);
-
         let mut files = Vec::new();
         for name in REQUIRED.into_iter().chain(OPTIONAL.into_iter().filter(|name| present.contains(*name))) {
-            files.push(fetch(name)?);
+            files.push(source.fetch(name)?);
         }
+        let unusable = |file: &str, problem: String| ModelError::Unusable { uri: source.uri().join(file), problem };
         let weights = match (present.contains(WEIGHTS), present.contains(INDEX)) {
             (true, _) => vec![WEIGHTS.to_owned()],
             (false, true) => {
-                files.push(fetch(INDEX)?);
-                shards(&folder.join(INDEX)).map_err(|problem| unusable(location, INDEX, problem))?
+                files.push(source.fetch(INDEX)?);
+                shards(&folder.join(INDEX)).map_err(|problem| unusable(INDEX, problem))?
             }
-            (false, false) => return Err(missing(WEIGHTS, hint(&present))),
+            (false, false) => return Err(missing(WEIGHTS, hint(present))),
         };
         let mut tensors = BTreeMap::new();
         for name in &weights {
-            files.push(fetch(name)?);
-            let header = header(&folder.join(name)).map_err(|problem| unusable(location, name, problem))?;
-            tensors.extend(header);
+            files.push(source.fetch(name)?);
+            tensors.extend(header(&folder.join(name)).map_err(|problem| unusable(name, problem))?);
         }
 
         let config = fs::read_to_string(folder.join("config.json")).map_err(|error| error.to_string());
         let config = config.and_then(|text| ModelConfig::parse(&text));
-        let config = config.map_err(|problem| unusable(location, "config.json", problem))?;
-        check_tensors(&config, &tensors).map_err(|problem| unusable(location, &weights[0], problem))?;
-        Ok(Self { digest: digest::of_files(&files), shape: shape(&config, &tensors), folder, config })
+        let config = config.map_err(|problem| unusable("config.json", problem))?;
+        check_tensors(&config, &tensors).map_err(|problem| unusable(&weights[0], problem))?;
+        let (digest, shape) = (digest::of_files(&files), shape(&config, &tensors));
+        Ok(Self { digest, shape, folder: folder.to_owned(), config })
     }
 }
 
@@ -143,32 +141,20 @@ fn is_gguf(name: &str) -> bool {
 }
 
 /// Turns a GGUF file into a folder under `work`, where it may be already, and tells the file's digest.
-fn convert_gguf(location: &Location, work: &Path) -> Result<(PathBuf, String), ModelError> {
-    const NAME: &str = "model.gguf";
-    let downloaded = work.join(NAME);
-    let (path, file) = match location.on_disk() {
-        Some(path) => {
-            let disk = |source| StoreError::Disk { path: path.to_owned(), source };
-            (path, digest::file_on_disk(path, NAME).map_err(disk)?)
-        }
-        None => (downloaded.as_path(), ArtifactFile { path: NAME.into(), ..location.download(&downloaded)? }),
-    };
+fn convert_gguf(uri: &Uri, stores: &Stores, work: &Path) -> Result<(PathBuf, String), ModelError> {
+    let Fetched { path, file, is_copy } = fetch_file(uri, stores, work, "model.gguf")?;
     let digest = digest::of_files(&[file]);
     let folder = work.join(format!("gguf-{}", &digest["sha256:".len()..][..16]));
     if !folder.exists() {
-        let unusable = |problem| ModelError::Unusable { uri: location.uri().clone(), problem };
-        convert(path, &folder).map_err(|error| unusable(error.to_string()))?;
-        tracing::info!(uri = %location.uri(), "converted from GGUF");
+        let unusable = |problem| ModelError::Unusable { uri: uri.clone(), problem };
+        convert(&path, &folder).map_err(|error| unusable(error.to_string()))?;
+        tracing::info!(%uri, "converted from GGUF");
     }
-    if path == downloaded {
+    if is_copy {
         // Weights are not kept twice.
-        fs::remove_file(path).map_err(|source| StoreError::Disk { path: path.to_owned(), source })?;
+        fs::remove_file(&path).map_err(|source| StoreError::Disk { path, source })?;
     }
     Ok((folder, digest))
-}
-
-fn unusable(location: &Location, file: &str, problem: String) -> ModelError {
-    ModelError::Unusable { uri: location.uri().join(file), problem }
 }
 
 /// What to tell the owner of a folder in which a file is missing.
@@ -179,34 +165,6 @@ fn hint(present: &BTreeSet<String>) -> &'static str {
             ", but pickled weights: save the model as safetensors"
         }
         _ => ": baseModel.uri must be a whole Hugging Face model folder",
-    }
-}
-
-/// A folder of this model's own under `work`, without files of an earlier download that the model no longer has: the
-/// engine would take them for its weights.
-fn download_folder(location: &Location, work: &Path, present: &BTreeSet<String>) -> Result<PathBuf, StoreError> {
-    let digest = digest::of_bytes(location.uri().to_string().as_bytes());
-    let folder = work.join(&digest["sha256:".len()..][..16]);
-    for name in [WEIGHTS, INDEX].into_iter().chain(OPTIONAL).filter(|name| !present.contains(*name)) {
-        let path = folder.join(name);
-        if path.exists() {
-            fs::remove_file(&path).map_err(|source| StoreError::Disk { path, source })?;
-        }
-    }
-    Ok(folder)
-}
-
-/// Brings one file into `folder`, where it may be already, and tells its digest.
-fn fetch(location: &Location, folder: &Path, name: &str) -> Result<ArtifactFile, StoreError> {
-    let path = folder.join(name);
-    let object = location.join(name);
-    match object.on_disk() {
-        Some(_) => digest::file_on_disk(&path, name).map_err(|source| StoreError::Disk { path: path.clone(), source }),
-        None => {
-            let file = object.download(&path)?;
-            tracing::info!(uri = %object.uri(), bytes = file.size, "downloaded");
-            Ok(file)
-        }
     }
 }
 

@@ -1,0 +1,127 @@
+//! Where a base model's files come from: a place in a store, or a repository of the Hugging Face Hub.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
+
+use super::{INDEX, ModelError, OPTIONAL, WEIGHTS, hub::Repository};
+use crate::{
+    digest,
+    store::{Location, Role, StoreError, Stores},
+};
+
+/// A folder of files that are fetched one by one.
+pub(super) enum Source {
+    /// In a store.
+    Place {
+        location: Location,
+        /// Where its files are on this machine, or go.
+        folder: PathBuf,
+        files: BTreeSet<String>,
+    },
+    /// On the Hub.
+    Hub(Box<Repository>),
+}
+
+impl Source {
+    /// Opens a model's folder. What has to be downloaded will go under `work`.
+    pub(super) fn open(uri: &Uri, stores: &Stores, work: &Path) -> Result<Self, ModelError> {
+        if let Uri::Hub { repo, revision, path } = uri {
+            if !path.is_empty() {
+                let problem = "name the whole repository, hf://owner/name, or one of its .gguf files".into();
+                return Err(ModelError::Unusable { uri: uri.clone(), problem });
+            }
+            return Ok(Self::Hub(Box::new(Repository::open(uri, repo, revision.as_deref(), stores, work)?)));
+        }
+        let location = stores.open(Role::Model, uri)?;
+        let files = location.list()?.into_iter().collect();
+        let folder = match location.on_disk() {
+            Some(folder) => folder.to_owned(),
+            None => download_folder(&location, work, &files)?,
+        };
+        Ok(Self::Place { location, folder, files })
+    }
+
+    pub(super) fn uri(&self) -> &Uri {
+        match self {
+            Self::Place { location, .. } => location.uri(),
+            Self::Hub(repository) => repository.uri(),
+        }
+    }
+
+    /// The names of all its files.
+    pub(super) fn files(&self) -> &BTreeSet<String> {
+        match self {
+            Self::Place { files, .. } => files,
+            Self::Hub(repository) => repository.files(),
+        }
+    }
+
+    /// Where fetched files are.
+    pub(super) fn folder(&self) -> &Path {
+        match self {
+            Self::Place { folder, .. } => folder,
+            Self::Hub(repository) => repository.folder(),
+        }
+    }
+
+    /// Brings one file here, where it may be already, and tells its digest.
+    pub(super) fn fetch(&self, name: &str) -> Result<ArtifactFile, ModelError> {
+        let (location, folder) = match self {
+            Self::Place { location, folder, .. } => (location, folder),
+            Self::Hub(repository) => return repository.fetch(name),
+        };
+        let (path, object) = (folder.join(name), location.join(name));
+        if object.on_disk().is_some() {
+            return Ok(digest::file_on_disk(&path, name).map_err(|source| StoreError::Disk { path, source })?);
+        }
+        let file = object.download(&path)?;
+        tracing::info!(uri = %object.uri(), bytes = file.size, "downloaded");
+        Ok(file)
+    }
+}
+
+/// A file on this machine.
+pub(super) struct Fetched {
+    pub(super) path: PathBuf,
+    pub(super) file: ArtifactFile,
+    /// It was brought here, and nobody else needs it.
+    pub(super) is_copy: bool,
+}
+
+/// Brings a model that is one file here, under `work` unless it is on a disk already. Its digest goes by `name`.
+pub(super) fn fetch_file(uri: &Uri, stores: &Stores, work: &Path, name: &str) -> Result<Fetched, ModelError> {
+    if let Uri::Hub { repo, revision, path } = uri {
+        let repository = Repository::open(uri, repo, revision.as_deref(), stores, work)?;
+        let file = repository.fetch(path)?;
+        let path = repository.folder().join(path);
+        return Ok(Fetched { path, file: ArtifactFile { path: name.into(), ..file }, is_copy: false });
+    }
+    let location = stores.open(Role::Model, uri)?;
+    if let Some(path) = location.on_disk() {
+        let disk = |source| StoreError::Disk { path: path.to_owned(), source };
+        let file = digest::file_on_disk(path, name).map_err(disk)?;
+        return Ok(Fetched { path: path.to_owned(), file, is_copy: false });
+    }
+    let path = work.join(name);
+    let file = ArtifactFile { path: name.into(), ..location.download(&path)? };
+    Ok(Fetched { path, file, is_copy: true })
+}
+
+/// A folder of this model's own under `work`, without files of an earlier download that the model no longer has: the
+/// engine would take them for its weights.
+fn download_folder(location: &Location, work: &Path, present: &BTreeSet<String>) -> Result<PathBuf, StoreError> {
+    let digest = digest::of_bytes(location.uri().to_string().as_bytes());
+    let folder = work.join(&digest["sha256:".len()..][..16]);
+    for name in [WEIGHTS, INDEX].into_iter().chain(OPTIONAL).filter(|name| !present.contains(*name)) {
+        let path = folder.join(name);
+        if path.exists() {
+            fs::remove_file(&path).map_err(|source| StoreError::Disk { path, source })?;
+        }
+    }
+    Ok(folder)
+}
