@@ -2,6 +2,9 @@
 //! trained; this engine and PEFT in turn, each in processes of its own. Prints a table and writes
 //! `target/bench/trainer.json`. `TUNESMITH_MODEL` names a model folder (random weights without), `TUNESMITH_PYTHON` a
 //! Python that has peft (by default the oracle's; without one, ours alone is measured).
+//!
+//! For one of ours alone, operation by operation: `TUNESMITH_BENCH_CHILD=keep` (or `qlora`, or a file of micro-batches)
+//! with `TUNESMITH_BENCH_PROFILE=1`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -156,6 +159,19 @@ fn measure(work: &Work) -> Measured {
         seconds.push(start.elapsed().as_secs_f64());
         cpu_seconds.push(cpu_time() - start_cpu);
         losses.push(loss.sum / loss.tokens as f64);
+        if seconds.len() == 1 && std::env::var_os("TUNESMITH_BENCH_PROFILE").is_some() {
+            profile::start();
+        }
+    }
+    let peak = if profile::totals().is_empty() { 0.0 } else { profile::peak_gflops() };
+    for (name, total) in profile::totals() {
+        let share = 100.0 * total.seconds / seconds[1..].iter().sum::<f64>();
+        let speed = 1e-9 * total.flops / total.seconds;
+        eprintln!(
+            "{name:<28}{:>8.3} s{share:>7.1} %{speed:>8.0} GFLOP/s{:>6.0} %",
+            total.seconds,
+            100.0 * speed / peak
+        );
     }
     let threads = rayon::current_num_threads();
     Measured { seconds, cpu_seconds, peak_rss_bytes: peak_rss(), losses, threads }

@@ -94,6 +94,24 @@ pub struct LoraGrads<'a, T> {
     pub b: &'a mut T,
 }
 
+/// What the backward pass of an adapted layer takes from the forward pass.
+pub struct AdaptedForward<'a, T> {
+    /// The layer's input.
+    pub x: &'a T,
+    /// dropout(x) · Aᵀ.
+    pub hidden: &'a T,
+}
+
+/// What is to become of the gradient of a layer's input.
+pub enum InputGrad<T> {
+    /// It is not wanted.
+    None,
+    /// It is wanted alone.
+    Fresh,
+    /// It is wanted, added to this.
+    Onto(T),
+}
+
 /// Numbers of one AdamW step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWStep {
@@ -249,18 +267,25 @@ pub trait Backend: Send + Sync + Sized {
         d_magnitude: &mut Self::Tensor,
     );
 
-    /// y += scale · dropout(x) · Aᵀ · Bᵀ; returns dropout(x) · Aᵀ [tokens, rank], which the backward pass needs.
-    fn lora(&self, x: &Self::Tensor, lora: &LoraRef<'_, Self::Tensor>, y: &mut Self::Tensor) -> Self::Tensor;
-    /// Adds to the adapter's gradients and, where wanted, to the gradient of x.
-    fn lora_backward(
+    /// x · Wᵀ + scale · dropout(x) · Aᵀ · Bᵀ, added to `onto` if there is one; and dropout(x) · Aᵀ [tokens, rank], which the
+    /// backward pass needs.
+    fn adapted_linear(
         &self,
         x: &Self::Tensor,
-        hidden: &Self::Tensor,
+        w: WeightRef<'_, Self>,
+        lora: &LoraRef<'_, Self::Tensor>,
+        onto: Option<Self::Tensor>,
+    ) -> (Self::Tensor, Self::Tensor);
+    /// Adds to the adapter's gradients, and gives the gradient of x.
+    fn adapted_linear_backward(
+        &self,
+        forward: AdaptedForward<'_, Self::Tensor>,
+        w: WeightRef<'_, Self>,
         lora: &LoraRef<'_, Self::Tensor>,
         dy: &Self::Tensor,
         grads: LoraGrads<'_, Self::Tensor>,
-        dx: Option<&mut Self::Tensor>,
-    );
+        dx: InputGrad<Self::Tensor>,
+    ) -> Option<Self::Tensor>;
 
     /// Rotates the halves of each head by its position's angles (Su et al., 2021; transformers' layout); `rope` is the
     /// index of the embedding that [`Backend::rows`] got.

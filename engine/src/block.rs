@@ -9,9 +9,9 @@
 //! is added. The backward pass needs of the activations only what [`Kept`] holds. Norms and the gated product are
 //! computed again where a layer asks for its input: that is cheaper than keeping them.
 
-use crate::backend::{Attention, AttentionForward, Backend, Dropout, Heads};
+use crate::backend::{Attention, AttentionForward, Backend, Dropout, Heads, InputGrad};
 use crate::config::{LayerConfig, ModelConfig};
-use crate::linear::{InputGrad, Linear, LoraKept};
+use crate::linear::{Linear, LoraKept};
 use crate::model::rms_norm;
 use crate::param::Param;
 use crate::projection::{PerProjection, Projection};

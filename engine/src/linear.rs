@@ -3,7 +3,7 @@
 //! DoRA (Liu et al., 2024) multiplies what W and the update give by magnitude / ‖W + scale·B·A‖; as in PEFT, the norm
 //! counts as a constant in the backward pass.
 
-use crate::backend::{Backend, Dropout, LoraGrads, LoraRef};
+use crate::backend::{AdaptedForward, Backend, Dropout, InputGrad, LoraGrads, LoraRef};
 use crate::param::{Param, Weight};
 
 /// A linear layer of a block.
@@ -33,16 +33,6 @@ pub(crate) struct LoraKept<T> {
     dora: Option<(T, T)>,
 }
 
-/// What is to become of the gradient of a layer's input.
-pub(crate) enum InputGrad<T> {
-    /// It is not wanted.
-    None,
-    /// It is wanted alone.
-    Fresh,
-    /// It is wanted, added to this.
-    Onto(T),
-}
-
 impl<T> LoraLayer<T> {
     pub(crate) fn as_ref(&self, dropout: Option<Dropout>) -> LoraRef<'_, T> {
         LoraRef { a: &self.a.value, b: &self.b.value, scale: self.scale, dropout }
@@ -67,10 +57,7 @@ impl<B: Backend> Linear<B> {
         x: &B::Tensor,
         dropout: Option<Dropout>,
     ) -> (B::Tensor, Option<LoraKept<B::Tensor>>) {
-        let mut y = backend.linear(x, self.weight.get());
-        let kept = self.adapt(backend, x, dropout, &mut y);
-        self.add_bias(backend, &mut y);
-        (y, kept)
+        self.forward_from(backend, x, dropout, None)
     }
 
     /// residual + W·x + bias, with the update.
@@ -86,35 +73,39 @@ impl<B: Backend> Linear<B> {
             backend.add(&mut y, residual);
             return (y, kept);
         }
-        let mut y = backend.copy(residual);
-        backend.linear_add(x, self.weight.get(), &mut y);
-        let kept = self.adapt(backend, x, dropout, &mut y);
-        self.add_bias(backend, &mut y);
-        (y, kept)
+        self.forward_from(backend, x, dropout, Some(backend.copy(residual)))
     }
 
-    fn adapt(
+    /// `onto` + W·x + bias, with the update.
+    fn forward_from(
         &self,
         backend: &B,
         x: &B::Tensor,
         dropout: Option<Dropout>,
-        y: &mut B::Tensor,
-    ) -> Option<LoraKept<B::Tensor>> {
-        let adapter = self.adapter.as_ref()?;
-        let lora = adapter.as_ref(dropout);
-        let hidden = backend.lora(x, &lora, y);
-        let dora = adapter.magnitude.as_ref().map(|magnitude| {
-            let factors = backend.dora_factors(self.weight.get(), &lora, &magnitude.value);
-            let scaled = backend.scale_columns(y, &factors);
-            (factors, std::mem::replace(y, scaled))
-        });
-        Some(LoraKept { hidden, dora })
-    }
-
-    fn add_bias(&self, backend: &B, y: &mut B::Tensor) {
+        onto: Option<B::Tensor>,
+    ) -> (B::Tensor, Option<LoraKept<B::Tensor>>) {
+        let w = self.weight.get();
+        let (mut y, kept) = match (&self.adapter, onto) {
+            (None, None) => (backend.linear(x, w), None),
+            (None, Some(mut y)) => {
+                backend.linear_add(x, w, &mut y);
+                (y, None)
+            }
+            (Some(adapter), onto) => {
+                let lora = adapter.as_ref(dropout);
+                let (mut y, hidden) = backend.adapted_linear(x, w, &lora, onto);
+                let dora = adapter.magnitude.as_ref().map(|magnitude| {
+                    let factors = backend.dora_factors(w, &lora, &magnitude.value);
+                    let scaled = backend.scale_columns(&y, &factors);
+                    (factors, std::mem::replace(&mut y, scaled))
+                });
+                (y, Some(LoraKept { hidden, dora }))
+            }
+        };
         if let Some(bias) = &self.bias {
-            backend.add_bias(y, &bias.value);
+            backend.add_bias(&mut y, &bias.value);
         }
+        (y, kept)
     }
 
     /// Adds the gradients of what is trained, and gives that of the input. `x` is there if [`Linear::needs_input`].
@@ -135,22 +126,23 @@ impl<B: Backend> Linear<B> {
         if let (Some(grad), Some(x)) = (self.weight.grad_mut(), x) {
             backend.linear_weight_backward(x, dy, grad);
         }
-        let mut dx = match dx {
-            InputGrad::None => None,
-            InputGrad::Fresh => Some(backend.linear_backward(dy, self.weight.get())),
-            InputGrad::Onto(mut dx) => {
-                backend.linear_backward_add(dy, self.weight.get(), &mut dx);
-                Some(dx)
-            }
-        };
+        let w = self.weight.get();
         if let (Some(adapter), Some(x), Some(kept)) = (&mut self.adapter, x, kept) {
             let LoraLayer { a, b, scale, .. } = adapter;
             let lora = LoraRef { a: &a.value, b: &b.value, scale: *scale, dropout };
             if let (Some(a), Some(b)) = (&mut a.grad, &mut b.grad) {
-                backend.lora_backward(x, &kept.hidden, &lora, dy, LoraGrads { a, b }, dx.as_mut());
+                let forward = AdaptedForward { x, hidden: &kept.hidden };
+                return backend.adapted_linear_backward(forward, w, &lora, dy, LoraGrads { a, b }, dx);
             }
         }
-        dx
+        match dx {
+            InputGrad::None => None,
+            InputGrad::Fresh => Some(backend.linear_backward(dy, w)),
+            InputGrad::Onto(mut dx) => {
+                backend.linear_backward_add(dy, w, &mut dx);
+                Some(dx)
+            }
+        }
     }
 
     /// The gradient of what DoRA's factors multiplied, and that of the magnitude added up.

@@ -1,11 +1,12 @@
-//! The low-rank update y += scale · dropout(x) · Aᵀ · Bᵀ and its gradients: x [tokens, in], A [rank, in], B [out, rank].
+//! The low-rank update scale · dropout(x) · Aᵀ · Bᵀ and its gradients: x [tokens, in], A [rank, in], B [out, rank]. What it
+//! adds to the layer's output and to the gradient of its input is part of the layer's own products.
 //!
 //! The dropout mask is a function of a key and the element's index (Philox), so it is drawn
 //! again in the backward pass instead of kept, and does not depend on the number of threads.
 
 use rayon::prelude::*;
 
-use super::gemm::{Output, View, ViewMut, gemm};
+use super::gemm::{Operand, Output, View, ViewMut, gemm};
 use super::simd::vectorize;
 use crate::backend::Dropout;
 use crate::random::philox;
@@ -19,13 +20,15 @@ pub(super) struct Shape {
     pub(super) rank: usize,
 }
 
-/// hidden [tokens, rank] = x · Aᵀ; y += scale · hidden · Bᵀ. `x` has dropout applied.
-pub(super) fn forward(s: Shape, x: &[f32], a: &[f32], b: &[f32], scale: f32, hidden: &mut [f32], y: &mut [f32]) {
+/// Up to this rank, the gradients of A and B are products of so few rows that their other side is not packed.
+const FEW_ROWS: usize = 32;
+/// Rows of B's gradient that one task adds.
+const TASK_ROWS: usize = 64;
+
+/// hidden [tokens, rank] = x · Aᵀ. `x` has dropout applied.
+pub(super) fn hidden(s: Shape, x: &[f32], a: &[f32], hidden: &mut [f32]) {
     let a = View::new(a, s.rank, s.input);
-    let b = View::new(b, s.output, s.rank);
     gemm(ViewMut::new(hidden, s.tokens, s.rank), Output::Set, 1.0, View::new(x, s.tokens, s.input), a.t());
-    let hidden = View::new(hidden, s.tokens, s.rank);
-    gemm(ViewMut::new(y, s.tokens, s.output), Output::Add, scale, hidden, b.t());
 }
 
 /// What [`backward`] reads.
@@ -37,33 +40,43 @@ pub(super) struct Backward<'a> {
     pub(super) dy: &'a [f32],
 }
 
-/// d_hidden = scale · dy · B; dA += d_hiddenᵀ · x; dB += scale · dyᵀ · hidden. `x` has dropout applied.
-pub(super) fn backward(s: Shape, f: &Backward<'_>, d_hidden: &mut [f32], d_a: &mut [f32], d_b: &mut [f32]) {
+/// d_hidden = scale · dy · B; dA += d_hiddenᵀ · x; dB += scale · dyᵀ · hidden. `x` has dropout applied; `scratch` is as large
+/// as B.
+pub(super) fn backward(
+    s: Shape,
+    f: &Backward<'_>,
+    d_hidden: &mut [f32],
+    d_a: &mut [f32],
+    d_b: &mut [f32],
+    scratch: &mut [f32],
+) {
     let dy = View::new(f.dy, s.tokens, s.output);
     gemm(ViewMut::new(d_hidden, s.tokens, s.rank), Output::Set, f.scale, dy, View::new(f.b, s.output, s.rank));
-    gemm(
-        ViewMut::new(d_a, s.rank, s.input),
-        Output::Add,
-        1.0,
-        View::new(d_hidden, s.tokens, s.rank).t(),
-        View::new(f.x, s.tokens, s.input),
-    );
-    gemm(ViewMut::new(d_b, s.output, s.rank), Output::Add, f.scale, dy.t(), View::new(f.hidden, s.tokens, s.rank));
+    let operand = |view| if s.rank <= FEW_ROWS { Operand::InPlace(view) } else { Operand::View(view) };
+    let transposed = View::new(d_hidden, s.tokens, s.rank).t();
+    let x = View::new(f.x, s.tokens, s.input);
+    gemm(ViewMut::new(d_a, s.rank, s.input), Output::Add, 1.0, transposed, operand(x));
+    // dBᵀ = hiddenᵀ · dy reads the long rows of dy in order; dyᵀ · hidden would jump from one to the next.
+    let hidden = View::new(f.hidden, s.tokens, s.rank).t();
+    gemm(ViewMut::new(scratch, s.rank, s.output), Output::Set, f.scale, hidden, operand(dy));
+    d_b.par_chunks_mut(TASK_ROWS * s.rank).enumerate().for_each(|(task, d_b)| {
+        for (i, d_b) in d_b.chunks_exact_mut(s.rank).enumerate() {
+            let column = scratch[task * TASK_ROWS + i..].iter().step_by(s.output);
+            d_b.iter_mut().zip(column).for_each(|(d_b, x)| *d_b += x);
+        }
+    });
 }
 
-/// dx += d_hidden · A, where the mask kept x.
-pub(super) fn input_gradient(
+/// dx += d_hidden · A, where the mask kept x; `scratch` is as large as x.
+pub(super) fn dropped_input_gradient(
     s: Shape,
     d_hidden: &[f32],
     a: &[f32],
     dx: &mut [f32],
-    dropout: Option<(Dropout, &mut [f32])>,
+    dropout: Dropout,
+    scratch: &mut [f32],
 ) {
-    let d_hidden = View::new(d_hidden, s.tokens, s.rank);
-    let a = View::new(a, s.rank, s.input);
-    let Some((dropout, scratch)) = dropout else {
-        return gemm(ViewMut::new(dx, s.tokens, s.input), Output::Add, 1.0, d_hidden, a);
-    };
+    let (d_hidden, a) = (View::new(d_hidden, s.tokens, s.rank), View::new(a, s.rank, s.input));
     gemm(ViewMut::new(scratch, s.tokens, s.input), Output::Set, 1.0, d_hidden, a);
     masked(dropout, scratch, dx, |dx, masked| *dx += masked);
 }

@@ -24,13 +24,13 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::backend::{
-    AdamWStep, Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout, LoraGrads, LoraRef, RmsNorm, Row,
-    SgdStep, WeightRef,
+    AdamWStep, AdaptedForward, Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout, InputGrad, LoraGrads,
+    LoraRef, RmsNorm, Row, SgdStep, WeightRef,
 };
 use crate::config::{Activation, Rope};
 use crate::quantize::{Blockwise, Quantization, StoredWeight};
 use crate::weights::HostTensor;
-use gemm::{Operand, Output, View, ViewMut, gemm};
+use gemm::{Operand, Output, Term, View, ViewMut, gemm, gemm_sum};
 use profile::time;
 pub use rows::Rows;
 use tensor::Pool;
@@ -66,21 +66,34 @@ fn matrix<'a>(w: WeightRef<'a, Cpu>) -> Matrix<'a> {
     }
 }
 
-/// y (+)= x · Wᵀ.
-fn project(x: &Tensor, w: Matrix<'_>, output: Output, y: &mut Tensor) {
-    let (rows, cols) = (y.rows(), y.cols());
-    if rows == 1 && output == Output::Set {
-        return gemm::matvec(w, x.values(), y.values_mut());
-    }
-    let x = View::new(x.values(), x.rows(), x.cols());
-    gemm(ViewMut::new(y.values_mut(), rows, cols), output, 1.0, x, Operand::transposed(w));
+fn view(x: &Tensor) -> View<'_> {
+    View::new(x.values(), x.rows(), x.cols())
 }
 
-/// dx (+)= dy · W.
-fn project_back(dy: &Tensor, w: Matrix<'_>, output: Output, dx: &mut Tensor) {
+/// y (+)= x · Wᵀ, and another product.
+fn project(x: &Tensor, w: Matrix<'_>, output: Output, y: &mut Tensor, more: Option<Term<'_>>) {
+    let (rows, cols) = (y.rows(), y.cols());
+    let (own, more) = (Term::new(1.0, view(x), Operand::transposed(w)), more.as_slice());
+    if rows == 1 {
+        gemm::matvec(w, x.values(), output, y.values_mut());
+        return more.iter().for_each(|&term| gemm_sum(ViewMut::new(y.values_mut(), rows, cols), Output::Add, &[term]));
+    }
+    let y = ViewMut::new(y.values_mut(), rows, cols);
+    match more {
+        [more] => gemm_sum(y, output, &[own, *more]),
+        _ => gemm_sum(y, output, &[own]),
+    }
+}
+
+/// dx (+)= dy · W, and another product.
+fn project_back(dy: &Tensor, w: Matrix<'_>, output: Output, dx: &mut Tensor, more: Option<Term<'_>>) {
     let (rows, cols) = (dx.rows(), dx.cols());
-    let dy = View::new(dy.values(), dy.rows(), dy.cols());
-    gemm(ViewMut::new(dx.values_mut(), rows, cols), output, 1.0, dy, Operand::new(w));
+    let dx = ViewMut::new(dx.values_mut(), rows, cols);
+    let own = Term::new(1.0, view(dy), Operand::new(w));
+    match more {
+        Some(more) => gemm_sum(dx, output, &[own, more]),
+        None => gemm_sum(dx, output, &[own]),
+    }
 }
 
 /// Elements that one task of an element-wise operation takes.
@@ -94,11 +107,6 @@ fn lora_shape(x: &Tensor, lora: &LoraRef<'_, Tensor>) -> lora::Shape {
 fn elements(w: WeightRef<'_, Cpu>) -> usize {
     let w = matrix(w);
     w.rows * w.cols
-}
-
-fn lora_backward_flops(x: &Tensor, lora: &LoraRef<'_, Tensor>, wants_dx: bool) -> usize {
-    let (input, output) = (x.cols(), lora.b.rows());
-    2 * x.rows() * lora.a.rows() * (2 * output + if wants_dx { 2 } else { 1 } * input)
 }
 
 /// Logits, and with gradients that of x and perhaps that of the weight, for which the logits are computed again.
@@ -228,26 +236,26 @@ impl Backend for Cpu {
         let _timer = time("linear", 2 * x.rows() * elements(w));
         let w = matrix(w);
         let mut y = self.stale(x.rows(), w.rows);
-        project(x, w, Output::Set, &mut y);
+        project(x, w, Output::Set, &mut y, None);
         y
     }
 
     fn linear_add(&self, x: &Tensor, w: WeightRef<'_, Self>, y: &mut Tensor) {
         let _timer = time("linear", 2 * x.rows() * elements(w));
-        project(x, matrix(w), Output::Add, y);
+        project(x, matrix(w), Output::Add, y, None);
     }
 
     fn linear_backward(&self, dy: &Tensor, w: WeightRef<'_, Self>) -> Tensor {
         let _timer = time("linear, backward", 2 * dy.rows() * elements(w));
         let w = matrix(w);
         let mut dx = self.stale(dy.rows(), w.cols);
-        project_back(dy, w, Output::Set, &mut dx);
+        project_back(dy, w, Output::Set, &mut dx, None);
         dx
     }
 
     fn linear_backward_add(&self, dy: &Tensor, w: WeightRef<'_, Self>, dx: &mut Tensor) {
         let _timer = time("linear, backward", 2 * dy.rows() * elements(w));
-        project_back(dy, matrix(w), Output::Add, dx);
+        project_back(dy, matrix(w), Output::Add, dx, None);
     }
 
     fn linear_weight_backward(&self, x: &Tensor, dy: &Tensor, d_weight: &mut Tensor) {
@@ -326,36 +334,40 @@ impl Backend for Cpu {
         columns::add_products(y.values(), dy.values(), &factors.collect::<Vec<f32>>(), d_magnitude.values_mut());
     }
 
-    fn lora(&self, x: &Tensor, lora: &LoraRef<'_, Tensor>, y: &mut Tensor) -> Tensor {
-        let _timer = time("lora", 2 * x.rows() * lora.a.rows() * (x.cols() + lora.b.rows()));
-        let shape = lora_shape(x, lora);
-        let dropped = self.dropped(x, lora.dropout);
-        let input = dropped.as_ref().unwrap_or(x);
-        let mut hidden = self.stale(shape.tokens, shape.rank);
-        lora::forward(
-            shape,
-            input.values(),
-            lora.a.values(),
-            lora.b.values(),
-            lora.scale,
-            hidden.values_mut(),
-            y.values_mut(),
-        );
-        hidden
-    }
-
-    fn lora_backward(
+    fn adapted_linear(
         &self,
         x: &Tensor,
-        hidden: &Tensor,
+        w: WeightRef<'_, Self>,
+        lora: &LoraRef<'_, Tensor>,
+        onto: Option<Tensor>,
+    ) -> (Tensor, Tensor) {
+        let timer = time("lora", 2 * x.rows() * lora.a.rows() * x.cols());
+        let shape = lora_shape(x, lora);
+        let dropped = self.dropped(x, lora.dropout);
+        let mut hidden = self.stale(shape.tokens, shape.rank);
+        lora::hidden(shape, dropped.as_ref().unwrap_or(x).values(), lora.a.values(), hidden.values_mut());
+        drop(timer);
+        let _timer = time("linear", 2 * x.rows() * (elements(w) + lora.b.rows() * lora.b.cols()));
+        let output = if onto.is_some() { Output::Add } else { Output::Set };
+        let mut y = onto.unwrap_or_else(|| self.stale(shape.tokens, shape.output));
+        let update = Term::new(lora.scale, view(&hidden), view(lora.b).t());
+        project(x, matrix(w), output, &mut y, Some(update));
+        (y, hidden)
+    }
+
+    fn adapted_linear_backward(
+        &self,
+        AdaptedForward { x, hidden }: AdaptedForward<'_, Tensor>,
+        w: WeightRef<'_, Self>,
         lora: &LoraRef<'_, Tensor>,
         dy: &Tensor,
         grads: LoraGrads<'_, Tensor>,
-        dx: Option<&mut Tensor>,
-    ) {
-        let _timer = time("lora, backward", lora_backward_flops(x, lora, dx.is_some()));
+        dx: InputGrad<Tensor>,
+    ) -> Option<Tensor> {
         let shape = lora_shape(x, lora);
+        let timer = time("lora, backward", 2 * shape.tokens * shape.rank * (2 * shape.output + shape.input));
         let mut d_hidden = self.stale(shape.tokens, shape.rank);
+        let mut d_b = self.stale(shape.rank, shape.output);
         let dropped = self.dropped(x, lora.dropout);
         let f = lora::Backward {
             x: dropped.as_ref().unwrap_or(x).values(),
@@ -364,14 +376,23 @@ impl Backend for Cpu {
             scale: lora.scale,
             dy: dy.values(),
         };
-        let (d_a, d_b) = (grads.a.values_mut(), grads.b.values_mut());
-        lora::backward(shape, &f, d_hidden.values_mut(), d_a, d_b);
-        if let Some(dx) = dx {
+        let (grad_a, grad_b) = (grads.a.values_mut(), grads.b.values_mut());
+        lora::backward(shape, &f, d_hidden.values_mut(), grad_a, grad_b, d_b.values_mut());
+        drop(timer);
+        let (output, mut dx) = match dx {
+            InputGrad::None => return None,
+            InputGrad::Fresh => (Output::Set, self.stale(shape.tokens, shape.input)),
+            InputGrad::Onto(dx) => (Output::Add, dx),
+        };
+        let _timer = time("linear, backward", 2 * x.rows() * (elements(w) + lora.a.rows() * lora.a.cols()));
+        let update = lora.dropout.is_none().then(|| Term::new(1.0, view(&d_hidden), view(lora.a)));
+        project_back(dy, matrix(w), output, &mut dx, update);
+        if let (Some(dropout), Some(mut scratch)) = (lora.dropout, dropped) {
             // The dropped copy of x has served; its buffer takes the gradient before the mask.
-            let mut scratch = dropped;
-            let dropout = lora.dropout.zip(scratch.as_mut().map(Tensor::values_mut));
-            lora::input_gradient(shape, d_hidden.values(), lora.a.values(), dx.values_mut(), dropout);
+            let (a, scratch) = (lora.a.values(), scratch.values_mut());
+            lora::dropped_input_gradient(shape, d_hidden.values(), a, dx.values_mut(), dropout, scratch);
         }
+        Some(dx)
     }
 
     fn rope(&self, x: &mut Tensor, head_dim: usize, rows: &Rows, rope: usize) {
