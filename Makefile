@@ -9,7 +9,7 @@ DEMO_FLAGS := --kubeconfig $(KUBECONFIG)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit e2e generate oracle bench down rust
+.PHONY: help demo test lint unit e2e generate oracle bench fuzz down rust
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,13 @@ oracle: rust ## Compare with transformers and PEFT (installs PyTorch, 6 GB)
 
 bench: rust ## Speed and memory, beside PEFT where Python has it
 	$(CARGO) bench --package tunesmith-engine --bench trainer
+
+FUZZ_SECONDS ?= 60
+fuzz: rust ## Feed damaged files to all that reads files (installs cargo-fuzz; FUZZ_SECONDS=60 a target)
+	rustup toolchain install nightly --profile minimal
+	cargo fuzz --version >/dev/null 2>&1 || cargo install cargo-fuzz --locked
+	set -e; for target in $$(cargo +nightly fuzz list --fuzz-dir fuzz); do \
+	  cargo +nightly fuzz run --fuzz-dir fuzz $$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048; done
 
 down: rust ## Remove the demo's cluster
 	e2e/cluster down

@@ -23,6 +23,7 @@ pub mod progress;
 pub mod publish;
 pub mod store;
 pub mod train;
+pub mod untrusted;
 pub mod verify;
 
 #[cfg(test)]

@@ -39,16 +39,21 @@ impl Spec for VerifySpec {
 /// The file is missing, or is no spec of this version.
 pub fn read_spec<T: Spec>(path: &Path) -> Result<T, Error> {
     let text = fs::read(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    parse_spec(&text, path)
+}
+
+/// A spec from the content of a file.
+pub(crate) fn parse_spec<T: Spec>(text: &[u8], path: &Path) -> Result<T, Error> {
     let advice = "operator and trainer must be of one release";
     // The version first: a spec of another one may have other fields.
     let version =
-        serde_json::from_slice::<serde_json::Value>(&text).ok().and_then(|json| json["schemaVersion"].as_u64());
+        serde_json::from_slice::<serde_json::Value>(text).ok().and_then(|json| json["schemaVersion"].as_u64());
     if let Some(version) = version.filter(|&version| version != u64::from(SCHEMA_VERSION)) {
         let message =
             format!("{} has schemaVersion {version}, this trainer reads {SCHEMA_VERSION}: {advice}", path.display());
         return Err(Error::Spec(message));
     }
-    serde_json::from_slice(&text).map_err(|error| Error::Spec(format!("{}: {error}; {advice}", path.display())))
+    serde_json::from_slice(text).map_err(|error| Error::Spec(format!("{}: {error}; {advice}", path.display())))
 }
 
 /// Does the work, leaves its report at `path`, and tells the exit code. A panic is reported like an error.

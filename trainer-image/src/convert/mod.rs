@@ -8,7 +8,7 @@ mod config;
 mod gguf;
 mod names;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tokenizer;
 mod weights;
 

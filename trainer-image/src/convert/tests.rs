@@ -16,7 +16,7 @@ use crate::{data::encode::Vocabulary, model::ModelFolder, store::Stores};
 
 const HIDDEN: usize = 32;
 
-fn metadata() -> Vec<(&'static str, Value)> {
+pub(crate) fn metadata() -> Vec<(&'static str, Value)> {
     let texts = |texts: &[&str]| Value::Array(texts.iter().map(|text| Value::String((*text).into())).collect());
     let tokens = ["<|eos|>", "a", "b", "ab", "1"];
     vec![
@@ -37,7 +37,7 @@ fn metadata() -> Vec<(&'static str, Value)> {
     ]
 }
 
-fn tensors() -> Vec<(&'static str, Vec<usize>)> {
+pub(crate) fn tensors() -> Vec<(&'static str, Vec<usize>)> {
     vec![
         ("token_embd.weight", vec![5, HIDDEN]),
         ("output_norm.weight", vec![HIDDEN]),
@@ -53,7 +53,7 @@ fn tensors() -> Vec<(&'static str, Vec<usize>)> {
     ]
 }
 
-fn gguf(metadata: &[(&str, Value)], tensors: &[(&str, Vec<usize>)]) -> Vec<u8> {
+pub(crate) fn gguf(metadata: &[(&str, Value)], tensors: &[(&str, Vec<usize>)]) -> Vec<u8> {
     let tensor = |shape: &Vec<usize>| {
         let values = Tensor::rand(-1f32, 1f32, shape.as_slice(), &Device::Cpu).unwrap();
         QTensor::quantize(&values, if shape.len() == 1 { GgmlDType::F32 } else { GgmlDType::Q4_1 }).unwrap()

@@ -182,7 +182,7 @@ fn shards(index: &Path) -> Result<Vec<String>, String> {
 }
 
 /// A stored tensor.
-struct Tensor {
+pub(crate) struct Tensor {
     dtype: Dtype,
     shape: Vec<usize>,
 }
@@ -191,6 +191,12 @@ struct Tensor {
 fn header(path: &Path) -> Result<BTreeMap<String, Tensor>, String> {
     let io = |error: std::io::Error| error.to_string();
     let mut file = File::open(path).map_err(io)?;
+    let bytes = file.metadata().map_err(io)?.len();
+    read_header(&mut file, bytes)
+}
+
+/// The same of a file that has so many bytes.
+pub(crate) fn read_header(file: &mut impl Read, bytes: u64) -> Result<BTreeMap<String, Tensor>, String> {
     let mut length = [0; 8];
     file.read_exact(&mut length).map_err(|_| "too short for a safetensors file; upload it again")?;
     let header_bytes = u64::from_le_bytes(length);
@@ -198,14 +204,13 @@ fn header(path: &Path) -> Result<BTreeMap<String, Tensor>, String> {
         return Err("not a safetensors file: its header would be too long".into());
     }
     let mut header = Vec::new();
-    (&mut file).take(header_bytes).read_to_end(&mut header).map_err(io)?;
+    file.take(header_bytes).read_to_end(&mut header).map_err(|error| error.to_string())?;
     let metadata: Metadata =
         serde_json::from_slice(&header).map_err(|error| format!("not a whole safetensors file: {error}"))?;
     let expected = 8 + header_bytes + metadata.data_len() as u64;
-    let found = file.metadata().map_err(io)?.len();
-    if found != expected {
+    if bytes != expected {
         return Err(format!(
-            "has {found} bytes, its header says {expected}: the upload was cut short; upload it again"
+            "has {bytes} bytes, its header says {expected}: the upload was cut short; upload it again"
         ));
     }
     let tensor = |info: &TensorInfo| Tensor { dtype: info.dtype, shape: info.shape.clone() };
