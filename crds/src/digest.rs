@@ -168,7 +168,7 @@ mod tests {
     }
 
     fn digest_of(job: &FineTuneJob, preflight: &PreflightReport) -> String {
-        let method = job.spec.method_as(MethodName::LoRA).unwrap();
+        let method = job.spec.method_as(MethodName::LoRA, None).unwrap();
         input_digest(&RunSpec::preflight(job, 1), &method, preflight)
     }
 

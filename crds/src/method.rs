@@ -105,7 +105,7 @@ impl Default for Lora {
 }
 
 /// How QLoRA stores the frozen base.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("(self.bits == 8) == (self.type == 'int8')")
     .message("bits: 4 goes with type nf4 or fp4, bits: 8 with type int8"))]
 #[serde(rename_all = "camelCase")]

@@ -120,14 +120,28 @@ impl Method {
 }
 
 impl FineTuneJobSpec {
-    /// The method with its options, as if the job had asked for `name`; None for Auto, and for QLoRA without
-    /// quantization (which the API server refuses).
-    pub fn method_as(&self, name: MethodName) -> Option<Method> {
+    /// The methods that the job may be run with, for a base model that is stored like this: adapters over a base in few
+    /// bits are QLoRA's, and else Auto weighs LoRA against QLoRA if it may quantize.
+    pub fn methods(&self, stored_as: Option<&Quantization>) -> Vec<MethodName> {
+        match self.method {
+            MethodName::Auto if stored_as.is_some() => vec![MethodName::QLoRA],
+            MethodName::Auto if self.quantization.is_some() => vec![MethodName::LoRA, MethodName::QLoRA],
+            MethodName::Auto => vec![MethodName::LoRA],
+            method => vec![method],
+        }
+    }
+
+    /// The method with its options, as if the job had asked for `name`; None for Auto, and for QLoRA where neither the job
+    /// nor the base model says how it is quantized.
+    pub fn method_as(&self, name: MethodName, stored_as: Option<&Quantization>) -> Option<Method> {
         let lora = self.lora.clone().unwrap_or_default();
         match name {
             MethodName::Full => Some(Method::Full),
             MethodName::LoRA => Some(Method::LoRA { lora }),
-            MethodName::QLoRA => self.quantization.clone().map(|quantization| Method::QLoRA { lora, quantization }),
+            MethodName::QLoRA => {
+                let quantization = stored_as.or(self.quantization.as_ref())?.clone();
+                Some(Method::QLoRA { lora, quantization })
+            }
             MethodName::Auto => None,
         }
     }
@@ -149,7 +163,7 @@ impl RunSpec {
             base_model: spec.base_model.uri.clone(),
             base_digest_pin: spec.base_model.digest.clone(),
             dataset: spec.dataset.clone(),
-            method: spec.method_as(spec.method),
+            method: spec.method_as(spec.method, None),
             training: spec.training.clone(),
             evaluation: spec.evaluation.clone(),
             adapter_name: spec.output.adapter_name.clone(),
@@ -257,6 +271,9 @@ pub struct ModelShape {
     pub vocab_size: u64,
     /// Bytes of a stored parameter.
     pub bytes_per_parameter: u64,
+    /// In how few bits it is stored, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_as: Option<Quantization>,
 }
 
 /// What a training published.

@@ -128,6 +128,7 @@ pub fn preflight_report() -> PreflightReport {
             intermediate_size: 128,
             vocab_size: 1000,
             bytes_per_parameter: 2,
+            stored_as: None,
         },
         lora_parameters_per_rank: 512,
         numerics_version: 1,
@@ -160,7 +161,7 @@ pub fn trained(version: u32) -> Cause {
 
 /// What the attempts of a run that has reserved `version` work on.
 pub fn task(job: &FineTuneJob, run: u32, version: u32, input_digest: &str) -> RunSpec {
-    let method = job.spec.method_as(MethodName::LoRA).unwrap();
+    let method = job.spec.method_as(MethodName::LoRA, None).unwrap();
     RunSpec::preflight(job, run).with_training(
         method,
         TrainTask {

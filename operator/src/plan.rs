@@ -55,13 +55,10 @@ pub fn plan(
     preflight: Option<&PreflightReport>,
     fixed: Option<MethodName>,
 ) -> Result<Planned, NoPlacement> {
-    let methods = match fixed.unwrap_or(spec.method) {
-        MethodName::Auto if spec.quantization.is_some() => vec![MethodName::LoRA, MethodName::QLoRA],
-        MethodName::Auto => vec![MethodName::LoRA],
-        method => vec![method],
-    };
+    let stored_as = preflight.and_then(|report| report.model.stored_as.as_ref());
+    let methods = fixed.map_or_else(|| spec.methods(stored_as), |method| vec![method]);
     let estimate_for = |method: MethodName, device: Device| -> Option<Estimate> {
-        let (report, method) = (preflight?, spec.method_as(method)?);
+        let (report, method) = (preflight?, spec.method_as(method, stored_as)?);
         Some(estimate(
             &Workload {
                 model: &report.model,
@@ -79,7 +76,7 @@ pub fn plan(
 
     let no_class = || NoPlacement::NoClass(placement.method);
     let class = offers.classes.iter().find(|class| class.name_any() == placement.class).ok_or_else(no_class)?;
-    let method = spec.method_as(placement.method).ok_or_else(no_class)?;
+    let method = spec.method_as(placement.method, stored_as).ok_or_else(no_class)?;
     let device = device_of(&class.spec);
     let gpus = placement.pods * placement.gpus_per_pod;
     let estimated = estimate_for(placement.method, device);

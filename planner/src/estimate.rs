@@ -118,7 +118,15 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn llama(parameters: u64, layers: u64, hidden_size: u64, intermediate_size: u64) -> ModelShape {
-        ModelShape { parameters, layers, hidden_size, intermediate_size, vocab_size: 32_000, bytes_per_parameter: 2 }
+        ModelShape {
+            parameters,
+            layers,
+            hidden_size,
+            intermediate_size,
+            vocab_size: 32_000,
+            bytes_per_parameter: 2,
+            stored_as: None,
+        }
     }
 
     fn work<'a>(model: &'a ModelShape, method: &'a Method, training: &'a Training) -> Workload<'a> {

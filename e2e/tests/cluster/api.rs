@@ -21,7 +21,10 @@ async fn the_api_server_refuses_a_bad_manifest_and_says_what_to_do() -> Result<(
         (json!({"dataset": {"evalFraction": null}}), "exactly one of eval.uri and evalFraction"),
         (json!({"evaluation": recall}), "metric recall needs min and probe"),
         (json!({"evaluation": twice}), "give each metric one gate"),
-        (json!({"baseModel": {"uri": "gopher://models"}}), "must be s3://bucket/key, hf://owner/name, pvc://claim/path or file:///path"),
+        (
+            json!({"baseModel": {"uri": "gopher://models"}}),
+            "must be s3://bucket/key, hf://owner/name, pvc://claim/path or file:///path",
+        ),
         (json!({"output": {"adapterName": "Support_Bot"}}), "must be a DNS label"),
     ];
     for (changes, words) in cases {

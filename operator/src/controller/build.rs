@@ -68,7 +68,8 @@ pub fn build(step: &Step, observed: &Observed, image: &Image) -> Option<Change> 
                 dataset_digest: preflight.dataset.digest.clone(),
                 trainer_image: image.name.clone(),
             };
-            let spec = RunSpec::preflight(job, *run).with_training(job.spec.method_as(*method)?, task);
+            let spec = RunSpec::preflight(job, *run)
+                .with_training(job.spec.method_as(*method, preflight.model.stored_as.as_ref())?, task);
             Change::CreateConfigMap(Box::new(task_config_map(job, *run, &spec)))
         }
         Step::CreateAttempt { run, attempt, version, planned, deadline } => {

@@ -408,7 +408,7 @@ fn waits(observed: &Observed, pods: &Pods, otherwise: Phase, retried: &str) -> S
 /// Digest of the run's inputs; None if no class can say which method Auto means.
 fn digest_of(observed: &Observed, run: &Run, report: &PreflightReport) -> Option<String> {
     let spec = &observed.job.spec;
-    let method = match spec.method_as(spec.method) {
+    let method = match spec.method_as(spec.method, report.model.stored_as.as_ref()) {
         Some(method) => method,
         None => plan(spec, &observed.offers, Some(report), method_of(run)).ok()?.method,
     };

@@ -116,7 +116,8 @@ fn run_status(
     let before = previous.run.as_ref().filter(|before| before.number == run.number);
     let report = run.preflight_report();
     let task = run.task.as_ref().and_then(|task| task.train.as_ref());
-    let method = observed.job.spec.method_as(observed.job.spec.method);
+    let stored_as = report.and_then(|report| report.model.stored_as.as_ref());
+    let method = observed.job.spec.method_as(observed.job.spec.method, stored_as);
     let digest = task
         .map(|task| task.input_digest.clone())
         .or_else(|| Some(input_digest(&RunSpec::preflight(&observed.job, run.number), &method?, report?)));

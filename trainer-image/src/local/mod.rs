@@ -91,25 +91,24 @@ fn prepare(
         let beside = manifest.parent().unwrap_or(Path::new(""));
         stand_in(job, beside, context)?;
     }
-    let method = method(job)?;
-    if job.spec.method == MethodName::Auto {
-        progress.note("method Auto is LoRA here");
-    }
-    let spec = RunSpec { method: Some(method.clone()), ..RunSpec::preflight(job, 1) };
+    let spec = RunSpec::preflight(job, 1);
     let found = preflight(&spec, context).map_err(|error| explain_missing_model(error, job, context.stores));
     let Preflight { report, overview } = found?;
+    let method = method(job, &report)?;
+    if job.spec.method == MethodName::Auto {
+        progress.note(&format!("method Auto is {:?} here", method.name()));
+    }
+    let spec = RunSpec { method: Some(method.clone()), ..spec };
     progress.page(&overview.page(Marking::of_standard_output()));
     progress.note(&format!("{} steps", report.total_steps));
     Ok((spec, method, report))
 }
 
-/// The method with its options; Auto is LoRA.
-fn method(job: &FineTuneJob) -> Result<Method, Error> {
-    let name = match job.spec.method {
-        MethodName::Auto => MethodName::LoRA,
-        name => name,
-    };
-    job.spec.method_as(name).ok_or_else(|| Error::Spec("method QLoRA needs quantization".into()))
+/// The method with its options; Auto is the first that may be run.
+fn method(job: &FineTuneJob, report: &PreflightReport) -> Result<Method, Error> {
+    let stored_as = report.model.stored_as.as_ref();
+    let method = job.spec.methods(stored_as)[0];
+    job.spec.method_as(method, stored_as).ok_or_else(|| Error::Spec("method QLoRA needs quantization".into()))
 }
 
 /// Data files beside the manifest stand in for objects of the same name that the local store does not have.

@@ -17,8 +17,12 @@ use safetensors::{
 };
 use serde_json::Value;
 use source::{Fetched, Source, fetch_file};
-use tunesmith_crds::{Uri, run::ModelShape};
-use tunesmith_engine::ModelConfig;
+use tunesmith_crds::{
+    Uri,
+    fine_tune_job::{Quantization, QuantizationType},
+    run::ModelShape,
+};
+use tunesmith_engine::{FourBitCode, ModelConfig, Quantization as EngineQuantization};
 
 use crate::{
     convert::convert,
@@ -237,6 +241,19 @@ fn check_tensors(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> Re
     Ok(())
 }
 
+fn stored_as(quantization: EngineQuantization) -> Quantization {
+    match quantization {
+        EngineQuantization::Int8 => Quantization { bits: 8, kind: QuantizationType::Int8, double_quant: false },
+        EngineQuantization::FourBit { code, double_quant } => {
+            let kind = match code {
+                FourBitCode::Nf4 => QuantizationType::Nf4,
+                FourBitCode::Fp4 => QuantizationType::Fp4,
+            };
+            Quantization { bits: 4, kind, double_quant }
+        }
+    }
+}
+
 fn shape(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> ModelShape {
     let size = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let parameters = config.tensors().iter().map(|(_, shape)| size(shape)).sum();
@@ -248,6 +265,7 @@ fn shape(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> ModelShape
         intermediate_size: config.intermediate_size as u64,
         vocab_size: config.vocab_size as u64,
         bytes_per_parameter: (bits / 8).div_ceil(parameters.max(1)),
+        stored_as: config.stored_as.map(stored_as),
     }
 }
 
@@ -267,6 +285,8 @@ mod tests {
         let float = shape("tied/model");
         for name in ["quantized/nf4", "quantized/fp4", "quantized/int8"] {
             let stored = shape(name);
+            let kind = stored.stored_as.map(|stored| serde_json::to_value(stored.kind).unwrap());
+            assert_eq!(kind.unwrap(), name.rsplit('/').next().unwrap());
             assert_eq!(stored.parameters, float.parameters, "{name}");
             assert!(stored.bytes_per_parameter < float.bytes_per_parameter, "{name}");
         }

@@ -13,7 +13,7 @@ pub(crate) const NAMESPACE: &str = "telecom";
 /// The job's name.
 pub(crate) const NAME: &str = "telecom-support";
 
-/// `kubectl apply -f examples/telecom-support/`.
+/// `kubectl apply -f examples/telecom-support/finetunejob.yaml`.
 pub(crate) fn apply(target: &Target) -> Result<()> {
     let step = Step::start("namespace telecom with its Secret");
     let keys: BTreeMap<_, _> = target.s3.env().into_iter().collect();
@@ -29,8 +29,8 @@ pub(crate) fn apply(target: &Target) -> Result<()> {
     run_with_input(target.kubectl().args(["apply", "--server-side", "--filename=-"]), &objects.to_string())?;
     step.done();
 
-    let example = repository().join("examples").join(NAME);
-    let step = Step::start("kubectl apply -f examples/telecom-support/");
+    let example = repository().join("examples").join(NAME).join("finetunejob.yaml");
+    let step = Step::start("kubectl apply -f examples/telecom-support/finetunejob.yaml");
     run(target.kubectl().args(["apply", "--filename"]).arg(example))?;
     step.done();
     Ok(())

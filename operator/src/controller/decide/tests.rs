@@ -507,6 +507,23 @@ fn auto_takes_qlora_where_lora_is_not_offered() {
 }
 
 #[test]
+fn auto_takes_qlora_for_a_base_in_few_bits_as_these_bits_say() {
+    let auto = job(json!({"method": "Auto"}));
+    let stored = serde_json::from_value(json!({"bits": 4, "type": "fp4", "doubleQuant": false})).unwrap();
+    let mut report = preflight_report();
+    report.model.stored_as = Some(stored);
+    let mut observed = observed_checked(auto, |run| {
+        run.preflight = Some(ended(preflight(), Cause::done(Outcome::Preflight(report.clone()))))
+    });
+    observed.offers.classes =
+        vec![class("cpu", json!({"methods": [{"method": "LoRA", "gpus": 0}, {"method": "QLoRA", "gpus": 0}]}))];
+    let decision = decide(&observed, later());
+    assert!(matches!(&decision.steps[0], Step::ReserveVersion { method: MethodName::QLoRA, .. }), "{decision:?}");
+    let planned = plan(&observed.job.spec, &observed.offers, Some(&report), None).unwrap();
+    assert!(serde_json::to_string(&planned.method).unwrap().contains(r#""type":"fp4""#), "{:?}", planned.method);
+}
+
+#[test]
 fn a_report_of_another_subcommand_fails_the_job() {
     let observed = observed_run(plain(), |run| run.preflight = Some(ended(preflight(), trained(1))));
     check(&observed, Phase::Failed, reason::PREFLIGHT_FAILED);
