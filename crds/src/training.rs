@@ -138,6 +138,8 @@ pub enum Optim {
     /// The same with its state in 8 bits, as bitsandbytes keeps it: a quarter of the memory.
     #[serde(rename = "adamw_bnb_8bit")]
     AdamwBnb8bit,
+    /// Adafactor at the given learning rate, with transformers' other defaults: next to no state of a matrix.
+    Adafactor,
     /// Stochastic gradient descent without momentum.
     Sgd,
 }

@@ -66,6 +66,27 @@ def optimizer(out):
     save_file({n: t.contiguous().clone() for n, t in tensors.items()}, out / "optimizer.safetensors")
 
 
+def adafactor(out):
+    """Three steps of transformers' Adafactor with a given learning rate, on a matrix and a vector."""
+    torch.manual_seed(3)
+    params = {"matrix": torch.nn.Parameter(torch.randn(43, 101)), "vector": torch.nn.Parameter(torch.randn(101))}
+    tensors = {name: param.data.clone() for name, param in params.items()}
+    rule = transformers.optimization.Adafactor(
+        params.values(), lr=0.01, weight_decay=0.1, scale_parameter=False, relative_step=False
+    )
+    for step in range(3):
+        for name, param in params.items():
+            param.grad = torch.randn(param.shape) * torch.logspace(-6, 0, 101)
+            if name == "matrix":
+                param.grad[7:13] = 0
+            tensors[f"{name}.grad{step}"] = param.grad.clone()
+        rule.step()
+    for name, param in params.items():
+        state = {key: value for key, value in rule.state[param].items() if key.startswith("exp_avg_sq")}
+        tensors |= {f"{name}.{key}": value for key, value in state.items()} | {f"{name}.after": param.data}
+    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, out / "adafactor.safetensors")
+
+
 def four_bit(linear, kind, double):
     packed, state = quantize_4bit(linear.weight.data, blocksize=64, quant_type=kind, compress_statistics=double)
     linear.weight.data = dequantize_4bit(packed, state)
@@ -138,6 +159,7 @@ def main():
     torch.set_num_threads(1)
     codes(out)
     optimizer(out)
+    adafactor(out)
     models(out)
     checkpoints(out)
 

@@ -144,6 +144,38 @@ pub struct SgdStep {
     pub grad_scale: f32,
 }
 
+/// Numbers of one Adafactor step, without a relative step size or a first moment.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdafactorStep {
+    /// Learning rate.
+    pub lr: f64,
+    /// The running mean of squares decays by 1 − step^decay_rate.
+    pub decay_rate: f64,
+    /// Added to squared gradients.
+    pub eps: f64,
+    /// Largest root mean square of an update before the learning rate.
+    pub clip_threshold: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// This step's number, from 1.
+    pub step: u64,
+    /// Factor of the gradients (clipping).
+    pub grad_scale: f32,
+}
+
+/// Adafactor's running mean of squared gradients.
+pub enum SecondMoment<'a, T> {
+    /// Of a matrix: the means of its rows [1, rows] and of its columns [1, cols].
+    Factored {
+        /// Of its rows.
+        row: &'a mut T,
+        /// Of its columns.
+        col: &'a mut T,
+    },
+    /// Of each element.
+    Whole(&'a mut T),
+}
+
 /// A row of a micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
@@ -370,6 +402,14 @@ pub trait Backend: Send + Sync + Sized {
         grad: &Self::Tensor,
         moments: (&mut Self::State8bit, &mut Self::State8bit),
         step: &AdamWStep,
+    );
+    /// One step of Adafactor (Shazeer and Stern, 2018) on one parameter.
+    fn adafactor(
+        &self,
+        param: &mut Self::Tensor,
+        grad: &Self::Tensor,
+        moment: SecondMoment<'_, Self::Tensor>,
+        step: &AdafactorStep,
     );
     /// Zeros in 8 bits, in a map for numbers of either sign or of one.
     fn zeros_8bit(&self, len: usize, signed: bool) -> Self::State8bit;

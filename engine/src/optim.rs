@@ -1,9 +1,9 @@
-//! Optimizers as torch computes them: AdamW with decoupled weight decay (Loshchilov and Hutter, 2019), stochastic
-//! gradient descent; and clipping by global norm. Norm weights and biases never decay.
+//! Optimizers as torch and transformers compute them: AdamW with decoupled weight decay (Loshchilov and Hutter, 2019),
+//! Adafactor (Shazeer and Stern, 2018), stochastic gradient descent; and clipping by global norm. Norm weights and biases never decay.
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{AdamWStep, Backend, SgdStep};
+use crate::backend::{AdafactorStep, AdamWStep, Backend, SecondMoment, SgdStep};
 use crate::param::{Group, Param};
 
 /// How gradients become steps.
@@ -39,6 +39,9 @@ pub enum Rule {
         /// Added to the root of the mean of squares.
         eps: f64,
     },
+    /// Adafactor with a given learning rate and transformers' other defaults: of a matrix it remembers one number a row and
+    /// one a column.
+    Adafactor,
     /// Stochastic gradient descent.
     Sgd {
         /// How much of the last step's direction is kept.
@@ -69,6 +72,15 @@ pub(crate) enum OptimizerState<B: Backend> {
         state1: B::State8bit,
         state2: B::State8bit,
     },
+    /// Mean squares of a matrix's rows and columns.
+    Factored {
+        exp_avg_sq_row: B::Tensor,
+        exp_avg_sq_col: B::Tensor,
+    },
+    /// The running mean of squares alone.
+    Squares {
+        exp_avg_sq: B::Tensor,
+    },
     Sgd {
         momentum_buffer: Option<B::Tensor>,
     },
@@ -98,6 +110,10 @@ impl<B: Backend> OptimizerState<B> {
                 let parts = [quantized(["state1", "absmax1"], state1), quantized(["state2", "absmax2"], state2)];
                 parts.into_iter().flatten().collect()
             }
+            OptimizerState::Factored { exp_avg_sq_row, exp_avg_sq_col } => {
+                vec![plain("exp_avg_sq_row", exp_avg_sq_row), plain("exp_avg_sq_col", exp_avg_sq_col)]
+            }
+            OptimizerState::Squares { exp_avg_sq } => vec![plain("exp_avg_sq", exp_avg_sq)],
             OptimizerState::Sgd { momentum_buffer } => {
                 momentum_buffer.iter().map(|x| plain("momentum_buffer", x)).collect()
             }
@@ -123,6 +139,11 @@ impl<B: Backend> OptimizerState<B> {
                 quantized(state1, &values[..2]);
                 quantized(state2, &values[2..]);
             }
+            OptimizerState::Factored { exp_avg_sq_row, exp_avg_sq_col } => {
+                plain(exp_avg_sq_row, values[0]);
+                plain(exp_avg_sq_col, values[1]);
+            }
+            OptimizerState::Squares { exp_avg_sq } => plain(exp_avg_sq, values[0]),
             OptimizerState::Sgd { momentum_buffer } => {
                 momentum_buffer.iter_mut().for_each(|x| plain(x, values[0]));
             }
@@ -144,6 +165,12 @@ impl Optimizer {
             Rule::AdamW { .. } | Rule::AdamW8bit { .. } => {
                 OptimizerState::AdamW { exp_avg: zeros(), exp_avg_sq: zeros() }
             }
+            // What torch keeps as a vector is one row here.
+            Rule::Adafactor if rows > 1 => OptimizerState::Factored {
+                exp_avg_sq_row: backend.zeros(1, rows),
+                exp_avg_sq_col: backend.zeros(1, cols),
+            },
+            Rule::Adafactor => OptimizerState::Squares { exp_avg_sq: zeros() },
             Rule::Sgd { momentum } => OptimizerState::Sgd { momentum_buffer: (momentum != 0.0).then(zeros) },
         }
     }
@@ -162,6 +189,8 @@ impl Optimizer {
         let lr = if *group == Group::LoraB { lr * self.lora_plus_lr_ratio } else { lr };
         let weight_decay = if *group == Group::Vector { 0.0 } else { self.weight_decay };
         let adamw = |beta1, beta2, eps| AdamWStep { lr, beta1, beta2, eps, weight_decay, step, grad_scale };
+        let adafactor =
+            AdafactorStep { lr, decay_rate: -0.8, eps: 1e-30, clip_threshold: 1.0, weight_decay, step, grad_scale };
         match (self.rule, state) {
             (
                 Rule::AdamW { beta1, beta2, eps } | Rule::AdamW8bit { beta1, beta2, eps },
@@ -169,6 +198,12 @@ impl Optimizer {
             ) => backend.adamw(value, grad, (exp_avg, exp_avg_sq), &adamw(beta1, beta2, eps)),
             (Rule::AdamW8bit { beta1, beta2, eps }, OptimizerState::AdamW8bit { state1, state2 }) => {
                 backend.adamw_8bit(value, grad, (state1, state2), &adamw(beta1, beta2, eps));
+            }
+            (Rule::Adafactor, OptimizerState::Factored { exp_avg_sq_row: row, exp_avg_sq_col: col }) => {
+                backend.adafactor(value, grad, SecondMoment::Factored { row, col }, &adafactor);
+            }
+            (Rule::Adafactor, OptimizerState::Squares { exp_avg_sq }) => {
+                backend.adafactor(value, grad, SecondMoment::Whole(exp_avg_sq), &adafactor);
             }
             (Rule::Sgd { momentum }, OptimizerState::Sgd { momentum_buffer }) => {
                 let numbers = SgdStep { lr, momentum, weight_decay, grad_scale };

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::simd::vectorize;
 
 /// Columns whose sums one task adds up, row after row, so that the bits don't depend on the number of threads.
-const TASK_COLUMNS: usize = 64;
+pub(super) const TASK_COLUMNS: usize = 64;
 
 /// y[i] += values in every row.
 pub(super) fn add_to_rows(y: &mut [f32], width: usize, values: &[f32]) {

@@ -24,8 +24,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::backend::{
-    AdamWStep, AdaptedForward, Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout, InputGrad, LoraGrads,
-    LoraRef, RmsNorm, Row, SgdStep, WeightRef,
+    AdafactorStep, AdamWStep, AdaptedForward, Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout,
+    InputGrad, LoraGrads, LoraRef, RmsNorm, Row, SecondMoment, SgdStep, WeightRef,
 };
 use crate::config::{Activation, Rope};
 use crate::quantize::{Blockwise, Quantization, StoredWeight};
@@ -560,6 +560,17 @@ impl Backend for Cpu {
     ) {
         let _timer = time("optimizer", 0);
         optimizers::adamw_8bit(param.values_mut(), grad.values(), moments, step);
+    }
+
+    fn adafactor(&self, param: &mut Tensor, grad: &Tensor, moment: SecondMoment<'_, Tensor>, step: &AdafactorStep) {
+        let _timer = time("optimizer", 0);
+        let moment = match moment {
+            SecondMoment::Factored { row, col } => {
+                optimizers::Squares::Factored { row: row.values_mut(), col: col.values_mut() }
+            }
+            SecondMoment::Whole(squares) => optimizers::Squares::Whole(squares.values_mut()),
+        };
+        optimizers::adafactor(param.values_mut(), grad.values(), moment, step);
     }
 
     fn zeros_8bit(&self, len: usize, signed: bool) -> Blockwise {

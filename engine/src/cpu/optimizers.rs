@@ -3,7 +3,8 @@
 use rayon::prelude::*;
 
 use super::TASK;
-use crate::backend::{AdamWStep, SgdStep};
+use super::columns::TASK_COLUMNS;
+use crate::backend::{AdafactorStep, AdamWStep, SgdStep};
 use crate::quantize::{Blockwise, STATE_BLOCK};
 
 /// AdamW (Loshchilov and Hutter, 2019); m and v are the running means of gradients and of their squares.
@@ -49,6 +50,61 @@ fn adamw_update(s: &AdamWStep) -> impl Fn(&mut [f32], &[f32], &mut [f32], &mut [
     }
 }
 
+/// The running mean of squared gradients, of each row and column of a matrix or of each element.
+pub(super) enum Squares<'a> {
+    Factored { row: &'a mut [f32], col: &'a mut [f32] },
+    Whole(&'a mut [f32]),
+}
+
+/// Adafactor (Shazeer and Stern, 2018). Sums have an order of their own, whatever the number of threads.
+pub(super) fn adafactor(param: &mut [f32], grad: &[f32], squares: Squares<'_>, s: &AdafactorStep) {
+    let beta2 = 1.0 - (s.step as f64).powf(s.decay_rate);
+    let (kept, new, eps) = (beta2 as f32, (1.0 - beta2) as f32, s.eps as f32);
+    let square = |g: f32| (g * s.grad_scale) * (g * s.grad_scale) + eps;
+    // An element's update is its gradient times its row's factor and its column's, or its own.
+    let (width, rows, factors) = match squares {
+        Squares::Whole(squares) => {
+            squares.par_chunks_mut(TASK).zip(grad.par_chunks(TASK)).for_each(|(squares, grad)| {
+                squares.iter_mut().zip(grad).for_each(|(v, g)| *v = *v * kept + square(*g) * new);
+            });
+            let factors: Vec<f32> = squares.iter().map(|v| 1.0 / v.sqrt()).collect();
+            (grad.len(), vec![1.0], factors)
+        }
+        Squares::Factored { row, col } => {
+            let width = col.len();
+            row.par_iter_mut().zip(grad.par_chunks(width)).for_each(|(v, grad)| {
+                let mean = grad.iter().map(|g| f64::from(square(*g))).sum::<f64>() / width as f64;
+                *v = *v * kept + mean as f32 * new;
+            });
+            col.par_chunks_mut(TASK_COLUMNS).enumerate().for_each(|(task, col)| {
+                let mut sums = [0f64; TASK_COLUMNS];
+                for grad in grad.chunks_exact(width) {
+                    let grad = &grad[task * TASK_COLUMNS..];
+                    sums.iter_mut().zip(grad).for_each(|(sum, g)| *sum += f64::from(square(*g)));
+                }
+                let height = row.len() as f64;
+                col.iter_mut().zip(sums).for_each(|(v, sum)| *v = *v * kept + (sum / height) as f32 * new);
+            });
+            let mean = (row.iter().map(|v| f64::from(*v)).sum::<f64>() / row.len() as f64) as f32;
+            let rows = row.iter().map(|v| 1.0 / (v / mean).sqrt()).collect();
+            (width, rows, col.iter().map(|v| 1.0 / v.sqrt()).collect())
+        }
+    };
+    let update = |row: f32, (factor, g): (&f32, &f32)| row * factor * g * s.grad_scale;
+    let sums = grad
+        .par_chunks(width)
+        .zip(&rows)
+        .map(|(grad, row)| factors.iter().zip(grad).map(|pair| f64::from(update(*row, pair)).powi(2)).sum::<f64>());
+    let rms = (sums.collect::<Vec<f64>>().iter().sum::<f64>() / grad.len() as f64).sqrt();
+    let step_size = (s.lr / (rms / s.clip_threshold).max(1.0)) as f32;
+    let decay = (1.0 - s.lr * s.weight_decay) as f32;
+    param.par_chunks_mut(width).zip(grad.par_chunks(width)).zip(&rows).for_each(|((param, grad), row)| {
+        for (p, pair) in param.iter_mut().zip(factors.iter().zip(grad)) {
+            *p = *p * decay - step_size * update(*row, pair);
+        }
+    });
+}
+
 /// Stochastic gradient descent.
 pub(super) fn sgd(param: &mut [f32], grad: &[f32], momentum: Option<&mut [f32]>, s: &SgdStep) {
     let (lr, decay, kept) = (s.lr as f32, s.weight_decay as f32, s.momentum as f32);
@@ -64,5 +120,53 @@ pub(super) fn sgd(param: &mut [f32], grad: &[f32], momentum: Option<&mut [f32]>,
                 *p -= lr * *b;
             }
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use safetensors::SafeTensors;
+
+    use super::*;
+    use crate::backend::{Backend, SecondMoment};
+    use crate::cpu::Cpu;
+
+    #[test]
+    fn three_steps_of_adafactor_are_those_of_transformers() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quantized/adafactor.safetensors");
+        let bytes = std::fs::read(fixture).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let floats = |name: &str| -> Vec<f32> {
+            let data = file.tensor(name).unwrap().data().chunks_exact(4);
+            data.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        };
+        let close = |what: &str, ours: &[f32], theirs: &[f32]| {
+            assert_eq!(ours.len(), theirs.len());
+            let far = ours.iter().zip(theirs).find(|(a, b)| (*a - *b).abs() > 2e-6 * b.abs().max(0.05));
+            assert!(far.is_none(), "{what}: {far:?}");
+        };
+        let (cpu, cols) = (Cpu::default(), 101);
+        for (name, rows) in [("matrix", 43), ("vector", 1)] {
+            let mut param = cpu.upload(&floats(name), rows, cols);
+            let mut squares = [cpu.zeros(1, if rows > 1 { rows } else { cols }), cpu.zeros(1, cols)];
+            for step in 1..=3 {
+                let grad = cpu.upload(&floats(&format!("{name}.grad{}", step - 1)), rows, cols);
+                let (lr, weight_decay, grad_scale) = (0.01, 0.1, 1.0);
+                let (decay_rate, eps, clip_threshold) = (-0.8, 1e-30, 1.0);
+                let step = AdafactorStep { lr, decay_rate, eps, clip_threshold, weight_decay, step, grad_scale };
+                let [row, col] = &mut squares;
+                let moment = if rows > 1 { SecondMoment::Factored { row, col } } else { SecondMoment::Whole(row) };
+                cpu.adafactor(&mut param, &grad, moment, &step);
+            }
+            let names: &[&str] = if rows > 1 { &["exp_avg_sq_row", "exp_avg_sq_col"] } else { &["exp_avg_sq"] };
+            for (part, ours) in names.iter().zip(&squares) {
+                let theirs = floats(&format!("{name}.{part}"));
+                let relative: Vec<f32> = ours.values().iter().zip(&theirs).map(|(a, b)| a / b).collect();
+                close(part, &relative, &vec![1.0; theirs.len()]);
+            }
+            close(name, param.values(), &floats(&format!("{name}.after")));
+        }
     }
 }

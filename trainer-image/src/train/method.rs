@@ -60,6 +60,7 @@ pub(super) fn trainer_options(method: &Method, training: &Training) -> TrainerOp
             Rule::AdamW { beta1, beta2, eps } => Rule::AdamW8bit { beta1, beta2, eps },
             rule => rule,
         },
+        Optim::Adafactor => Rule::Adafactor,
         Optim::Sgd => Rule::Sgd { momentum: 0.0 },
     };
     TrainerOptions {
