@@ -63,8 +63,10 @@ mod tests {
     use super::*;
     use crate::{convert, tiny_model};
 
+    type Read = fn(&[u8]);
+
     /// A sound file of each kind, and what reads it.
-    fn seeds() -> Vec<(Vec<u8>, fn(&[u8]))> {
+    fn seeds() -> Vec<(Vec<u8>, Read)> {
         let folder = tempfile::tempdir().unwrap();
         tiny_model::write(folder.path()).unwrap();
         let read = |name: &str| fs::read(folder.path().join(name)).unwrap();
@@ -93,7 +95,7 @@ mod tests {
         fn no_damage_makes_a_reader_panic(
             damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6), keep in 0.0..1.2f64,
         ) {
-            thread_local!(static SEEDS: Vec<(Vec<u8>, fn(&[u8]))> = seeds());
+            thread_local!(static SEEDS: Vec<(Vec<u8>, Read)> = seeds());
             SEEDS.with(|seeds| {
                 for (seed, read) in seeds {
                     let mut bytes = seed.clone();
@@ -106,7 +108,7 @@ mod tests {
 
         #[test]
         fn no_bytes_make_a_reader_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
-            [config_json, safetensors_header, gguf, data_rows, run_spec].into_iter().for_each(|read: fn(&[u8])| read(&bytes));
+            [config_json, safetensors_header, gguf, data_rows, run_spec].into_iter().for_each(|read: Read| read(&bytes));
         }
     }
 }

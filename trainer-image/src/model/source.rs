@@ -17,14 +17,17 @@ use crate::{
 /// A folder of files that are fetched one by one.
 pub(super) enum Source {
     /// In a store.
-    Place {
-        location: Location,
-        /// Where its files are on this machine, or go.
-        folder: PathBuf,
-        files: BTreeSet<String>,
-    },
+    Place(Box<Place>),
     /// On the Hub.
     Hub(Box<Repository>),
+}
+
+/// A folder in a store.
+pub(super) struct Place {
+    location: Location,
+    /// Where its files are on this machine, or go.
+    folder: PathBuf,
+    files: BTreeSet<String>,
 }
 
 impl Source {
@@ -43,12 +46,12 @@ impl Source {
             Some(folder) => folder.to_owned(),
             None => download_folder(&location, work, &files)?,
         };
-        Ok(Self::Place { location, folder, files })
+        Ok(Self::Place(Box::new(Place { location, folder, files })))
     }
 
     pub(super) fn uri(&self) -> &Uri {
         match self {
-            Self::Place { location, .. } => location.uri(),
+            Self::Place(place) => place.location.uri(),
             Self::Hub(repository) => repository.uri(),
         }
     }
@@ -56,7 +59,7 @@ impl Source {
     /// The names of all its files.
     pub(super) fn files(&self) -> &BTreeSet<String> {
         match self {
-            Self::Place { files, .. } => files,
+            Self::Place(place) => &place.files,
             Self::Hub(repository) => repository.files(),
         }
     }
@@ -64,20 +67,25 @@ impl Source {
     /// Where fetched files are.
     pub(super) fn folder(&self) -> &Path {
         match self {
-            Self::Place { folder, .. } => folder,
+            Self::Place(place) => &place.folder,
             Self::Hub(repository) => repository.folder(),
         }
     }
 
     /// Brings one file here, where it may be already, and tells its digest.
     pub(super) fn fetch(&self, name: &str) -> Result<ArtifactFile, ModelError> {
-        let (location, folder) = match self {
-            Self::Place { location, folder, .. } => (location, folder),
-            Self::Hub(repository) => return repository.fetch(name),
-        };
-        let (path, object) = (folder.join(name), location.join(name));
+        match self {
+            Self::Place(place) => Ok(place.fetch(name)?),
+            Self::Hub(repository) => repository.fetch(name),
+        }
+    }
+}
+
+impl Place {
+    fn fetch(&self, name: &str) -> Result<ArtifactFile, StoreError> {
+        let (path, object) = (self.folder.join(name), self.location.join(name));
         if object.on_disk().is_some() {
-            return Ok(digest::file_on_disk(&path, name).map_err(|source| StoreError::Disk { path, source })?);
+            return digest::file_on_disk(&path, name).map_err(|source| StoreError::Disk { path, source });
         }
         let file = object.download(&path)?;
         tracing::info!(uri = %object.uri(), bytes = file.size, "downloaded");
