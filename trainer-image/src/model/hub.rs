@@ -99,7 +99,11 @@ impl Repository {
 
     /// Brings a file here, unless it is in the cache, and tells its digest.
     pub(super) fn fetch(&self, name: &str) -> Result<ArtifactFile, ModelError> {
-        let path = self.api.get(name).map_err(|error| explain(&self.uri_of(name), &self.stores, error))?;
+        let path = self.folder.join(name);
+        // Not ApiRepo::get: that knows only what hf-hub itself has brought here under this commit's name.
+        if !path.exists() {
+            self.api.download(name).map_err(|error| explain(&self.uri_of(name), &self.stores, error))?;
+        }
         let disk = |source| StoreError::Disk { path: path.clone(), source };
         let file = digest::file_on_disk(&path, name).map_err(disk)?;
         // The cache keeps a large file under the digest that the Hub gave for it.
@@ -111,7 +115,7 @@ impl Repository {
             let answer = format!("{} bytes came, and their SHA-256 is not the one that the Hub names", file.size);
             return Err(StoreError::Unavailable { role: Role::Model, uri: self.uri_of(name), answer }.into());
         }
-        tracing::info!(uri = %self.uri_of(name), bytes = file.size, "downloaded");
+        tracing::info!(uri = %self.uri_of(name), bytes = file.size, "here");
         Ok(file)
     }
 }

@@ -1,6 +1,12 @@
 //! The Hub's protocol as far as hf-hub speaks it, from a server of this process: no test leaves the machine.
 
-use std::{net::Ipv4Addr, sync::Arc};
+use std::{
+    net::Ipv4Addr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use axum::{
     Json, Router,
@@ -29,6 +35,8 @@ const TOKEN: &str = "hf_secret";
 /// `owner/broken`, whose weights are not those that it promises.
 struct Hub {
     folder: PathBuf,
+    /// How often a file was asked for.
+    asked: AtomicUsize,
 }
 
 impl Hub {
@@ -65,6 +73,7 @@ async fn resolve(
     if let Some(status) = hub.refuses(&repo, &headers) {
         return status.into_response();
     }
+    hub.asked.fetch_add(1, Ordering::Relaxed);
     assert_eq!(revision, COMMIT, "files are asked for by commit");
     let Ok(bytes) = fs::read(hub.folder.join(&file)) else { return StatusCode::NOT_FOUND.into_response() };
     let range = headers[header::RANGE].to_str().unwrap().strip_prefix("bytes=").unwrap();
@@ -89,6 +98,7 @@ struct Bench {
     _runtime: Runtime,
     folder: TempDir,
     stores: Stores,
+    hub: Arc<Hub>,
 }
 
 impl Bench {
@@ -96,16 +106,17 @@ impl Bench {
         let (runtime, folder) = (Runtime::new().unwrap(), tempfile::tempdir().unwrap());
         let model = folder.path().join("model");
         tiny_model::write(&model).unwrap();
+        let hub = Arc::new(Hub { folder: model, asked: AtomicUsize::new(0) });
         let routes = Router::new()
             .route("/api/models/owner/{repo}/revision/{revision}", get(info))
             .route("/owner/{repo}/resolve/{revision}/{file}", get(resolve))
-            .with_state(Arc::new(Hub { folder: model }));
+            .with_state(hub.clone());
         let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).unwrap();
         let endpoint = format!("http://{}/", listener.local_addr().unwrap());
         runtime.spawn(async { axum::serve(listener, routes).await });
         let stores = Stores::from_environment(runtime.handle().clone());
         let stores = stores.with_variable("TUNESMITH_MODEL_HF_ENDPOINT", &endpoint);
-        Self { _runtime: runtime, folder, stores }
+        Self { _runtime: runtime, folder, stores, hub }
     }
 
     fn model(&self) -> PathBuf {
@@ -141,6 +152,20 @@ fn a_repository_is_the_same_model_as_its_folder() {
             tunesmith_engine::Model::load(&model.folder).unwrap();
         }
     }
+}
+
+#[test]
+fn what_another_client_left_in_hf_home_is_not_downloaded_again() {
+    let mut bench = Bench::new();
+    let home = bench.folder.path().join("home");
+    bench.stores = bench.stores.with_variable("HF_HOME", &home.display().to_string());
+    let first = bench.fetch("hf://owner/tiny").unwrap();
+    let asked = bench.hub.asked.load(Ordering::Relaxed);
+    assert!(asked > 0 && first.folder.starts_with(&home));
+    // Other clients keep the names of branches only.
+    fs::remove_dir_all(home.join("hub/models--owner--tiny/refs")).unwrap();
+    assert_eq!(bench.fetch("hf://owner/tiny").unwrap().digest, first.digest);
+    assert_eq!(bench.hub.asked.load(Ordering::Relaxed), asked);
 }
 
 #[test]
