@@ -44,9 +44,7 @@ use crate::{
     validation = Rule::new("!has(self.quantization) || self.method in ['QLoRA', 'Auto']")
         .message("quantization is for method QLoRA or Auto only").field_path(".quantization"),
     validation = Rule::new("self.method != 'Full' || !has(self.lora)")
-        .message("method Full trains every parameter and takes no lora").field_path(".lora"),
-    validation = Rule::new("self.method == 'Full' || !self.training.bf16")
-        .message("training.bf16 is for method Full: a frozen base is kept as it is stored").field_path(".training.bf16")
+        .message("method Full trains every parameter and takes no lora").field_path(".lora")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobSpec {

@@ -65,7 +65,8 @@ pub struct Training {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub neftune_noise_alpha: Option<f64>,
-    /// Method Full: compute with matrices rounded to bfloat16; the optimizer keeps them in float32.
+    /// Multiply in bfloat16: weights and activations are rounded to it, sums and all that is trained stay in float32. A
+    /// frozen base takes half the memory; about 1.6 times as fast on CPUs with AVX512_BF16, slower on others.
     pub bf16: bool,
     /// Recompute activations in the backward pass: less memory, about a third more time.
     pub gradient_checkpointing: bool,

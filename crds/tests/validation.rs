@@ -71,7 +71,6 @@ fn each_rule_refuses_the_manifest_that_breaks_it_and_says_what_to_do() {
         (&[("/spec/quantization", json!({"bits": 4, "type": "nf4"}))], "quantization is for method QLoRA or Auto only"),
         (&[("/spec/method", json!("Full"))], "method Full trains every parameter and takes no lora"),
         (&[("/spec/method", json!("QLoRA")), ("/spec/quantization", int8_in_4_bits)], "bits: 8 with type int8"),
-        (&[("/spec/training", json!({"bf16": true}))], "training.bf16 is for method Full"),
         (&[("/spec/lora/rankPattern", json!({"q_proj": 0}))], "each rank must lie in 1..=1024"),
         (&[("/spec/lora/alphaPattern", json!({"q_proj": 0.0}))], "each alpha must be greater than 0"),
         (&[("/spec/lora/loraPlusLrRatio", json!(0.0))], "must be greater than 0"),

@@ -74,6 +74,9 @@ def write(out, name, config, lora, dtype, shard_size, max_grad_norm):
     run = run_json(lora, OPTIM, SCHEDULE, max_grad_norm, steps)
     first, _ = gradients(model, steps[0])
     first = {name: gradient.clone() for name, gradient in first.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = gradients(model, steps[0])
+    save_file({name: gradient.clone() for name, gradient in mixed.items()}, folder / "gradients_bf16.safetensors")
     losses, norms = train(model, run, steps)
     assert min(norms) < max_grad_norm < max(norms), f"clipping is not tried both ways: {norms}"
     final = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if p.requires_grad}

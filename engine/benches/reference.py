@@ -1,6 +1,6 @@
 """Times PEFT on the work of benches/trainer.rs; prints one line of JSON.
 
-usage: reference.py STEPS [MODEL]     without MODEL, SmolLM2-135M's shape with random weights
+usage: reference.py STEPS float32|bfloat16 [MODEL]     without MODEL, SmolLM2-135M's shape with random weights
 """
 
 import json
@@ -13,11 +13,11 @@ import torch
 import transformers
 
 ROWS, LENGTH = 2, 256
-steps = int(sys.argv[1])
+steps, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
 torch.manual_seed(0)
 
-if len(sys.argv) > 2:
-    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32)
+if len(sys.argv) > 3:
+    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=dtype)
 else:
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -31,7 +31,7 @@ else:
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
         )
-    )
+    ).to(dtype)
 lora = peft.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 model = peft.get_peft_model(model, lora).train()
 params = [p for p in model.parameters() if p.requires_grad]

@@ -1,7 +1,7 @@
 """The example data as users have it: rows of differing length, of which only the assistant's words are trained.
 
 usage: telecom.py prepare MODEL DATA.jsonl STEPS OUT.json    micro-batches of 8 rows, as engine::MicroBatch reads them
-       telecom.py train MODEL BATCHES.json                   times PEFT with padded rows; prints one line of JSON
+       telecom.py train MODEL BATCHES.json float32|bfloat16  times PEFT with padded rows; prints one line of JSON
 """
 
 import json
@@ -57,11 +57,11 @@ def padded(batch):
     return ids, mask, targets
 
 
-def train(model, path):
+def train(model, path, dtype):
     import peft
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     lora = peft.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, lora).train()
     params = [p for p in model.parameters() if p.requires_grad]
@@ -87,4 +87,4 @@ def train(model, path):
 if sys.argv[1] == "prepare":
     prepare(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
 else:
-    train(sys.argv[2], sys.argv[3])
+    train(sys.argv[2], sys.argv[3], sys.argv[4])

@@ -1,10 +1,10 @@
-//! `cargo bench -p tunesmith-engine`: LoRA r = 8 on q and v of SmolLM2-135M, 2 rows of 256 tokens, f32, all tokens
-//! trained; this engine and PEFT in turn, each in processes of its own. Prints a table and writes
+//! `cargo bench -p tunesmith-engine`: LoRA r = 8 on q and v of SmolLM2-135M, 2 rows of 256 tokens, all tokens trained, in
+//! f32 and in bf16; this engine and PEFT in turn, each in processes of its own. Prints a table and writes
 //! `target/bench/trainer.json`. `TUNESMITH_MODEL` names a model folder (random weights without), `TUNESMITH_PYTHON` a
 //! Python that has peft (by default the oracle's; without one, ours alone is measured).
 //!
-//! For one of ours alone, operation by operation: `TUNESMITH_BENCH_CHILD=keep` (or `qlora`, or a file of micro-batches)
-//! with `TUNESMITH_BENCH_PROFILE=1`.
+//! For one of ours alone, operation by operation: `TUNESMITH_BENCH_CHILD=f32` (or another [`WORKS`], or a file of
+//! micro-batches) with `TUNESMITH_BENCH_PROFILE=1`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,13 +13,14 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use tunesmith_engine::cpu::profile;
 use tunesmith_engine::{
-    FourBitCode, IGNORE, LoraOptions, MicroBatch, Model, ModelConfig, Quantization, Recompute, Trainer, TrainerOptions,
+    FourBitCode, IGNORE, LoraOptions, MicroBatch, Model, ModelConfig, Precision, Quantization, Recompute, Trainer,
+    TrainerOptions,
 };
 
 const ROWS: usize = 2;
 const LENGTH: usize = 256;
-/// Steps of one process; the first warms up.
-const STEPS: usize = 5;
+/// Steps of one process; the first warms up, and torch's next ones are slower, too.
+const STEPS: usize = 10;
 /// Processes of each side, in turn.
 const ROUNDS: usize = 2;
 
@@ -49,22 +50,51 @@ struct Report {
     gemm_gflops: f64,
     gemm_ceiling_tokens_per_second: f64,
     tunesmith: Figures,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tunesmith_recompute: Option<Figures>,
+    tunesmith_recompute: Figures,
+    tunesmith_bf16: Figures,
     /// LoRA over nf4, scales quantized too; needs a model folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     tunesmith_qlora: Option<Figures>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    tunesmith_qlora_bf16: Option<Figures>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     peft: Option<Figures>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    speed_ratio: Option<f64>,
+    peft_bf16: Option<Figures>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    cpu_time_ratio: Option<f64>,
+    ratio: Option<Ratio>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    memory_ratio: Option<f64>,
+    ratio_bf16: Option<Ratio>,
+    /// Largest difference of a step's loss in bf16 and in f32, relative.
+    bf16_loss_difference: f64,
+    /// Step time and memory of QLoRA in those of LoRA, both in f32.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    qlora_time_ratio: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    qlora_memory_ratio: Option<f64>,
     /// Rows of the example data, of differing length, which PEFT pads; needs a model folder and Python.
     #[serde(skip_serializing_if = "Option::is_none")]
     telecom: Option<Telecom>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    telecom_bf16: Option<Telecom>,
+}
+
+/// This engine in units of PEFT.
+#[derive(Clone, Copy, Serialize)]
+struct Ratio {
+    speed: f64,
+    cpu_time: f64,
+    memory: f64,
+}
+
+impl Ratio {
+    fn new(ours: &Figures, theirs: &Figures) -> Self {
+        Ratio {
+            speed: ours.tokens_per_second / theirs.tokens_per_second,
+            cpu_time: theirs.cpu_seconds_per_step / ours.cpu_seconds_per_step,
+            memory: ours.peak_rss_bytes as f64 / theirs.peak_rss_bytes as f64,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -75,26 +105,32 @@ struct Telecom {
 }
 
 /// What a measured process works on.
-enum Work {
-    /// Rows of one length, with or without recomputation.
-    Rows(Recompute),
-    /// The same over an nf4 base.
-    Qlora,
-    /// Micro-batches of a file.
-    File(PathBuf),
+#[derive(Clone, Copy)]
+struct Work {
+    name: &'static str,
+    precision: Precision,
+    recompute: Recompute,
+    nf4: bool,
 }
 
+const F32: Work = Work { name: "f32", precision: Precision::F32, recompute: Recompute::None, nf4: false };
+const RECOMPUTE: Work = Work { name: "recompute", recompute: Recompute::Full, ..F32 };
+const BF16: Work = Work { name: "bf16", precision: Precision::Bf16, ..F32 };
+const QLORA: Work = Work { name: "qlora", nf4: true, ..F32 };
+const QLORA_BF16: Work = Work { name: "qlora-bf16", nf4: true, ..BF16 };
+const WORKS: [Work; 5] = [F32, RECOMPUTE, BF16, QLORA, QLORA_BF16];
+
+/// With it in the environment, this program measures a work of this name.
 const CHILD: &str = "TUNESMITH_BENCH_CHILD";
 
+/// Micro-batches to take instead of rows of one length.
+const BATCHES: &str = "TUNESMITH_BENCH_BATCHES";
+
 fn main() {
-    let work = match std::env::var(CHILD).as_deref() {
-        Err(_) => return compare(),
-        Ok("keep") => Work::Rows(Recompute::None),
-        Ok("recompute") => Work::Rows(Recompute::Full),
-        Ok("qlora") => Work::Qlora,
-        Ok(path) => Work::File(path.into()),
-    };
-    println!("{}", serde_json::to_string(&measure(&work)).expect("plain numbers"));
+    let Ok(name) = std::env::var(CHILD) else { return compare() };
+    let work = WORKS.into_iter().find(|work| work.name == name);
+    let work = work.unwrap_or_else(|| panic!("{CHILD} is one of {}", WORKS.map(|work| work.name).join(", ")));
+    println!("{}", serde_json::to_string(&measure(work)).expect("plain numbers"));
 }
 
 fn config() -> ModelConfig {
@@ -131,24 +167,23 @@ fn batch(step: usize) -> MicroBatch {
     batch
 }
 
-fn measure(work: &Work) -> Measured {
+fn measure(work: Work) -> Measured {
     let nf4 = Quantization::FourBit { code: FourBitCode::Nf4, double_quant: true };
-    let model = match (work, model_dir()) {
-        (Work::Qlora, Some(dir)) => Model::load_quantized(&dir, nf4).expect("a model folder"),
-        (_, Some(dir)) => Model::load(&dir).expect("a model folder"),
-        (_, None) => Model::random(config(), 1),
+    let model = match model_dir() {
+        Some(dir) if work.nf4 => Model::load_quantized(&dir, nf4).expect("a model folder"),
+        Some(dir) => Model::load(&dir).expect("a model folder"),
+        None => Model::random(config(), 1),
     };
-    let batches: Vec<MicroBatch> = match work {
-        Work::File(path) => {
+    let batches: Vec<MicroBatch> = match std::env::var_os(BATCHES) {
+        Some(path) => {
             let text = std::fs::read(path).expect("the micro-batches");
             serde_json::from_slice(&text).expect("micro-batches")
         }
-        _ => (0..STEPS).map(batch).collect(),
+        None => (0..STEPS).map(batch).collect(),
     };
     // Queries and values, as is the default.
     let lora = LoraOptions { rank: 8, alpha: 32.0, ..LoraOptions::default() };
-    let recompute = if let Work::Rows(recompute) = work { *recompute } else { Recompute::None };
-    let options = TrainerOptions { recompute, ..lora.into() };
+    let options = TrainerOptions { recompute: work.recompute, precision: work.precision, ..lora.into() };
     let mut trainer = Trainer::new(model, &options).expect("valid options");
     let (mut seconds, mut cpu_seconds, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     for batch in &batches {
@@ -196,15 +231,17 @@ fn peak_rss() -> u64 {
 fn compare() {
     let python = std::env::var_os("TUNESMITH_PYTHON").map(PathBuf::from).or_else(oracle_python);
     let model = model_dir();
-    let (mut ours, mut lean, mut quantized, mut theirs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let works: Vec<Work> = WORKS.into_iter().filter(|work| model.is_some() || !work.nf4).collect();
+    let mut ours: Vec<Vec<Measured>> = works.iter().map(|_| Vec::new()).collect();
+    let mut theirs = [Vec::new(), Vec::new()];
     for _ in 0..ROUNDS {
-        ours.push(child("keep"));
-        if let Some(python) = &python {
-            theirs.extend(peft(python));
+        for (work, ours) in works.iter().zip(&mut ours) {
+            ours.push(child(*work, None));
         }
-        lean.push(child("recompute"));
-        if model.is_some() {
-            quantized.push(child("qlora"));
+        if let Some(python) = &python {
+            for (dtype, theirs) in DTYPES.into_iter().zip(&mut theirs) {
+                theirs.extend(peft(python, dtype));
+            }
         }
     }
     let gemm_gflops = profile::peak_gflops();
@@ -213,21 +250,34 @@ fn compare() {
         * config.hidden_size
         * (2 * config.query_size() + 2 * config.key_value_size() + 3 * config.intermediate_size)
         + config.vocab_size * config.hidden_size;
-    let tunesmith = figures(&ours).expect("ours was measured");
-    let peft = figures(&theirs);
-    let telecom = python.as_ref().zip(model.as_ref()).and_then(|(python, model)| telecom(python, model));
+    let rounds_of =
+        |work: Work| works.iter().zip(&ours).find(|(known, _)| known.name == work.name).map(|(_, ours)| ours);
+    let measured = |work: Work| rounds_of(work).and_then(|rounds| figures(rounds));
+    let always = |work: Work| measured(work).expect("ours was measured");
+    let (tunesmith, tunesmith_bf16) = (always(F32), always(BF16));
+    let [peft, peft_bf16] = theirs.map(|rounds| figures(&rounds));
+    let tunesmith_qlora = measured(QLORA);
+    let losses = |work: Work| &rounds_of(work).expect("ours was measured")[0].losses;
     let report = Report {
-        model: model_dir().map_or("random weights".into(), |dir| dir.display().to_string()),
+        model: model.as_ref().map_or("random weights".into(), |dir| dir.display().to_string()),
         gemm_gflops,
         gemm_ceiling_tokens_per_second: gemm_gflops * 1e9 / (4 * matrices) as f64,
-        speed_ratio: peft.as_ref().map(|peft| tunesmith.tokens_per_second / peft.tokens_per_second),
-        cpu_time_ratio: peft.as_ref().map(|peft| peft.cpu_seconds_per_step / tunesmith.cpu_seconds_per_step),
-        memory_ratio: peft.as_ref().map(|peft| tunesmith.peak_rss_bytes as f64 / peft.peak_rss_bytes as f64),
+        tunesmith_recompute: always(RECOMPUTE),
+        tunesmith_qlora_bf16: measured(QLORA_BF16),
+        ratio: peft.as_ref().map(|peft| Ratio::new(&tunesmith, peft)),
+        ratio_bf16: peft_bf16.as_ref().map(|peft| Ratio::new(&tunesmith_bf16, peft)),
+        bf16_loss_difference: relative_difference(losses(BF16), losses(F32)),
+        qlora_time_ratio: tunesmith_qlora.as_ref().map(|qlora| tunesmith.tokens_per_second / qlora.tokens_per_second),
+        qlora_memory_ratio: tunesmith_qlora
+            .as_ref()
+            .map(|qlora| qlora.peak_rss_bytes as f64 / tunesmith.peak_rss_bytes as f64),
+        telecom: telecom(&python, &model, F32),
+        telecom_bf16: telecom(&python, &model, BF16),
         tunesmith,
-        tunesmith_recompute: figures(&lean),
-        tunesmith_qlora: figures(&quantized),
+        tunesmith_bf16,
+        tunesmith_qlora,
         peft,
-        telecom,
+        peft_bf16,
     };
     print(&report);
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
@@ -239,14 +289,21 @@ fn compare() {
         .unwrap_or_else(|e| eprintln!("{}: {e}", folder.display()));
 }
 
+fn relative_difference(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max)
+}
+
 fn print(report: &Report) {
-    println!("\nLoRA r=8 q,v, SmolLM2-135M ({}), {ROWS}×{LENGTH} tokens, f32", report.model);
+    println!("\nLoRA r=8 q,v, SmolLM2-135M ({}), {ROWS}×{LENGTH} tokens", report.model);
     println!("{:<34}{:>10}{:>12}{:>12}{:>9}{:>12}", "", "tokens/s", "CPU s/step", "peak RSS", "threads", "first loss");
     let rows = [
-        ("tunesmith", Some(&report.tunesmith)),
-        ("tunesmith, gradient checkpointing", report.tunesmith_recompute.as_ref()),
+        ("tunesmith, f32", Some(&report.tunesmith)),
+        ("tunesmith, gradient checkpointing", Some(&report.tunesmith_recompute)),
         ("tunesmith, QLoRA nf4", report.tunesmith_qlora.as_ref()),
-        ("PEFT", report.peft.as_ref()),
+        ("PEFT, f32", report.peft.as_ref()),
+        ("tunesmith, bf16", Some(&report.tunesmith_bf16)),
+        ("tunesmith, QLoRA nf4, bf16", report.tunesmith_qlora_bf16.as_ref()),
+        ("PEFT, bf16", report.peft_bf16.as_ref()),
     ];
     for (name, figures) in rows {
         if let Some(f) = figures {
@@ -257,27 +314,30 @@ fn print(report: &Report) {
             );
         }
     }
-    match (report.speed_ratio, report.cpu_time_ratio, report.memory_ratio) {
-        (Some(speed), Some(cpu), Some(memory)) => {
-            println!("{speed:.2}× PEFT's speed ({cpu:.2}× by CPU time), {memory:.2}× its memory")
+    for (name, ratio) in [("f32", report.ratio), ("bf16", report.ratio_bf16)] {
+        match ratio {
+            Some(Ratio { speed, cpu_time, memory }) => {
+                println!("{name}: {speed:.2}× PEFT's speed ({cpu_time:.2}× by CPU time), {memory:.2}× its memory")
+            }
+            None => {
+                println!("{name}: PEFT was not measured: no Python, or one without peft (make oracle installs one)")
+            }
         }
-        _ => println!("PEFT was not measured: no Python, or one without peft (make oracle installs one)"),
     }
-    if let Some(qlora) = &report.tunesmith_qlora {
-        println!(
-            "QLoRA nf4 takes {:.2}× LoRA's time a step and {:.2}× its memory",
-            report.tunesmith.tokens_per_second / qlora.tokens_per_second,
-            qlora.peak_rss_bytes as f64 / report.tunesmith.peak_rss_bytes as f64
-        );
+    println!("bf16: losses within {:.2} % of those in f32", 100.0 * report.bf16_loss_difference);
+    if let (Some(time), Some(memory)) = (report.qlora_time_ratio, report.qlora_memory_ratio) {
+        println!("QLoRA nf4 takes {time:.2}× LoRA's time a step and {memory:.2}× its memory, both in f32");
     }
-    if let Some(Telecom { tunesmith, peft, speed_ratio }) = &report.telecom {
-        println!(
-            "telecom rows, 8 a step: {:.1} tokens/s, PEFT with padding {:.1}: {speed_ratio:.2}×",
-            tunesmith.tokens_per_second, peft.tokens_per_second
-        );
+    for (name, telecom) in [("f32", &report.telecom), ("bf16", &report.telecom_bf16)] {
+        if let Some(Telecom { tunesmith, peft, speed_ratio }) = telecom {
+            println!(
+                "telecom rows, 8 a step, {name}: {:.1} tokens/s, PEFT with padding {:.1}: {speed_ratio:.2}×",
+                tunesmith.tokens_per_second, peft.tokens_per_second
+            );
+        }
     }
     println!(
-        "products alone: {:.0} GFLOP/s, a ceiling of {:.0} tokens/s; reached {:.0} %",
+        "products alone, f32: {:.0} GFLOP/s, a ceiling of {:.0} tokens/s; reached {:.0} %",
         report.gemm_gflops,
         report.gemm_ceiling_tokens_per_second,
         100.0 * report.tunesmith.tokens_per_second / report.gemm_ceiling_tokens_per_second
@@ -303,7 +363,8 @@ fn summary(rounds: &[Measured], tokens_per_second: f64, cpu_seconds_per_step: f6
 }
 
 /// The example data's rows on both sides. Steps differ in size, so that all but the first count together.
-fn telecom(python: &Path, model: &Path) -> Option<Telecom> {
+fn telecom(python: &Option<PathBuf>, model: &Option<PathBuf>, work: Work) -> Option<Telecom> {
+    let (python, model) = (python.as_ref()?, model.as_ref()?);
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let file = std::env::temp_dir().join(format!("tunesmith-bench-{}.json", std::process::id()));
     let script = || {
@@ -321,16 +382,24 @@ fn telecom(python: &Path, model: &Path) -> Option<Telecom> {
         let cpu = total(&measured.cpu_seconds) / (STEPS - 1) as f64;
         summary(std::slice::from_ref(&measured), tokens as f64 / total(&measured.seconds), cpu)
     };
-    let tunesmith = figures(child(&file.display().to_string()));
-    let peft = parse(script().arg("train").arg(model).arg(&file)).map(figures);
+    let tunesmith = figures(child(work, Some(&file)));
+    let peft = parse(script().arg("train").arg(model).arg(&file).arg(dtype(work))).map(figures);
     let _ = std::fs::remove_file(&file);
     let peft = peft?;
     Some(Telecom { speed_ratio: tunesmith.tokens_per_second / peft.tokens_per_second, tunesmith, peft })
 }
 
-fn child(mode: &str) -> Measured {
+/// torch's names of the precisions.
+const DTYPES: [&str; 2] = ["float32", "bfloat16"];
+
+fn dtype(work: Work) -> &'static str {
+    DTYPES[usize::from(work.precision == Precision::Bf16)]
+}
+
+fn child(work: Work, batches: Option<&Path>) -> Measured {
     let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
-    parse(command.env(CHILD, mode)).expect("the engine runs")
+    command.env(CHILD, work.name).envs(batches.map(|batches| (BATCHES, batches)));
+    parse(&mut command).expect("the engine runs")
 }
 
 fn oracle_python() -> Option<PathBuf> {
@@ -344,10 +413,10 @@ fn cache(path: &str) -> Option<PathBuf> {
     Some(cache.join("tunesmith").join(path))
 }
 
-fn peft(python: &Path) -> Option<Measured> {
+fn peft(python: &Path, dtype: &str) -> Option<Measured> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/reference.py");
     let mut command = Command::new(python);
-    command.args(["-W", "ignore"]).arg(script).arg(STEPS.to_string()).args(model_dir());
+    command.args(["-W", "ignore"]).arg(script).arg(STEPS.to_string()).arg(dtype).args(model_dir());
     parse(&mut command)
 }
 

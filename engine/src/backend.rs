@@ -4,9 +4,21 @@
 //! activations are f32 matrices [tokens, features]; the rows of a micro-batch lie one after the other.
 //! A `_backward` function takes the gradient of the output (`dy`) and returns, or adds to, those of its inputs.
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::{Activation, Rope};
 use crate::quantize::{Quantization, StoredWeight};
 use crate::weights::HostTensor;
+
+/// What linear layers multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Precision {
+    /// Everything in f32.
+    #[default]
+    F32,
+    /// Weights and activations rounded to bf16, with sums in f32. All between the layers, and what is trained, stays in f32.
+    Bf16,
+}
 
 /// Heads of an attention layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,6 +216,14 @@ pub trait Backend: Send + Sync + Sized {
     /// The rows of a micro-batch: where each starts, and the rotary angles of its positions.
     type Rows: Send + Sync;
 
+    /// Does many operations where they start fastest, such as on one of the backend's own threads.
+    fn run<R: Send>(operations: impl FnOnce() -> R + Send) -> R {
+        operations()
+    }
+    /// What its linear layers multiply; f32 until it is told otherwise.
+    fn precision(&self) -> Precision;
+    /// Changes what its linear layers multiply.
+    fn set_precision(&mut self, precision: Precision);
     /// Copies values to the machine.
     fn upload(&self, values: &[f32], rows: usize, cols: usize) -> Self::Tensor;
     /// Copies values from the machine, row-major.
@@ -222,6 +242,8 @@ pub trait Backend: Send + Sync + Sized {
     fn stored_weight(&self, weight: StoredWeight) -> Self::Weight;
     /// A frozen weight's values.
     fn weight_values(&self, weight: &Self::Weight) -> Self::Tensor;
+    /// Stores the weight's values in no more bits than products use.
+    fn round_weight(&self, weight: &mut Self::Weight);
     /// The matrix rounded to bf16, as a weight.
     fn bf16_weight(&self, x: &Self::Tensor) -> Self::Weight;
     /// Prepares rows whose first tokens are at position `offset`, for each rotary embedding.
@@ -357,14 +379,14 @@ pub trait Backend: Send + Sync + Sized {
 
     /// activation(gate) · up (Shazeer, 2020).
     fn gated(&self, activation: Activation, gate: &Self::Tensor, up: &Self::Tensor) -> Self::Tensor;
-    /// The gradients of gate and up.
+    /// The gradients of gate and up, in their places.
     fn gated_backward(
         &self,
         activation: Activation,
-        gate: &Self::Tensor,
-        up: &Self::Tensor,
-        dy: &Self::Tensor,
-    ) -> (Self::Tensor, Self::Tensor);
+        gate: Self::Tensor,
+        up: Self::Tensor,
+        dy: Self::Tensor,
+    ) -> [Self::Tensor; 2];
 
     /// The rows of x with these indices.
     fn gather_rows(&self, x: &Self::Tensor, indices: &[u32]) -> Self::Tensor;

@@ -91,6 +91,17 @@ pub(crate) struct DropoutSource {
 
 /// Activations that the backward pass needs.
 pub(crate) struct Kept<B: Backend> {
+    attention: AttentionKept<B>,
+    middle: B::Tensor,
+    gate: B::Tensor,
+    up: B::Tensor,
+    /// What the MLP gives, if it is normed.
+    mlp_out: Option<B::Tensor>,
+    lora: PerProjection<Option<LoraKept<B::Tensor>>>,
+}
+
+/// What attention leaves of it.
+struct AttentionKept<B: Backend> {
     x: B::Tensor,
     /// Queries and keys before their norms, if they have any.
     unnormed: Option<[B::Tensor; 2]>,
@@ -100,19 +111,13 @@ pub(crate) struct Kept<B: Backend> {
     attended: B::Tensor,
     log_sums: B::Tensor,
     /// What attention gives, if it is normed.
-    attention_out: Option<B::Tensor>,
-    middle: B::Tensor,
-    gate: B::Tensor,
-    up: B::Tensor,
-    /// What the MLP gives, if it is normed.
-    mlp_out: Option<B::Tensor>,
-    lora: PerProjection<Option<LoraKept<B::Tensor>>>,
+    out: Option<B::Tensor>,
 }
 
 impl<B: Backend> Kept<B> {
     /// The block's input alone, from which [`Block::recompute`] gets the rest.
     pub(crate) fn into_input(self) -> B::Tensor {
-        self.x
+        self.attention.x
     }
 }
 
@@ -179,11 +184,10 @@ impl<B: Backend> Block<B> {
         let mut lora = PerProjection::default();
         let ([q, k, v], unnormed) = self.queries_keys_values(pass, &x, &mut lora);
         let (attended, log_sums) = pass.backend.attention(&q, &k, &v, pass.attention(), pass.rows);
-        let (middle, attention_out) =
-            self.residual(pass, Projection::Output, &attended, &x, Norm::AttentionOut, &mut lora);
+        let (middle, out) = self.residual(pass, Projection::Output, &attended, &x, Norm::AttentionOut, &mut lora);
         let [gate, up] = self.gate_up(pass, &middle, &mut lora);
-        let mlp_out = None;
-        Kept { x, unnormed, q, k, v, attended, log_sums, attention_out, middle, gate, up, mlp_out, lora }
+        let attention = AttentionKept { x, unnormed, q, k, v, attended, log_sums, out };
+        Kept { attention, middle, gate, up, mlp_out: None, lora }
     }
 
     fn output(&self, pass: &Pass<'_, B>, kept: &mut Kept<B>) -> B::Tensor {
@@ -310,9 +314,10 @@ impl<B: Backend> Block<B> {
         dy: B::Tensor,
         want_dx: bool,
     ) -> Option<B::Tensor> {
-        let mut back = Backward { block: self, pass, lora: &kept.lora };
-        let d_middle = back.mlp(&kept, dy);
-        back.attention(&kept, d_middle, want_dx)
+        let Kept { attention, middle, gate, up, mlp_out, lora } = kept;
+        let mut back = Backward { block: self, pass, lora: &lora };
+        let d_middle = back.mlp(middle, [gate, up], mlp_out, dy);
+        back.attention(attention, d_middle, want_dx)
     }
 }
 
@@ -324,18 +329,24 @@ struct Backward<'a, B: Backend> {
 
 impl<B: Backend> Backward<'_, B> {
     /// The gradient of `middle` from that of the block's output.
-    fn mlp(&mut self, kept: &Kept<B>, mut dy: B::Tensor) -> B::Tensor {
+    fn mlp(
+        &mut self,
+        middle: B::Tensor,
+        [gate, up]: [B::Tensor; 2],
+        out: Option<B::Tensor>,
+        mut dy: B::Tensor,
+    ) -> B::Tensor {
         use Projection::{Down, Gate, GateUp, Up};
         let Pass { backend, config, .. } = *self.pass;
-        let d_out = kept.mlp_out.as_ref().map(|out| self.normed(Norm::MlpOut, out, &dy));
-        let activated = self.input_of(&[Down], || backend.gated(config.activation, &kept.gate, &kept.up));
+        let d_out = out.map(|out| self.normed(Norm::MlpOut, &out, &dy));
+        let activated = self.input_of(&[Down], || backend.gated(config.activation, &gate, &up));
         let d_out = d_out.as_ref().unwrap_or(&dy);
         let d_activated = self.linear(Down, activated.as_ref(), d_out, InputGrad::Fresh).expect("it is wanted");
-        let (d_gate, d_up) = backend.gated_backward(config.activation, &kept.gate, &kept.up, &d_activated);
-        drop((activated, d_activated));
+        drop(activated);
+        let [d_gate, d_up] = backend.gated_backward(config.activation, gate, up, d_activated);
 
         let inputs: &[Projection] = if config.fused { &[GateUp] } else { &[Gate, Up] };
-        let normed = self.input_of(inputs, || self.input_norm(Norm::MlpIn, &kept.middle));
+        let normed = self.input_of(inputs, || self.input_norm(Norm::MlpIn, &middle));
         let d_normed = match config.fused {
             true => {
                 let both = backend.join_columns(&[&d_gate, &d_up]);
@@ -346,35 +357,35 @@ impl<B: Backend> Backward<'_, B> {
                 self.linear(Up, normed.as_ref(), &d_up, d_normed.map_or(InputGrad::None, InputGrad::Onto))
             }
         };
-        self.norm(Norm::MlpIn, &kept.middle, &d_normed.expect("it is wanted"), &mut dy);
+        self.norm(Norm::MlpIn, &middle, &d_normed.expect("it is wanted"), &mut dy);
         dy
     }
 
     /// The gradient of x from that of `middle`.
-    fn attention(&mut self, kept: &Kept<B>, mut dy: B::Tensor, want_dx: bool) -> Option<B::Tensor> {
+    fn attention(&mut self, kept: AttentionKept<B>, mut dy: B::Tensor, want_dx: bool) -> Option<B::Tensor> {
         use Projection::{Key, Output, Query, QueryKeyValue, Value};
         let Pass { backend, config, rows, .. } = *self.pass;
         let inputs: &[Projection] = if config.fused { &[QueryKeyValue] } else { &[Query, Key, Value] };
         let below = want_dx
             || inputs.iter().any(|&which| self.block.linear(which).is_trained())
             || [Norm::Query, Norm::Key].iter().any(|&norm| self.trains(norm));
-        let d_out = kept.attention_out.as_ref().map(|out| self.normed(Norm::AttentionOut, out, &dy));
+        let d_out = kept.out.as_ref().map(|out| self.normed(Norm::AttentionOut, out, &dy));
         let d_out = d_out.as_ref().unwrap_or(&dy);
         let wanted = if below { InputGrad::Fresh } else { InputGrad::None };
         let d_attended = self.linear(Output, Some(&kept.attended), d_out, wanted)?;
-        let Kept { q, k, v, attended: out, log_sums, .. } = kept;
-        let forward = AttentionForward { q, k, v, out, log_sums };
+        let AttentionKept { x, unnormed, q, k, v, attended, log_sums, .. } = kept;
+        let forward = AttentionForward { q: &q, k: &k, v: &v, out: &attended, log_sums: &log_sums };
         let [mut dq, mut dk, dv] = backend.attention_backward(forward, &d_attended, self.pass.attention(), rows);
-        drop(d_attended);
+        drop((q, k, v, attended, log_sums, d_attended));
         let rope = self.pass.layer().rope;
         backend.rope_backward(&mut dq, config.head_dim, rows, rope);
         backend.rope_backward(&mut dk, config.head_dim, rows, rope);
-        if let Some([q, k]) = &kept.unnormed {
-            dq = self.normed(Norm::Query, q, &dq);
-            dk = self.normed(Norm::Key, k, &dk);
+        if let Some([q, k]) = unnormed {
+            dq = self.normed(Norm::Query, &q, &dq);
+            dk = self.normed(Norm::Key, &k, &dk);
         }
 
-        let normed = self.input_of(inputs, || self.input_norm(Norm::AttentionIn, &kept.x));
+        let normed = self.input_of(inputs, || self.input_norm(Norm::AttentionIn, &x));
         let fused = config.fused.then(|| backend.join_columns(&[&dq, &dk, &dv]));
         let outputs: Vec<&B::Tensor> = fused.as_ref().map_or_else(|| vec![&dq, &dk, &dv], |fused| vec![fused]);
         let mut d_normed = None;
@@ -386,7 +397,7 @@ impl<B: Backend> Backward<'_, B> {
             };
             d_normed = self.linear(which, normed.as_ref(), d, wanted);
         }
-        self.norm(Norm::AttentionIn, &kept.x, &d_normed?, &mut dy);
+        self.norm(Norm::AttentionIn, &x, &d_normed?, &mut dy);
         Some(dy)
     }
 

@@ -83,7 +83,7 @@ impl<'m, B: Backend> Generator<'m, B> {
         if self.ended || self.tokens.len() >= self.model.config().max_position_embeddings {
             return Ok(None);
         }
-        let mut logits = self.logits();
+        let mut logits = B::run(|| self.logits());
         let draw = random::unit(random::philox(self.tokens.len() as u64, self.sampling.seed)[0]);
         let token = self.sampling.choose(&mut logits, &self.tokens, draw)?;
         self.ended = self.stop.contains(&token);

@@ -23,7 +23,7 @@ mod shared;
 pub mod trainer;
 pub mod weights;
 
-pub use backend::Backend;
+pub use backend::{Backend, Precision};
 pub use config::{Activation, ModelConfig};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampling};
@@ -36,4 +36,4 @@ pub use schedule::{Schedule, ScheduleKind, Warmup};
 pub use trainer::{IGNORE, LossSum, MicroBatch, StepStats, TrainState, Trainer, TrainerOptions, Tuning};
 
 /// Changes whenever the same inputs may give other numbers; part of a run's input digest.
-pub const NUMERICS_VERSION: u32 = 4;
+pub const NUMERICS_VERSION: u32 = 5;

@@ -80,7 +80,12 @@ impl Model<Cpu> {
             let message = format!("quantization_config: the weights are stored as {stored}, and {asked} is asked for");
             return Err(Error::config(&dir.join("config.json"), message));
         }
-        Self::build(Cpu::default(), config, quantization, &mut Checkpoint::open(dir)?)
+        let mut checkpoint = Checkpoint::open(dir)?;
+        let model = Self::build(Cpu::default(), config, quantization, &mut checkpoint)?;
+        if quantization.is_some() {
+            checkpoint.release();
+        }
+        Ok(model)
     }
 
     /// A model with random weights, for tests and measurements.
@@ -191,12 +196,20 @@ impl<B: Backend> Model<B> {
         peft::load(dir, self)
     }
 
-    /// Makes every weight trainable; with `bf16`, matrices are computed with as rounded to bf16.
-    pub(crate) fn train_all(&mut self, bf16: bool) {
+    /// Rounds frozen matrices to what products multiply.
+    pub(crate) fn round_frozen(&mut self) {
+        let Model { backend, embedding, blocks, lm_head, .. } = self;
+        let linears = blocks.iter_mut().flat_map(|block| block.projections.iter_mut().flatten());
+        let weights = linears.map(|linear| &mut linear.weight).chain([embedding]).chain(lm_head.as_mut());
+        weights.filter_map(Weight::frozen_mut).for_each(|weight| backend.round_weight(weight));
+    }
+
+    /// Makes every weight trainable.
+    pub(crate) fn train_all(&mut self) {
         let Model { backend, embedding, blocks, norm, lm_head, .. } = self;
         let train = |weight: &mut Weight<B>, group| {
             if let Weight::Frozen(frozen) = weight {
-                *weight = Weight::trained(backend, backend.weight_values(frozen), group, bf16);
+                *weight = Weight::trained(backend, backend.weight_values(frozen), group);
             }
         };
         let linears = |block: &mut Block<B>| {
@@ -227,7 +240,7 @@ impl<B: Backend> Model<B> {
         if is_named(LM_HEAD, name) {
             let weight = lm_head.as_ref().unwrap_or(embedding);
             if let Weight::Frozen(frozen) = weight {
-                *lm_head = Some(Weight::trained(backend, backend.weight_values(frozen), Group::Matrix, false));
+                *lm_head = Some(Weight::trained(backend, backend.weight_values(frozen), Group::Matrix));
             }
             found = true;
         }
@@ -238,7 +251,7 @@ impl<B: Backend> Model<B> {
                 return Err(Error::Lora(message.into()));
             }
             if let Weight::Frozen(frozen) = embedding {
-                *embedding = Weight::trained(backend, backend.weight_values(frozen), Group::Embedding, false);
+                *embedding = Weight::trained(backend, backend.weight_values(frozen), Group::Embedding);
             }
             found = true;
         }
@@ -350,9 +363,11 @@ impl<B: Backend> Model<B> {
     /// A token is outside the vocabulary.
     pub fn logits(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         self.check_tokens(tokens)?;
-        let rows = self.backend.rows(&[Row::new(tokens.len())], 0, &self.config.ropes);
-        let x = self.hidden(tokens, &rows);
-        Ok(self.backend.download(&self.output(&x)))
+        Ok(B::run(|| {
+            let rows = self.backend.rows(&[Row::new(tokens.len())], 0, &self.config.ropes);
+            let x = self.hidden(tokens, &rows);
+            self.backend.download(&self.output(&x))
+        }))
     }
 
     /// The residual stream after the last block, without dropout; keeps no activations.

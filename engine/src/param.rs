@@ -1,6 +1,6 @@
 //! What the optimizer changes.
 
-use crate::backend::{Backend, WeightRef};
+use crate::backend::{Backend, Precision, WeightRef};
 
 /// A tensor that is trained, if it has a gradient.
 pub(crate) struct Param<T> {
@@ -73,16 +73,24 @@ impl<B: Backend> Weight<B> {
         }
     }
 
+    pub(crate) fn frozen_mut(&mut self) -> Option<&mut B::Weight> {
+        match self {
+            Weight::Frozen(weight) => Some(weight),
+            Weight::Trained { .. } => None,
+        }
+    }
+
     /// Where the gradient is added, if the weight is trained, beside the weight.
     pub(crate) fn grad_mut(&mut self) -> Option<&mut B::Tensor> {
         self.param_mut()?.grad.as_mut()
     }
 
     /// Makes a trained weight of one that holds `value`.
-    pub(crate) fn trained(backend: &B, value: B::Tensor, group: Group, bf16: bool) -> Self {
+    pub(crate) fn trained(backend: &B, value: B::Tensor, group: Group) -> Self {
         let mut master = Param::frozen(value, group);
         master.train(backend);
-        let bf16 = bf16.then(|| backend.bf16_weight(&master.value));
+        let rounds = backend.precision() == Precision::Bf16;
+        let bf16 = rounds.then(|| backend.bf16_weight(&master.value));
         Weight::Trained { master, bf16 }
     }
 

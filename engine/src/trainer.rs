@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, CrossEntropyGrads};
+use crate::backend::{Backend, CrossEntropyGrads, Precision};
 use crate::block::{DropoutSource, Kept, Pass};
 use crate::config::Rope;
 use crate::cpu::Cpu;
@@ -61,11 +61,8 @@ pub struct TrainState {
 /// What is trained.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Tuning {
-    /// Every weight, in f32.
-    Full {
-        /// Matrices are computed with as rounded to bf16; the optimizer keeps them in f32.
-        bf16: bool,
-    },
+    /// Every weight; the optimizer keeps them in f32 in any precision.
+    Full,
     /// A LoRA adapter.
     Lora(LoraOptions),
 }
@@ -75,6 +72,8 @@ pub enum Tuning {
 pub struct TrainerOptions {
     /// What is trained.
     pub tuning: Tuning,
+    /// What linear layers multiply.
+    pub precision: Precision,
     /// How gradients become steps.
     pub optimizer: Optimizer,
     /// Which activations are computed again.
@@ -86,10 +85,16 @@ pub struct TrainerOptions {
 }
 
 impl TrainerOptions {
-    /// AdamW as torch sets it, nothing computed again, no noise, seed 0.
+    /// f32, AdamW as torch sets it, nothing computed again, no noise, seed 0.
     pub fn new(tuning: Tuning) -> Self {
-        let (optimizer, recompute) = (Optimizer::default(), Recompute::None);
-        TrainerOptions { tuning, optimizer, recompute, neftune_noise_alpha: None, seed: 0 }
+        TrainerOptions {
+            tuning,
+            precision: Precision::F32,
+            optimizer: Optimizer::default(),
+            recompute: Recompute::None,
+            neftune_noise_alpha: None,
+            seed: 0,
+        }
     }
 }
 
@@ -132,13 +137,15 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// The options are out of range or select no layer.
     pub fn new(mut model: Model<B>, options: &TrainerOptions) -> Result<Self> {
+        model.backend.set_precision(options.precision);
         let dropout = match &options.tuning {
-            Tuning::Full { bf16 } => {
-                model.train_all(*bf16);
+            Tuning::Full => {
+                model.train_all();
                 0.0
             }
             Tuning::Lora(lora) => {
                 lora.apply(&mut model)?;
+                model.round_frozen();
                 lora.dropout as f32
             }
         };
@@ -166,13 +173,17 @@ impl<B: Backend> Trainer<B> {
     /// The batch is inconsistent, or has tokens outside the vocabulary.
     pub fn accumulate(&mut self, batch: &MicroBatch, loss_scale: f32) -> Result<LossSum> {
         self.model.check_batch(batch)?;
+        B::run(|| Ok(self.accumulate_gradients(batch, loss_scale)))
+    }
+
+    fn accumulate_gradients(&mut self, batch: &MicroBatch, loss_scale: f32) -> LossSum {
         let key = random::key(self.seed, &[self.micro_step]);
         self.micro_step += 1;
         // Noise and dropout differ between rows, also where these begin alike.
         let may_share = self.dropout == 0.0 && self.neftune_noise_alpha.is_none();
         let batch = &self.model.pack(batch, may_share);
         if batch.trained.is_empty() {
-            return Ok(LossSum::default());
+            return LossSum::default();
         }
         let rows = self.model.backend.rows(&batch.rows, 0, &self.model.config.ropes);
         let trains_embedding = self.model.embedding.param().is_some();
@@ -199,7 +210,7 @@ impl<B: Backend> Trainer<B> {
         if let (Some(dx), Some(grad)) = (dx, embedding.grad_mut()) {
             backend.embedding_backward(&dx, &batch.tokens, config.embedding_scale, config.pad_token_id, grad);
         }
-        Ok(loss)
+        loss
     }
 
     /// The residual stream after the last block, and what the backward pass needs of the blocks from `first` on.
@@ -229,6 +240,10 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// A gradient is NaN or infinite: nothing is changed.
     pub fn step(&mut self, lr: f64, max_grad_norm: Option<f64>) -> Result<StepStats> {
+        B::run(|| self.update(lr, max_grad_norm))
+    }
+
+    fn update(&mut self, lr: f64, max_grad_norm: Option<f64>) -> Result<StepStats> {
         let Trainer { model, states, optimizer, step, .. } = self;
         let (backend, params) = model.parameters_mut();
         let grads = params.iter().filter_map(|param| param.grad.as_ref());
@@ -405,16 +420,19 @@ impl<B: Backend> Model<B> {
     /// The batch is inconsistent, or has tokens outside the vocabulary.
     pub fn evaluate(&self, batch: &MicroBatch) -> Result<LossSum> {
         self.check_batch(batch)?;
-        let batch = self.pack(batch, true);
+        Ok(B::run(|| self.loss(&self.pack(batch, true))))
+    }
+
+    fn loss(&self, batch: &Packed) -> LossSum {
         if batch.trained.is_empty() {
-            return Ok(LossSum::default());
+            return LossSum::default();
         }
         let Model { backend, norm, config, .. } = self;
         let rows = backend.rows(&batch.rows, 0, &config.ropes);
         let x = backend.gather_rows(&self.hidden(&batch.tokens, &rows), &batch.trained);
         let normed = backend.rms_norm(&x, &norm.value, rms_norm(config));
         let (output, cap) = (self.output_weight().get(), config.final_softcap);
-        Ok(sum(&backend.linear_cross_entropy(&normed, output, &batch.targets, cap, None).0))
+        sum(&backend.linear_cross_entropy(&normed, output, &batch.targets, cap, None).0)
     }
 
     /// The batch as it is computed. Rows share nothing where the angles of a token depend on its row's length.

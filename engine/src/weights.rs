@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
@@ -18,6 +19,9 @@ pub struct HostTensor {
     shape: Vec<usize>,
     values: Values,
 }
+
+/// Numbers that one task rounds.
+const CHUNK: usize = 1 << 15;
 
 enum Values {
     Floats(Vec<f32>),
@@ -40,7 +44,13 @@ impl HostTensor {
 
     /// A tensor of these values rounded to bf16, to the nearest and ties to even.
     pub(crate) fn bf16(values: &[f32], shape: Vec<usize>) -> Self {
-        let bytes = values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
+        let mut bytes = vec![0; 2 * values.len()];
+        let chunks = bytes.par_chunks_mut(2 * CHUNK).zip(values.par_chunks(CHUNK));
+        chunks.for_each(|(bytes, values)| {
+            for (bytes, x) in bytes.chunks_exact_mut(2).zip(values) {
+                bytes.copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes());
+            }
+        });
         HostTensor { shape, values: Values::Bf16(bytes) }
     }
 
@@ -82,12 +92,8 @@ impl HostTensor {
 
     /// Tells the system that the values of a mapped tensor are not needed for now, so that they count as memory no more.
     pub(crate) fn release(&self) {
-        #[cfg(unix)]
         if let Values::Mapped { map, start, len, .. } = &self.values {
-            // SAFETY: the mapping is read-only and of a file: a page that is dropped is read again when it is touched.
-            let advised = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, *start, *len) };
-            // It is advice: without it more memory is held.
-            drop(advised);
+            release(map, *start, *len);
         }
     }
 
@@ -98,6 +104,29 @@ impl HostTensor {
         }
         let values = Values::Floats(self.to_f32());
         HostTensor { values, ..self }
+    }
+
+    /// Rounds the values to bf16, unless they are.
+    pub(crate) fn round(&mut self) {
+        if self.as_bf16().is_some() {
+            return;
+        }
+        let rounded = match self.as_f32() {
+            Some(values) => Self::bf16(values, self.shape.clone()),
+            None => Self::bf16(&self.to_f32(), self.shape.clone()),
+        };
+        self.release();
+        *self = rounded;
+    }
+}
+
+fn release(map: &Mmap, start: usize, len: usize) {
+    #[cfg(unix)]
+    {
+        // SAFETY: the mapping is read-only and of a file: a page that is dropped is read again when it is touched.
+        let advised = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
+        // It is advice: without it more memory is held.
+        drop(advised);
     }
 }
 
@@ -180,6 +209,13 @@ impl Checkpoint {
             return Err(Error::weights(&index, format!("{name} is in none of the shards")));
         }
         Ok(checkpoint)
+    }
+
+    /// Tells the system that nothing of the files is needed for now. What is released tensor by tensor leaves their edges,
+    /// and what was read along with its neighbours.
+    pub(crate) fn release(&self) {
+        let maps: HashMap<*const u8, &Mmap> = self.tensors.values().map(|e| (e.map.as_ptr(), &*e.map)).collect();
+        maps.values().for_each(|map| release(map, 0, map.len()));
     }
 
     /// Maps these files and reads their headers.

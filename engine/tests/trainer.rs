@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use tunesmith_engine::{
-    Error, Generator, IGNORE, LoraOptions, MicroBatch, Model, ModelConfig, NamedTensor, Optimizer, Recompute, Rule,
-    Sampling, TargetModules, Trainer, TrainerOptions,
+    Error, Generator, IGNORE, LoraOptions, MicroBatch, Model, ModelConfig, NamedTensor, Optimizer, Precision,
+    Recompute, Rule, Sampling, TargetModules, Trainer, TrainerOptions,
 };
 
 const VOCABULARY: u32 = 300;
@@ -172,17 +172,20 @@ fn recomputing_changes_no_bit() {
 
 #[test]
 fn threads_change_no_bit() {
-    let run = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
-            let mut trainer = trainer(0.1);
-            let loss = trainer.accumulate(&batch(&[130, 66, 9], 3), 0.01).unwrap();
-            (loss, trainer.gradients())
-        })
-    };
-    let one = run(1);
-    assert_eq!(run(2), one);
-    assert_eq!(run(5), one);
+    for precision in [Precision::F32, Precision::Bf16] {
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let options = TrainerOptions { precision, ..options(0.1).into() };
+                let mut trainer = Trainer::new(Model::random(config(), 1), &options).unwrap();
+                let loss = trainer.accumulate(&batch(&[130, 66, 9], 3), 0.01).unwrap();
+                (loss, trainer.gradients())
+            })
+        };
+        let one = run(1);
+        assert_eq!(run(2), one);
+        assert_eq!(run(5), one);
+    }
 }
 
 #[test]
@@ -216,7 +219,7 @@ fn gradients_with_dropout_predict_how_the_loss_changes() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
     #[test]
-    fn a_resumed_run_ends_with_the_same_bits(stop in 0u32..5, seed in 0u64..100, which in 0usize..4) {
+    fn a_resumed_run_ends_with_the_same_bits(stop in 0u32..5, seed in 0u64..100, which in 0usize..4, bf16: bool) {
         let step = |trainer: &mut Trainer, i: u32| {
             for part in 0..2 {
                 trainer.accumulate(&batch(&[6, 11], 10 * i + part), 0.05).unwrap();
@@ -232,7 +235,8 @@ proptest! {
         ][which];
         let options = LoraOptions { seed, rank, ..options(0.1) };
         let optimizer = Optimizer { rule, weight_decay: 0.1, ..Optimizer::default() };
-        let options = TrainerOptions { optimizer, ..options.into() };
+        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
+        let options = TrainerOptions { optimizer, precision, ..options.into() };
         let new = || Trainer::new(Model::random(config(), 1), &options).unwrap();
         let mut through = new();
         let mut state = through.state();

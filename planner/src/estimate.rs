@@ -1,20 +1,16 @@
 //! Memory and file sizes of a run.
 //!
 //! Weights and optimizer state follow from the method: mixed-precision full fine-tuning holds 16 bytes a parameter
-//! (bf16 weight and gradient, fp32 master and two AdamW moments: Rajbhandari et al., ZeRO, 2020), a frozen base 2 bytes
-//! on a GPU (bf16) and 4 on the CPU (fp32), QLoRA 0.516 or 1 plus scales (Dettmers et al., QLoRA, 2023). Activations are
-//! counted per token and block.
+//! (bf16 weight and gradient, fp32 master and two AdamW moments: Rajbhandari et al., ZeRO, 2020), fewer with a leaner
+//! optimizer; a frozen base 2 bytes in bf16, as always on a GPU, and 4 in fp32; QLoRA 0.516 or 1 plus scales (Dettmers et
+//! al., QLoRA, 2023). Activations are counted per token and block.
 
 use tunesmith_crds::{
     Method,
-    fine_tune_job::{Quantization, Training},
+    fine_tune_job::{Optim, Quantization, Training},
     run::ModelShape,
 };
 
-/// Bytes of a parameter that LoRA trains: fp32 weight, gradient and two AdamW moments.
-const TRAINED_FP32: u64 = 16;
-/// Bytes of a parameter under mixed-precision full fine-tuning.
-const TRAINED_MIXED: u64 = 16;
 /// Rows of logits that the chunked loss holds at once.
 const LOGIT_ROWS: u64 = 512;
 /// What a process holds besides: runtime, buffers of the object store, allocator slack.
@@ -23,7 +19,7 @@ const OVERHEAD: u64 = 256 << 20;
 /// Where a run computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
-    /// fp32 weights and activations.
+    /// fp32 activations; fp32 weights, or bf16 if the training says so.
     Cpu,
     /// bf16 weights and activations.
     Gpu,
@@ -65,24 +61,42 @@ impl Estimate {
 /// Estimates what a run takes on `device`.
 pub fn estimate(work: &Workload, device: Device) -> Estimate {
     let parameters = work.model.parameters;
-    let float = match device {
-        Device::Cpu => 4,
-        Device::Gpu => 2,
+    let (frozen, activation) = match (device, work.training.bf16) {
+        (Device::Cpu, false) => (4, 4),
+        (Device::Cpu, true) => (2, 4),
+        (Device::Gpu, _) => (2, 2),
+    };
+    // fp32 weight and gradient of LoRA's matrices; what is trained in full has a gradient as wide as the weight that
+    // computes, and a master copy if that is bf16.
+    let trained = 8 + optimizer_bytes(work.training.optim);
+    let trained_in_full = match (device, work.training.bf16) {
+        (Device::Cpu, true) => trained + 2,
+        _ => trained,
     };
     let adapter = |rank: u32| work.lora_parameters_per_rank * u64::from(rank);
     let (trainable_parameters, published_bytes, sharded_bytes) = match work.method {
-        Method::Full => (parameters, parameters * work.model.bytes_per_parameter, parameters * TRAINED_MIXED),
+        Method::Full => (parameters, parameters * work.model.bytes_per_parameter, parameters * trained_in_full),
         Method::LoRA { lora } => {
-            let trained = adapter(lora.rank);
-            (trained, trained * 4, parameters * float + trained * TRAINED_FP32)
+            let matrices = adapter(lora.rank);
+            (matrices, matrices * 4, parameters * frozen + matrices * trained)
         }
         Method::QLoRA { lora, quantization } => {
-            let trained = adapter(lora.rank);
-            (trained, trained * 4, quantized_bytes(work.model, quantization, float) + trained * TRAINED_FP32)
+            let matrices = adapter(lora.rank);
+            (matrices, matrices * 4, quantized_bytes(work.model, quantization, frozen) + matrices * trained)
         }
     };
-    let local_bytes = activation_bytes(work.model, work.training, float) + OVERHEAD;
+    let local_bytes = activation_bytes(work.model, work.training, activation) + OVERHEAD;
     Estimate { trainable_parameters, published_bytes, sharded_bytes, local_bytes }
+}
+
+/// What an optimizer keeps of a parameter: two fp32 moments, or fewer bits of them.
+fn optimizer_bytes(optim: Optim) -> u64 {
+    match optim {
+        Optim::AdamwTorch => 8,
+        Optim::AdamwBnb8bit => 2,
+        // A row and a column of each matrix.
+        Optim::Adafactor | Optim::Sgd => 0,
+    }
 }
 
 /// The linear layers' weights in 4 or 8 bits with their scales; embedding and output layer stay as they are.
@@ -169,5 +183,19 @@ mod tests {
             estimate(&work(&model, &Method::QLoRA { lora: lora.clone(), quantization }, &training), Device::Gpu);
         assert!(qlora.bytes_per_device(1) < 48_000_000_000, "{qlora:?}");
         assert!(estimate(&work(&model, &Method::LoRA { lora }, &training), Device::Gpu).bytes_per_device(1) > 48 * GIB);
+    }
+
+    #[test]
+    fn bf16_halves_the_frozen_base_on_the_cpu_and_a_lean_optimizer_the_state() {
+        let model = llama(1_000_000_000, 16, 2048, 8192);
+        let estimate_of =
+            |method: &Method, training: &Training| estimate(&work(&model, method, training), Device::Cpu).sharded_bytes;
+        let lora = Method::LoRA { lora: Lora { rank: 1, ..Lora::default() } };
+        let (fp32, bf16) = (Training::default(), Training { bf16: true, ..Training::default() });
+        assert_eq!(estimate_of(&lora, &fp32) - estimate_of(&lora, &bf16), 2_000_000_000);
+        // The weights that compute are a second copy.
+        assert_eq!(estimate_of(&Method::Full, &bf16), 18_000_000_000);
+        let eight_bit = Training { optim: Optim::AdamwBnb8bit, ..Training::default() };
+        assert_eq!(estimate_of(&Method::Full, &eight_bit), 10_000_000_000);
     }
 }

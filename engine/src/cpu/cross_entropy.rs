@@ -8,9 +8,10 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Operand, Output, View, ViewMut, gemm};
+use super::gemm::{Operand, Output, Term, View, ViewMut, gemm_sum};
 use super::simd::{exp, max, sum, tanh, vectorize};
 use super::weight::Matrix;
+use crate::backend::Precision;
 
 /// Words that are taken at a time.
 const CHUNK: usize = 2048;
@@ -21,6 +22,7 @@ const STRIDE: usize = CHUNK + 16;
 pub(super) struct Problem<'a> {
     pub(super) x: &'a [f32],
     pub(super) w: Matrix<'a>,
+    pub(super) precision: Precision,
     pub(super) targets: &'a [u32],
     pub(super) softcap: Option<f32>,
 }
@@ -64,7 +66,7 @@ impl Problem<'_> {
             if let Some(dx) = &mut dx {
                 let p = View::strided(scratch, tokens, words, STRIDE);
                 let output = if first == 0 { Output::Set } else { Output::Add };
-                gemm(ViewMut::new(dx, tokens, hidden), output, 1.0, p, Operand::new(w));
+                self.multiply(ViewMut::new(dx, tokens, hidden), output, Term::new(1.0, p, Operand::new(w)));
             }
         }
         if let (Some(dx), Some((scale, weight))) = (dx, rest) {
@@ -76,6 +78,10 @@ impl Problem<'_> {
         rows.iter().map(|row| row.max + row.sum.ln() - row.target).collect()
     }
 
+    fn multiply(&self, c: ViewMut<'_>, output: Output, term: Term<'_>) {
+        gemm_sum(c, output, &[term.with(self.precision)]);
+    }
+
     /// The vocabulary in chunks: the first word's number, and the weights.
     fn chunks(&self) -> impl Iterator<Item = (usize, Matrix<'_>)> {
         (0..self.w.rows).step_by(CHUNK).map(|first| (first, self.w.rows(first, CHUNK.min(self.w.rows - first))))
@@ -84,7 +90,8 @@ impl Problem<'_> {
     fn logits(&self, w: Matrix<'_>, scratch: &mut [f32]) {
         let tokens = self.targets.len();
         let x = View::new(self.x, tokens, w.cols);
-        gemm(ViewMut::strided(scratch, tokens, w.rows, STRIDE), Output::Set, 1.0, x, Operand::transposed(w));
+        let logits = ViewMut::strided(scratch, tokens, w.rows, STRIDE);
+        self.multiply(logits, Output::Set, Term::new(1.0, x, Operand::transposed(w)));
     }
 
     /// Turns logits into e^(logit − max), times the slope of the cap, and updates the running sums; rescales the gradient
@@ -187,7 +194,7 @@ impl Problem<'_> {
             let d_logits = View::strided(scratch, tokens, w.rows, STRIDE);
             let d_words = &mut d_weight[first * hidden..][..w.rows * hidden];
             let x = View::new(self.x, tokens, hidden);
-            gemm(ViewMut::new(d_words, w.rows, hidden), Output::Add, scale, d_logits.t(), x);
+            self.multiply(ViewMut::new(d_words, w.rows, hidden), Output::Add, Term::new(scale, d_logits.t(), x));
         }
     }
 }

@@ -15,18 +15,11 @@ pub(super) fn forward(activation: Activation, gate: &[f32], up: &[f32], y: &mut 
     }
 }
 
-/// d_gate = dy · up · activation'(gate), d_up = dy · activation(gate).
-pub(super) fn backward(
-    activation: Activation,
-    gate: &[f32],
-    up: &[f32],
-    dy: &[f32],
-    d_gate: &mut [f32],
-    d_up: &mut [f32],
-) {
+/// gate becomes d_gate = dy · up · activation'(gate), and up becomes d_up = dy · activation(gate).
+pub(super) fn backward(activation: Activation, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
     match activation {
-        Activation::Silu => backward_with(silu, gate, up, dy, d_gate, d_up),
-        Activation::GeluTanh => backward_with(gelu_tanh, gate, up, dy, d_gate, d_up),
+        Activation::Silu => backward_with(silu, gate, up, dy),
+        Activation::GeluTanh => backward_with(gelu_tanh, gate, up, dy),
     }
 }
 
@@ -47,26 +40,16 @@ fn forward_with(f: impl Fn(f32) -> [f32; 2] + Sync, gate: &[f32], up: &[f32], y:
 }
 
 #[inline(always)]
-fn backward_with(
-    f: impl Fn(f32) -> [f32; 2] + Sync,
-    gate: &[f32],
-    up: &[f32],
-    dy: &[f32],
-    d_gate: &mut [f32],
-    d_up: &mut [f32],
-) {
-    let inputs = gate.par_chunks(TASK).zip(up.par_chunks(TASK)).zip(dy.par_chunks(TASK));
-    let outputs = d_gate.par_chunks_mut(TASK).zip(d_up.par_chunks_mut(TASK));
-    outputs.zip(inputs).for_each(|((d_gate, d_up), ((gate, up), dy))| {
+fn backward_with(f: impl Fn(f32) -> [f32; 2] + Sync, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    let tasks = gate.par_chunks_mut(TASK).zip(up.par_chunks_mut(TASK)).zip(dy.par_chunks(TASK));
+    tasks.for_each(|((gate, up), dy)| {
         vectorize(
             #[inline(always)]
             || {
-                let n = gate.len();
-                let (up, dy, d_gate, d_up) = (&up[..n], &dy[..n], &mut d_gate[..n], &mut d_up[..n]);
-                for i in 0..n {
-                    let [value, slope] = f(gate[i]);
-                    d_gate[i] = dy[i] * up[i] * slope;
-                    d_up[i] = dy[i] * value;
+                for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
+                    let [value, slope] = f(*gate);
+                    *gate = dy * *up * slope;
+                    *up = dy * value;
                 }
             },
         )

@@ -1,6 +1,8 @@
-//! The CPU backend: computes in f32 on all threads of the current rayon pool, the same bits for any number of them.
+//! The CPU backend: computes in f32, or multiplies in bf16, on all threads of the current rayon pool, the same bits for any
+//! number of them.
 
 mod attention;
+mod bf16;
 mod columns;
 mod cross_entropy;
 mod dora;
@@ -25,12 +27,12 @@ use rayon::prelude::*;
 
 use crate::backend::{
     AdafactorStep, AdamWStep, AdaptedForward, Attention, AttentionForward, Backend, CrossEntropyGrads, Dropout,
-    InputGrad, LoraGrads, LoraRef, RmsNorm, Row, SecondMoment, SgdStep, WeightRef,
+    InputGrad, LoraGrads, LoraRef, Precision, RmsNorm, Row, SecondMoment, SgdStep, WeightRef,
 };
 use crate::config::{Activation, Rope};
 use crate::quantize::{Blockwise, Quantization, StoredWeight};
 use crate::weights::HostTensor;
-use gemm::{Operand, Output, Term, View, ViewMut, gemm, gemm_sum};
+use gemm::{Operand, Output, Term, View, ViewMut, gemm_sum};
 use profile::time;
 pub use rows::Rows;
 use tensor::Pool;
@@ -42,11 +44,16 @@ pub use weight::Weight;
 #[derive(Default)]
 pub struct Cpu {
     pool: Arc<Pool>,
+    precision: Precision,
 }
 
 impl Cpu {
     fn stale(&self, rows: usize, cols: usize) -> Tensor {
         Tensor::stale(&self.pool, rows, cols)
+    }
+
+    fn layer<'a>(&self, w: WeightRef<'a, Cpu>) -> Layer<'a> {
+        Layer { w: matrix(w), precision: self.precision }
     }
 
     /// x with the adapter's dropout, or nothing if there is none.
@@ -57,6 +64,13 @@ impl Cpu {
             y
         })
     }
+}
+
+/// A layer's matrix, and what its products multiply.
+#[derive(Clone, Copy)]
+struct Layer<'a> {
+    w: Matrix<'a>,
+    precision: Precision,
 }
 
 fn matrix<'a>(w: WeightRef<'a, Cpu>) -> Matrix<'a> {
@@ -71,9 +85,9 @@ fn view(x: &Tensor) -> View<'_> {
 }
 
 /// y (+)= x · Wᵀ, and another product.
-fn project(x: &Tensor, w: Matrix<'_>, output: Output, y: &mut Tensor, more: Option<Term<'_>>) {
+fn project(x: &Tensor, Layer { w, precision }: Layer<'_>, output: Output, y: &mut Tensor, more: Option<Term<'_>>) {
     let (rows, cols) = (y.rows(), y.cols());
-    let (own, more) = (Term::new(1.0, view(x), Operand::transposed(w)), more.as_slice());
+    let (own, more) = (Term::new(1.0, view(x), Operand::transposed(w)).with(precision), more.as_slice());
     if rows == 1 {
         gemm::matvec(w, x.values(), output, y.values_mut());
         return more.iter().for_each(|&term| gemm_sum(ViewMut::new(y.values_mut(), rows, cols), Output::Add, &[term]));
@@ -86,10 +100,16 @@ fn project(x: &Tensor, w: Matrix<'_>, output: Output, y: &mut Tensor, more: Opti
 }
 
 /// dx (+)= dy · W, and another product.
-fn project_back(dy: &Tensor, w: Matrix<'_>, output: Output, dx: &mut Tensor, more: Option<Term<'_>>) {
+fn project_back(
+    dy: &Tensor,
+    Layer { w, precision }: Layer<'_>,
+    output: Output,
+    dx: &mut Tensor,
+    more: Option<Term<'_>>,
+) {
     let (rows, cols) = (dx.rows(), dx.cols());
     let dx = ViewMut::new(dx.values_mut(), rows, cols);
-    let own = Term::new(1.0, view(dy), Operand::new(w));
+    let own = Term::new(1.0, view(dy), Operand::new(w)).with(precision);
     match more {
         Some(more) => gemm_sum(dx, output, &[own, more]),
         None => gemm_sum(dx, output, &[own]),
@@ -124,6 +144,19 @@ impl Backend for Cpu {
     type Weight = Weight;
     type State8bit = Blockwise;
     type Rows = Rows;
+
+    fn run<R: Send>(operations: impl FnOnce() -> R + Send) -> R {
+        // From any other thread, each operation would wake a worker and sleep until it is done.
+        rayon::scope(|_| operations())
+    }
+
+    fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
+    }
 
     fn upload(&self, values: &[f32], rows: usize, cols: usize) -> Tensor {
         let mut x = self.stale(rows, cols);
@@ -171,6 +204,12 @@ impl Backend for Cpu {
         let mut x = self.stale(w.rows, w.cols);
         x.values_mut().par_chunks_mut(w.cols).enumerate().for_each(|(row, x)| w.widen(row, 0, x));
         x
+    }
+
+    fn round_weight(&self, weight: &mut Weight) {
+        if self.precision == Precision::Bf16 {
+            weight.round();
+        }
     }
 
     fn bf16_weight(&self, x: &Tensor) -> Weight {
@@ -234,35 +273,36 @@ impl Backend for Cpu {
 
     fn linear(&self, x: &Tensor, w: WeightRef<'_, Self>) -> Tensor {
         let _timer = time("linear", 2 * x.rows() * elements(w));
-        let w = matrix(w);
-        let mut y = self.stale(x.rows(), w.rows);
-        project(x, w, Output::Set, &mut y, None);
+        let layer = self.layer(w);
+        let mut y = self.stale(x.rows(), layer.w.rows);
+        project(x, layer, Output::Set, &mut y, None);
         y
     }
 
     fn linear_add(&self, x: &Tensor, w: WeightRef<'_, Self>, y: &mut Tensor) {
         let _timer = time("linear", 2 * x.rows() * elements(w));
-        project(x, matrix(w), Output::Add, y, None);
+        project(x, self.layer(w), Output::Add, y, None);
     }
 
     fn linear_backward(&self, dy: &Tensor, w: WeightRef<'_, Self>) -> Tensor {
         let _timer = time("linear, backward", 2 * dy.rows() * elements(w));
-        let w = matrix(w);
-        let mut dx = self.stale(dy.rows(), w.cols);
-        project_back(dy, w, Output::Set, &mut dx, None);
+        let layer = self.layer(w);
+        let mut dx = self.stale(dy.rows(), layer.w.cols);
+        project_back(dy, layer, Output::Set, &mut dx, None);
         dx
     }
 
     fn linear_backward_add(&self, dy: &Tensor, w: WeightRef<'_, Self>, dx: &mut Tensor) {
         let _timer = time("linear, backward", 2 * dy.rows() * elements(w));
-        project_back(dy, matrix(w), Output::Add, dx, None);
+        project_back(dy, self.layer(w), Output::Add, dx, None);
     }
 
     fn linear_weight_backward(&self, x: &Tensor, dy: &Tensor, d_weight: &mut Tensor) {
         let _timer = time("weight gradients", 2 * x.rows() * x.cols() * dy.cols());
         let (x, dy) = (View::new(x.values(), x.rows(), x.cols()), View::new(dy.values(), dy.rows(), dy.cols()));
         let (outputs, inputs) = (d_weight.rows(), d_weight.cols());
-        gemm(ViewMut::new(d_weight.values_mut(), outputs, inputs), Output::Add, 1.0, dy.t(), x);
+        let term = Term::new(1.0, dy.t(), x).with(self.precision);
+        gemm_sum(ViewMut::new(d_weight.values_mut(), outputs, inputs), Output::Add, &[term]);
     }
 
     fn add_bias(&self, y: &mut Tensor, bias: &Tensor) {
@@ -351,7 +391,7 @@ impl Backend for Cpu {
         let output = if onto.is_some() { Output::Add } else { Output::Set };
         let mut y = onto.unwrap_or_else(|| self.stale(shape.tokens, shape.output));
         let update = Term::new(lora.scale, view(&hidden), view(lora.b).t());
-        project(x, matrix(w), output, &mut y, Some(update));
+        project(x, self.layer(w), output, &mut y, Some(update));
         (y, hidden)
     }
 
@@ -386,7 +426,7 @@ impl Backend for Cpu {
         };
         let _timer = time("linear, backward", 2 * x.rows() * (elements(w) + lora.a.rows() * lora.a.cols()));
         let update = lora.dropout.is_none().then(|| Term::new(1.0, view(&d_hidden), view(lora.a)));
-        project_back(dy, matrix(w), output, &mut dx, update);
+        project_back(dy, self.layer(w), output, &mut dx, update);
         if let (Some(dropout), Some(mut scratch)) = (lora.dropout, dropped) {
             // The dropped copy of x has served; its buffer takes the gradient before the mask.
             let (a, scratch) = (lora.a.values(), scratch.values_mut());
@@ -480,13 +520,10 @@ impl Backend for Cpu {
         y
     }
 
-    fn gated_backward(&self, activation: Activation, gate: &Tensor, up: &Tensor, dy: &Tensor) -> (Tensor, Tensor) {
+    fn gated_backward(&self, activation: Activation, mut gate: Tensor, mut up: Tensor, dy: Tensor) -> [Tensor; 2] {
         let _timer = time("activations, backward", 0);
-        let mut d_gate = self.stale(gate.rows(), gate.cols());
-        let mut d_up = self.stale(gate.rows(), gate.cols());
-        let (gate, up, dy) = (gate.values(), up.values(), dy.values());
-        gated::backward(activation, gate, up, dy, d_gate.values_mut(), d_up.values_mut());
-        (d_gate, d_up)
+        gated::backward(activation, gate.values_mut(), up.values_mut(), dy.values());
+        [gate, up]
     }
 
     fn gather_rows(&self, x: &Tensor, indices: &[u32]) -> Tensor {
@@ -517,7 +554,8 @@ impl Backend for Cpu {
         grads: Option<CrossEntropyGrads<'_, Tensor>>,
     ) -> (Vec<f32>, Option<Tensor>) {
         let _timer = time("output layer and loss", output_flops(x, w, grads.as_ref()));
-        let problem = cross_entropy::Problem { x: x.values(), w: matrix(w), targets, softcap };
+        let Layer { w, precision } = self.layer(w);
+        let problem = cross_entropy::Problem { x: x.values(), w, precision, targets, softcap };
         let mut scratch = self.stale(1, problem.scratch_len());
         let mut dx = grads.is_some().then(|| self.stale(x.rows(), x.cols()));
         let gradients = grads.zip(dx.as_mut()).map(|(grads, dx)| cross_entropy::Gradients {

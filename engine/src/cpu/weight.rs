@@ -63,6 +63,13 @@ impl Weight {
         })
     }
 
+    /// Rounds what is in f32 to bf16.
+    pub(super) fn round(&mut self) {
+        if let Stored::Plain { tensor, .. } = &mut self.0 {
+            tensor.round();
+        }
+    }
+
     pub(super) fn matrix(&self) -> Matrix<'_> {
         match &self.0 {
             Stored::Plain { tensor, outputs, inputs } => {
@@ -110,6 +117,15 @@ impl<'a> Matrix<'a> {
     pub(crate) fn row(&self, row: usize) -> Option<&'a [f32]> {
         match self.form {
             Form::Floats(values) => Some(&values[row * self.cols..][..self.cols]),
+            _ => None,
+        }
+    }
+
+    /// `count` values of the row from column `from` on, where they are stored in bf16 (two bytes each).
+    #[inline(always)]
+    pub(crate) fn bf16(&self, row: usize, from: usize, count: usize) -> Option<&'a [u8]> {
+        match self.form {
+            Form::Bf16(bytes) => Some(&bytes[2 * (row * self.cols + from)..][..2 * count]),
             _ => None,
         }
     }

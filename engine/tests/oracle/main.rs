@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use run::{Run, accumulate, read_json, read_tensors, train, trainer, trainer_of};
 use serde::Deserialize;
-use tunesmith_engine::{FourBitCode, Model, NamedTensor, Quantization, Recompute, Trainer, TrainerOptions, Tuning};
+use tunesmith_engine::{
+    FourBitCode, Model, NamedTensor, Precision, Quantization, Recompute, Trainer, TrainerOptions, Tuning,
+};
 
 #[derive(Deserialize)]
 struct Expected {
@@ -93,10 +95,41 @@ fn gradients_equal_peft() {
     }
 }
 
+/// Whatever is rounded, torch's autocast rounds as well, and more.
+#[test]
+fn gradients_in_bf16_are_as_close_to_those_in_f32_as_torchs_autocast() {
+    for name in ["tied", "sharded"] {
+        let dir = fixture(name);
+        let run: Run = read_json(&dir.join("run.json"));
+        let model = Model::load(&dir.join("model")).unwrap();
+        let mut trainer = trainer_of(model, &dir.join("adapter"), &run, Recompute::None, Precision::Bf16);
+        accumulate(&mut trainer, &run.steps[0]);
+        let exact = read_tensors(&dir.join("gradients.safetensors"));
+        let ours = relative_difference(&trainer.gradients(), &exact);
+        let torchs = relative_difference(&read_tensors(&dir.join("gradients_bf16.safetensors")), &exact);
+        println!("{name}: {ours:.1e} from f32, torch {torchs:.1e}");
+        assert!((1e-4..torchs).contains(&ours), "{name}: {ours:.1e} from f32, torch {torchs:.1e}");
+    }
+}
+
 #[test]
 fn twenty_steps_equal_peft() {
     curves_equal("tied");
     curves_equal("sharded");
+}
+
+#[test]
+fn twenty_steps_in_bf16_have_the_losses_of_those_in_f32() {
+    for name in ["tied", "sharded"] {
+        let dir = fixture(name);
+        let run: Run = read_json(&dir.join("run.json"));
+        let model = Model::load(&dir.join("model")).unwrap();
+        let mut trainer = trainer_of(model, &dir.join("adapter"), &run, Recompute::None, Precision::Bf16);
+        let losses = train(&mut trainer, &run).losses;
+        let expected: Expected = read_json(&dir.join("curve.json"));
+        let worst = losses.iter().zip(&expected.losses).map(|(ours, f32)| (ours / f32 - 1.0).abs()).fold(0.0, f64::max);
+        assert!(worst < 0.01, "{name}: losses differ by {worst:.1e}, relative");
+    }
 }
 
 const FAMILIES: [&str; 7] = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"];
@@ -121,7 +154,7 @@ fn every_weight_of_every_family_has_transformers_gradient() {
         let dir = fixture("families").join(family);
         let run: Run = read_json(&dir.join("run.json"));
         for recompute in [Recompute::None, Recompute::Full] {
-            let options = TrainerOptions { recompute, ..TrainerOptions::new(Tuning::Full { bf16: false }) };
+            let options = TrainerOptions { recompute, ..TrainerOptions::new(Tuning::Full) };
             let mut trainer = Trainer::new(Model::load(&dir.join("model")).unwrap(), &options).unwrap();
             accumulate(&mut trainer, &run.steps[0]);
             let expected = read_tensors(&dir.join("full_gradients.safetensors"));
@@ -172,7 +205,7 @@ fn quantized_bases_have_the_logits_and_gradients_of_bitsandbytes() {
         let shape = logits[0].shape.clone();
         let ours = NamedTensor { name: "logits".into(), shape, data: model.logits(&tokens).unwrap() };
         let logits = relative_difference(&[ours], &logits);
-        let mut trainer = trainer_of(load(), &tied.join("adapter"), &run, Recompute::None);
+        let mut trainer = trainer_of(load(), &tied.join("adapter"), &run, Recompute::None, Precision::F32);
         accumulate(&mut trainer, &run.steps[0]);
         let gradients = relative_difference(&trainer.gradients(), &gradients);
         assert!(logits < 1e-5 && gradients < 1e-5, "{kind}: {logits:.1e} {gradients:.1e}");

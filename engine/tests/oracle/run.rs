@@ -5,8 +5,8 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tunesmith_engine::{
-    LoraOptions, MicroBatch, Model, NamedTensor, Optimizer, Recompute, Rule, Schedule, ScheduleKind, Trainer,
-    TrainerOptions, Tuning, Warmup,
+    LoraOptions, MicroBatch, Model, NamedTensor, Optimizer, Precision, Recompute, Rule, Schedule, ScheduleKind,
+    Trainer, TrainerOptions, Tuning, Warmup,
 };
 
 /// The options of a run, and per optimizer step its micro-batches.
@@ -61,17 +61,18 @@ pub fn read_tensors(path: &Path) -> Vec<NamedTensor> {
 
 /// A trainer whose adapter is that of a PEFT folder, or one of every weight.
 pub fn trainer(model: &Path, adapter: &Path, run: &Run, recompute: Recompute) -> Trainer {
-    trainer_of(Model::load(model).expect("a model folder"), adapter, run, recompute)
+    trainer_of(Model::load(model).expect("a model folder"), adapter, run, recompute, Precision::F32)
 }
 
 /// The same of a loaded model.
-pub fn trainer_of(model: Model, adapter: &Path, run: &Run, recompute: Recompute) -> Trainer {
+pub fn trainer_of(model: Model, adapter: &Path, run: &Run, recompute: Recompute, precision: Precision) -> Trainer {
     let RunOptim { beta1, beta2, eps, weight_decay } = run.optim;
     let rule = Rule::AdamW { beta1, beta2, eps };
-    let tuning = run.lora.clone().map_or(Tuning::Full { bf16: false }, Tuning::Lora);
+    let tuning = run.lora.clone().map_or(Tuning::Full, Tuning::Lora);
     let options = TrainerOptions {
         optimizer: Optimizer { rule, weight_decay, ..Optimizer::default() },
         recompute,
+        precision,
         ..TrainerOptions::new(tuning)
     };
     let mut trainer = Trainer::new(model, &options).expect("valid options");

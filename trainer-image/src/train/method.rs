@@ -7,8 +7,8 @@ use tunesmith_crds::{
     fine_tune_job::{Lora, LoraBias, Optim, Quantization, QuantizationType, Training},
 };
 use tunesmith_engine::{
-    FourBitCode, LoraOptions, Model, ModelConfig, Optimizer, Quantization as EngineQuantization, Recompute, Rule,
-    TargetModules, TrainerOptions, Tuning,
+    FourBitCode, LoraOptions, Model, ModelConfig, Optimizer, Precision, Quantization as EngineQuantization, Recompute,
+    Rule, TargetModules, TrainerOptions, Tuning,
 };
 
 use crate::error::Error;
@@ -65,9 +65,10 @@ pub(super) fn trainer_options(method: &Method, training: &Training) -> TrainerOp
     };
     TrainerOptions {
         tuning: match lora {
-            None => Tuning::Full { bf16: training.bf16 },
+            None => Tuning::Full,
             Some(lora) => Tuning::Lora(lora_options(lora, training)),
         },
+        precision: if training.bf16 { Precision::Bf16 } else { Precision::F32 },
         optimizer: Optimizer {
             rule,
             weight_decay: training.weight_decay,

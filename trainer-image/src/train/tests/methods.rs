@@ -35,12 +35,13 @@ fn full_fine_tuning_publishes_a_model_that_loads_by_itself() {
 
 #[test]
 fn qlora_publishes_an_adapter_over_each_kind_of_quantized_base() {
-    for (bits, kind) in [(4, QuantizationType::Nf4), (4, QuantizationType::Fp4), (8, QuantizationType::Int8)] {
+    let kinds = [(4, QuantizationType::Nf4), (4, QuantizationType::Fp4), (8, QuantizationType::Int8)];
+    for ((bits, kind), bf16) in kinds.into_iter().zip([false, true, true]) {
         let bench = Bench::new();
         let quantization = Quantization { bits, kind, double_quant: true };
         let lora = Lora { dropout: 0.0, ..Lora::default() };
         let (folder, before, after) =
-            published_by(&bench, Method::QLoRA { lora, quantization }, json!({"learningRate": 0.02}));
+            published_by(&bench, Method::QLoRA { lora, quantization }, json!({"learningRate": 0.02, "bf16": bf16}));
         assert!(after < before - 0.02, "{kind:?}: {before} → {after}");
         Model::load(&bench.path("model")).unwrap().load_adapter(&folder).unwrap();
     }

@@ -6,13 +6,22 @@
 //!
 //! Every element of C is one chain of fused multiply-adds over k, in blocks of [`block_of_k`], whatever the number of
 //! rows, threads or vector lanes. So a row's result depends neither on what it is packed with nor on the machine's size.
+//!
+//! A term may be computed in bf16: both sides are rounded to pairs of bf16 (A once, B as it is packed), and all else
+//! stays as it is, with words of two numbers in the place of floats. Sums are f32 always.
+
+mod panel;
+mod tile;
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::bf16;
 use super::simd::{dot, vectorize};
-use super::transpose::{COLUMNS, interleave};
 use super::weight::Matrix;
+use crate::backend::Precision;
+use panel::Panel;
+use tile::{Tile, tile};
 
 /// A matrix to read: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -40,6 +49,43 @@ impl<'a> View<'a> {
     /// The same elements with rows and columns exchanged.
     pub(crate) fn t(self) -> Self {
         View { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    /// `count` elements of a column of a transposed matrix, from row `from` on.
+    #[inline(always)]
+    fn column(&self, col: usize, from: usize, count: usize) -> &'a [f32] {
+        assert_eq!(self.row_stride, 1, "one stride is 1");
+        &self.data[col * self.col_stride + from..][..count]
+    }
+
+    /// The same matrix in pairs along its rows, written to `words`.
+    fn round<'w>(&self, words: &'w mut [f32]) -> View<'w> {
+        let pairs = self.cols.div_ceil(2);
+        let view = *self;
+        if view.col_stride == 1 {
+            let row = |i: usize| &view.data[i * view.row_stride..][..view.cols];
+            let rows = words.par_chunks_mut(ROUNDED_ROWS * pairs).enumerate();
+            rows.for_each(|(task, words)| {
+                vectorize(
+                    #[inline(always)]
+                    || {
+                        for (i, words) in words.chunks_exact_mut(pairs).enumerate() {
+                            bf16::neighbours(row(task * ROUNDED_ROWS + i), words);
+                        }
+                    },
+                )
+            });
+            return View::new(words, view.rows, pairs);
+        }
+        let zeros = vec![0.0; view.rows];
+        let column = |k: usize| if k < view.cols { view.column(k, 0, view.rows) } else { &zeros };
+        words.par_chunks_mut(view.rows).enumerate().for_each(|(pair, words)| {
+            vectorize(
+                #[inline(always)]
+                || bf16::rows(column(2 * pair), column(2 * pair + 1), words),
+            )
+        });
+        View::new(words, pairs, view.rows).t()
     }
 }
 
@@ -128,7 +174,9 @@ const MAX_TASK_COLS: usize = TASK_COLS[0];
 const TASK_ROWS: usize = 48;
 /// To pack a column of B takes as long as this many rows of products with it.
 const PACKING_ROWS: usize = 16;
-/// Longest stretch of k whose panels are packed at a time.
+/// Rows of A that one task rounds to bf16.
+const ROUNDED_ROWS: usize = 32;
+/// Longest stretch of k whose panels are packed at a time; in bf16, of pairs.
 const MAX_K_BLOCK: usize = 640;
 /// The same where B is read in place: what a tile reads of it must stay in the innermost cache for the next one.
 const MAX_IN_PLACE_BLOCK: usize = 160;
@@ -172,11 +220,36 @@ pub(crate) struct Term<'a> {
     alpha: f32,
     a: View<'a>,
     b: Operand<'a>,
+    precision: Precision,
 }
 
 impl<'a> Term<'a> {
+    /// A product in f32.
     pub(crate) fn new(alpha: f32, a: View<'a>, b: impl Into<Operand<'a>>) -> Self {
-        Term { alpha, a, b: b.into() }
+        Term { alpha, a, b: b.into(), precision: Precision::F32 }
+    }
+
+    /// The same product with both sides in this precision.
+    pub(crate) fn with(self, precision: Precision) -> Self {
+        Term { precision, ..self }
+    }
+
+    /// Words that A takes once it is rounded.
+    fn rounded_len(&self) -> usize {
+        match self.precision {
+            Precision::F32 => 0,
+            Precision::Bf16 => self.a.rows * self.a.cols.div_ceil(2),
+        }
+    }
+
+    /// The term with A in pairs if it is computed in them, for which it takes the beginning of `words`.
+    fn round(self, words: &mut &'a mut [f32]) -> Self {
+        if self.rounded_len() == 0 {
+            return self;
+        }
+        let (own, rest) = std::mem::take(words).split_at_mut(self.rounded_len());
+        *words = rest;
+        Term { a: self.a.round(own), ..self }
     }
 }
 
@@ -187,17 +260,29 @@ pub(crate) fn gemm<'b>(c: ViewMut<'_>, output: Output, alpha: f32, a: View<'b>, 
 
 /// C = Σ alpha · A · B (or +=) on all threads, in one pass over C.
 pub(crate) fn gemm_sum(c: ViewMut<'_>, output: Output, terms: &[Term<'_>]) {
-    let sum = Sum::new(c, output, terms);
+    for Term { a, b, .. } in terms {
+        assert_eq!(a.cols, b.rows(), "the length of the dot products");
+    }
+    let rounded: usize = terms.iter().map(Term::rounded_len).sum();
+    // Taken, as this thread may work on tasks of another product while it waits for those of this one.
+    let mut words = ROUNDED.take();
+    words.resize(words.len().max(rounded), 0.0);
+    let mut rest = &mut words[..];
+    let terms: Vec<Term<'_>> = terms.iter().map(|term| term.round(&mut rest)).collect();
+    let sum = Sum::new(c, output, &terms);
     let cut = Cut::new(sum.m, sum.n, rayon::current_num_threads());
     (0..cut.col_tasks * cut.row_tasks).into_par_iter().with_max_len(1).for_each(|task| {
         let (col, row) = (task / cut.row_tasks * cut.cols, task % cut.row_tasks * cut.rows);
         sum.compute(row, cut.rows.min(sum.m - row), col, cut.cols.min(sum.n - col));
     });
+    drop(terms);
+    ROUNDED.set(words);
 }
 
-/// C = alpha · A · B (or +=) on this thread, for products inside an already parallel loop.
+/// C = alpha · A · B (or +=) in f32 on this thread, for products inside an already parallel loop.
 pub(crate) fn gemm_serial<'b>(c: ViewMut<'_>, output: Output, alpha: f32, a: View<'b>, b: impl Into<Operand<'b>>) {
     let terms = [Term::new(alpha, a, b)];
+    assert_eq!(terms[0].a.cols, terms[0].b.rows(), "the length of the dot products");
     let sum = Sum::new(c, output, &terms);
     for col in (0..sum.n).step_by(MAX_TASK_COLS) {
         sum.compute(0, sum.m, col, MAX_TASK_COLS.min(sum.n - col));
@@ -231,7 +316,7 @@ pub(crate) fn matvec(w: Matrix<'_>, x: &[f32], output: Output, y: &mut [f32]) {
     });
 }
 
-/// A sum of products, to be computed in disjoint blocks of C.
+/// A sum of products, to be computed in disjoint blocks of C. The A of a term in bf16 is in pairs already.
 struct Sum<'a> {
     c: *mut f32,
     c_stride: usize,
@@ -247,13 +332,14 @@ unsafe impl Sync for Sum<'_> {}
 thread_local! {
     /// Where this thread packs panels of B; kept, so that no page of it is faulted in twice.
     static PANELS: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+    /// Where a product that this thread began keeps its left sides in bf16.
+    static ROUNDED: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
 impl<'a> Sum<'a> {
     fn new(c: ViewMut<'a>, output: Output, terms: &'a [Term<'a>]) -> Self {
         for Term { a, b, .. } in terms {
             assert_eq!((c.rows, c.cols), (a.rows, b.cols()), "the product's shape");
-            assert_eq!(a.cols, b.rows(), "the length of the dot products");
         }
         Sum { c: c.data.as_mut_ptr(), c_stride: c.row_stride, m: c.rows, n: c.cols, output, terms }
     }
@@ -266,7 +352,7 @@ impl<'a> Sum<'a> {
         }
         PANELS.with_borrow_mut(|panels| {
             let panels_len = MAX_TASK_COLS * MAX_K_BLOCK;
-            panels.resize(panels.len().max(panels_len + COLUMNS * MAX_K_BLOCK), 0.0);
+            panels.resize(panels.len().max(panels_len + panel::SCRATCH), 0.0);
             let (panels, scratch) = panels.split_at_mut(panels_len);
             Arch::new().dispatch(Block { sum: self, panels, scratch, row, rows, col, cols });
         });
@@ -286,7 +372,7 @@ impl<'a> Sum<'a> {
 struct Block<'p, 'a> {
     sum: &'p Sum<'a>,
     panels: &'p mut [f32],
-    /// For columns that are widened before they are packed.
+    /// For numbers on their way into a panel.
     scratch: &'p mut [f32],
     row: usize,
     rows: usize,
@@ -339,12 +425,16 @@ impl Block<'_, '_> {
         let width = VECTORS * S::F32_LANES;
         let panel_starts = (0..cols).step_by(width);
         let in_place = |j: usize| match &term.b {
-            Operand::InPlace(view) if cols - j >= width => Some(&view.data[k0 * view.row_stride + col + j..]),
+            Operand::InPlace(view) if cols - j >= width && term.precision == Precision::F32 => {
+                Some(&view.data[k0 * view.row_stride + col + j..])
+            }
             _ => None,
         };
         for (j, panel) in panel_starts.clone().zip(self.panels.chunks_exact_mut(width * depth)) {
             if in_place(j).is_none() {
-                pack(panel, self.scratch, width, &term.b, k0, col + j, width.min(cols - j));
+                let Term { b, precision, .. } = *term;
+                let from = Panel { b, precision, k0, col: col + j, cols: width.min(cols - j), width };
+                from.pack(panel, self.scratch);
             }
         }
         let mut i = 0;
@@ -365,6 +455,7 @@ impl Block<'_, '_> {
                 // C end at col+cols, and no other task touches this block of C.
                 unsafe {
                     let t = Tile {
+                        precision: term.precision,
                         depth,
                         a: term.a.data.as_ptr().add((row + i) * term.a.row_stride + k0 * term.a.col_stride),
                         a_row: term.a.row_stride,
@@ -391,247 +482,5 @@ impl Block<'_, '_> {
     }
 }
 
-/// Copies rows `k0 ..` and columns `col .. col + cols` of B into a panel [depth, width]; missing columns become zero.
-#[inline(always)]
-fn pack(panel: &mut [f32], scratch: &mut [f32], width: usize, b: &Operand<'_>, k0: usize, col: usize, cols: usize) {
-    let depth = panel.len() / width;
-    if cols < width {
-        panel.fill(0.0);
-    }
-    match b {
-        Operand::View(view) | Operand::InPlace(view) if view.col_stride == 1 => {
-            pack_rows(panel, width, cols, |k, out| {
-                // With the constant length this is two vector moves; with the other, a call of memcpy.
-                let row = &view.data[(k0 + k) * view.row_stride + col..];
-                if out.len() == width { out.copy_from_slice(&row[..width]) } else { out.copy_from_slice(&row[..cols]) }
-            })
-        }
-        Operand::Stored(w) => pack_rows(panel, width, cols, |k, out| w.widen(k0 + k, col, out)),
-        Operand::View(view) | Operand::InPlace(view) => {
-            // A transposed matrix: its columns are contiguous.
-            assert_eq!(view.row_stride, 1, "one stride is 1");
-            let column = |j: usize| &view.data[(col + j) * view.col_stride + k0..][..depth];
-            let whole = cols / COLUMNS * COLUMNS;
-            for j in (0..whole).step_by(COLUMNS) {
-                interleave(&std::array::from_fn(|i| column(j + i)), &mut panel[j..], width);
-            }
-            (whole..cols).for_each(|j| place(panel, width, j, column(j)));
-        }
-        Operand::StoredTransposed(w) => {
-            let scratch = &mut scratch[..COLUMNS * depth];
-            for j in (0..cols).step_by(COLUMNS) {
-                let count = COLUMNS.min(cols - j);
-                for (i, column) in scratch.chunks_exact_mut(depth).take(count).enumerate() {
-                    w.widen(col + j + i, k0, column);
-                }
-                let column = |i: usize| &scratch[i * depth..][..depth];
-                match count {
-                    COLUMNS => interleave(&std::array::from_fn(column), &mut panel[j..], width),
-                    _ => (0..count).for_each(|i| place(panel, width, j + i, column(i))),
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn pack_rows(panel: &mut [f32], width: usize, cols: usize, write: impl Fn(usize, &mut [f32])) {
-    for (k, out) in panel.chunks_exact_mut(width).enumerate() {
-        if cols == width { write(k, out) } else { write(k, &mut out[..cols]) }
-    }
-}
-
-/// Writes one column into a panel.
-#[inline(always)]
-fn place(panel: &mut [f32], width: usize, j: usize, column: &[f32]) {
-    for (k, value) in column.iter().enumerate() {
-        panel[k * width + j] = *value;
-    }
-}
-
-/// A tile of C: up to TILE_ROWS rows of A, `depth` long, times one panel of B.
-struct Tile {
-    depth: usize,
-    a: *const f32,
-    a_row: usize,
-    a_col: usize,
-    b: *const f32,
-    b_row: usize,
-    c: *mut f32,
-    c_row: usize,
-    cols: usize,
-    alpha: f32,
-    output: Output,
-}
-
-/// The micro-kernel.
-///
-/// # Safety
-/// `a` is readable at i · a_row + k · a_col for i < ROWS, k < depth; `b` at k · b_row and VECTORS vectors from there; `c` is
-/// writable for ROWS rows of `cols`.
-#[inline(always)]
-unsafe fn tile<S: Simd, const ROWS: usize, const VECTORS: usize>(simd: S, t: Tile) {
-    assert!(t.cols <= VECTORS * S::F32_LANES);
-    let zero = simd.splat_f32s(0.0);
-    let mut sums = [[zero; VECTORS]; ROWS];
-    let mut a = t.a;
-    let mut b = t.b;
-    for _ in 0..t.depth {
-        // SAFETY: the caller vouches for `a` and `b`.
-        unsafe {
-            let vectors: [S::f32s; VECTORS] = std::array::from_fn(
-                #[inline(always)]
-                |v| b.add(v * S::F32_LANES).cast::<S::f32s>().read_unaligned(),
-            );
-            for (i, sum) in sums.iter_mut().enumerate() {
-                let x = simd.splat_f32s(*a.add(i * t.a_row));
-                // Not as a zip of iterators: that makes the whole step twice as slow.
-                #[allow(clippy::needless_range_loop)]
-                for v in 0..VECTORS {
-                    sum[v] = simd.mul_add_f32s(x, vectors[v], sum[v]);
-                }
-            }
-        }
-        a = a.wrapping_add(t.a_col);
-        b = b.wrapping_add(t.b_row);
-    }
-    let alpha = simd.splat_f32s(t.alpha);
-    for (i, sum) in sums.iter().enumerate() {
-        for (half, &sum) in sum.iter().enumerate() {
-            let from = half * S::F32_LANES;
-            let product = simd.mul_f32s(alpha, sum);
-            if t.cols >= from + S::F32_LANES {
-                // SAFETY: the caller vouches for `c`, and a whole vector of it is left.
-                unsafe {
-                    let c = t.c.add(i * t.c_row + from).cast::<S::f32s>();
-                    let value = match t.output {
-                        Output::Set => product,
-                        Output::Add => simd.add_f32s(c.read_unaligned(), product),
-                    };
-                    c.write_unaligned(value);
-                }
-            } else if t.cols > from {
-                // SAFETY: the caller vouches for `c`, and the slice ends at `cols`.
-                let c = unsafe { std::slice::from_raw_parts_mut(t.c.add(i * t.c_row + from), t.cols - from) };
-                let value = match t.output {
-                    Output::Set => product,
-                    Output::Add => simd.add_f32s(simd.partial_load_f32s(c), product),
-                };
-                simd.partial_store_f32s(c, value);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn numbers(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        (0..n)
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
-
-    /// Checks both layouts of A and B, set and add, against sums in f64.
-    fn check(m: usize, n: usize, k: usize, seed: u64) {
-        let (a, b, c) = (numbers(m * k, seed), numbers(k * n, seed + 1), numbers(m * n, seed + 2));
-        for (a_transposed, b_transposed) in [(false, false), (false, true), (true, false)] {
-            let a_view = if a_transposed { View::new(&a, k, m).t() } else { View::new(&a, m, k) };
-            let b_view = if b_transposed { View::new(&b, n, k).t() } else { View::new(&b, k, n) };
-            let at = |v: &View<'_>, i: usize, j: usize| f64::from(v.data[i * v.row_stride + j * v.col_stride]);
-            for output in [Output::Set, Output::Add] {
-                let mut parallel = c.clone();
-                gemm(ViewMut::new(&mut parallel, m, n), output, 0.5, a_view, b_view);
-                let mut serial = c.clone();
-                gemm_serial(ViewMut::new(&mut serial, m, n), output, 0.5, a_view, b_view);
-                assert_eq!(parallel, serial);
-                if !b_transposed && k > 0 {
-                    let mut in_place = c.clone();
-                    let b = Operand::InPlace(b_view);
-                    gemm(ViewMut::new(&mut in_place, m, n), output, 0.5, a_view, b);
-                    for (a, b) in in_place.iter().zip(&parallel) {
-                        assert!((a - b).abs() < 1e-4, "{a} {b}");
-                    }
-                }
-                for i in 0..m {
-                    for j in 0..n {
-                        let dot: f64 = (0..k).map(|k| at(&a_view, i, k) * at(&b_view, k, j)).sum();
-                        let held = if output == Output::Add { f64::from(c[i * n + j]) } else { 0.0 };
-                        let error = (f64::from(parallel[i * n + j]) - held - 0.5 * dot).abs();
-                        assert!(error < 1e-5 * (k as f64).sqrt().max(1.0), "({i}, {j}): {error}");
-                    }
-                }
-            }
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
-        #[test]
-        fn products_equal_sums_in_f64(m in 1usize..40, n in 1usize..140, k in 0usize..90, seed in 0u64..1000) {
-            check(m, n, k, seed);
-        }
-    }
-
-    #[test]
-    fn long_sums_are_cut_into_blocks() {
-        check(7, 33, 2 * MAX_K_BLOCK + 3, 5);
-    }
-
-    #[test]
-    fn a_sum_of_products_is_the_products_one_after_the_other() {
-        let (m, n) = (50, 33);
-        let (a, b, a2, b2) = (numbers(m * 700, 1), numbers(n * 700, 2), numbers(m * 8, 3), numbers(8 * n, 4));
-        let (a, b) = (View::new(&a, m, 700), View::new(&b, n, 700).t());
-        let (a2, b2) = (View::new(&a2, m, 8), View::new(&b2, 8, n));
-        let (mut at_once, mut in_turn) = (vec![0.0; m * n], vec![0.0; m * n]);
-        let terms = [Term::new(1.0, a, b), Term::new(0.5, a2, b2)];
-        gemm_sum(ViewMut::new(&mut at_once, m, n), Output::Set, &terms);
-        gemm(ViewMut::new(&mut in_turn, m, n), Output::Set, 1.0, a, b);
-        gemm(ViewMut::new(&mut in_turn, m, n), Output::Add, 0.5, a2, b2);
-        assert_eq!(at_once, in_turn);
-    }
-
-    #[test]
-    fn tasks_cover_a_matrix_whatever_the_number_of_threads() {
-        for (m, n, threads) in [(1, 1, 1), (0, 5, 2), (512, 576, 2), (759, 576, 2), (512, 192, 16), (7, 49152, 64)] {
-            let cut = Cut::new(m, n, threads);
-            assert!(cut.rows * cut.row_tasks >= m && cut.cols * cut.col_tasks >= n, "{m}×{n}");
-            assert!(cut.row_tasks == 0 || cut.rows * (cut.row_tasks - 1) < m, "{m}×{n}: an empty task");
-        }
-        let cut = Cut::new(512, 576, 2);
-        assert_eq!(cut.row_tasks * cut.col_tasks % 2, 0, "two threads are done at the same time");
-    }
-
-    #[test]
-    fn a_row_is_the_same_alone_and_among_others() {
-        let (m, n, k) = (61, 200, 700);
-        let (a, b) = (numbers(m * k, 1), numbers(n * k, 2));
-        let mut all = vec![0.0; m * n];
-        gemm(ViewMut::new(&mut all, m, n), Output::Set, 1.0, View::new(&a, m, k), View::new(&b, n, k).t());
-        for i in [0, 5, 59, 60] {
-            let mut alone = vec![0.0; n];
-            let row = &a[i * k..][..k];
-            gemm(ViewMut::new(&mut alone, 1, n), Output::Set, 1.0, View::new(row, 1, k), View::new(&b, n, k).t());
-            assert_eq!(alone, all[i * n..][..n]);
-        }
-    }
-
-    #[test]
-    fn columns_beyond_the_view_are_left_alone() {
-        let (a, b) = (numbers(6 * 8, 1), numbers(8 * 5, 2));
-        let mut c = vec![7.0; 6 * 9];
-        gemm(ViewMut::strided(&mut c, 6, 5, 9), Output::Set, 1.0, View::new(&a, 6, 8), View::new(&b, 8, 5));
-        for row in c.chunks(9) {
-            assert_eq!(row[5..], [7.0; 4]);
-            assert!(row[..5].iter().all(|x| *x != 7.0));
-        }
-    }
-}
+mod tests;
