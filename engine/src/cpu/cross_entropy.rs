@@ -14,7 +14,7 @@ use super::weight::Matrix;
 use crate::backend::Precision;
 
 /// Words that are taken at a time.
-const CHUNK: usize = 2048;
+const CHUNK: usize = 1024;
 /// Distance of two rows of logits: not a multiple of 4 KiB, which would put all rows into the same cache sets.
 const STRIDE: usize = CHUNK + 16;
 
