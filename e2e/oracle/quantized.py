@@ -87,10 +87,29 @@ def adafactor(out):
     save_file({n: t.contiguous().clone() for n, t in tensors.items()}, out / "adafactor.safetensors")
 
 
+def dequantized(packed, state):
+    """dequantize_4bit, of rows as long as a block: its AVX-512 form misreads shorter ones (bitsandbytes 0.50.0)."""
+    shape = state.shape
+    state.shape = torch.Size([shape.numel() // state.blocksize, state.blocksize])
+    values = dequantize_4bit(packed, state).reshape(shape)
+    state.shape = shape
+    return values
+
+
 def four_bit(linear, kind, double):
     packed, state = quantize_4bit(linear.weight.data, blocksize=64, quant_type=kind, compress_statistics=double)
-    linear.weight.data = dequantize_4bit(packed, state)
+    linear.weight.data = dequantized(packed, state)
     return linear
+
+
+def without_four_bits(module):
+    for name, child in module.named_children():
+        if isinstance(child, bnb.nn.Linear4bit):
+            linear = torch.nn.Linear(child.in_features, child.out_features, bias=False)
+            linear.weight.data = dequantized(child.weight.data, child.weight.quant_state)
+            setattr(module, name, linear)
+        else:
+            without_four_bits(child)
 
 
 def eight_bit(linear):
@@ -140,6 +159,7 @@ def checkpoints(out):
         )
         model.save_pretrained(out / name)
         (out / name / "generation_config.json").unlink(missing_ok=True)
+        without_four_bits(model)
         # In training, int8 weights meet float activations on a CPU.
         logits = model.train()(torch.tensor([tokens])).logits[0].detach()
         save_file({"logits": logits.contiguous()}, out / name / "logits.safetensors")

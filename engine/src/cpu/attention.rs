@@ -3,9 +3,10 @@
 //! its prefix, whose tokens it sees too.
 //!
 //! q [tokens, query heads · dim]; k, v [tokens, key-value heads · dim]; each key-value head serves a group of query
-//! heads. A task is one row and query head. It takes [`BLOCK`] queries at a time against all keys they may see, so
-//! scores take BLOCK · row memory, and the backward pass computes them again from the saved log-sums (after
-//! FlashAttention; Dao et al., 2022). Tasks write [row, head, token, dim]; a last pass puts heads side by side.
+//! heads. A task is one row and such a group. It takes a few tokens' queries at a time, those of all heads of the group
+//! as one matrix, against all keys they may see: so the keys are packed once for the group, scores take little memory,
+//! and the backward pass computes them again from the saved log-sums (after FlashAttention; Dao et al., 2022). Tasks
+//! write [row, head, token, dim]; a last pass puts heads side by side.
 
 use std::cell::RefCell;
 
@@ -16,17 +17,19 @@ use super::gemm::{Output, View, ViewMut, gemm_serial};
 use super::simd::{dot, exp, max, sum, tanh, vectorize};
 use crate::backend::{Attention, AttentionForward, Heads};
 
-/// Queries that are taken at a time.
-const BLOCK: usize = 64;
+/// Queries that are taken at a time, of all heads of a group together: enough that packing keys weighs little, and of few
+/// tokens, as scores that the mask hides are computed for nothing.
+const QUERIES: usize = 96;
+/// Bounds of the number of tokens.
+const TOKENS: [usize; 2] = [16, 64];
 
-/// One row and query head.
+/// One row and group of query heads.
 #[derive(Clone, Copy)]
 struct Task {
     start: usize,
     len: usize,
     /// The prefix of the row: where it starts, and its length, zero without one.
     prefix: (usize, usize),
-    head: usize,
     kv_head: usize,
 }
 
@@ -40,6 +43,8 @@ impl Task {
 /// Sizes that all tasks share.
 #[derive(Clone, Copy)]
 struct Layout {
+    /// Query heads of a key-value head.
+    group: usize,
     dim: usize,
     q_width: usize,
     kv_width: usize,
@@ -52,6 +57,7 @@ impl Layout {
     fn new(attention: Attention) -> Self {
         let Attention { heads, scale, softcap, window } = attention;
         Layout {
+            group: heads.query / heads.key_value,
             dim: heads.dim,
             q_width: heads.query * heads.dim,
             kv_width: heads.key_value * heads.dim,
@@ -67,10 +73,34 @@ impl Layout {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
-    /// `len` of the task's queries (or of what is shaped like them), from the row's own token `first` on.
-    fn queries<'a>(&self, q: &'a [f32], task: Task, first: usize, len: usize) -> View<'a> {
-        let from = (task.start + first) * self.q_width + task.head * self.dim;
-        View::strided(&q[from..], len, self.dim, self.q_width)
+    /// Tokens whose queries are taken at a time.
+    fn block(&self) -> usize {
+        (QUERIES / self.group).clamp(TOKENS[0], TOKENS[1])
+    }
+
+    /// Where the head `member` of the task's group begins in the row's own token `token`.
+    #[inline(always)]
+    fn query(&self, task: Task, member: usize, token: usize) -> usize {
+        (task.start + token) * self.q_width + (task.kv_head * self.group + member) * self.dim
+    }
+
+    /// The queries (or what is shaped like them) of the group's heads, one head after the other, of `len` of the row's own
+    /// tokens from `first` on; copied to `scratch`.
+    fn queries<'a>(&self, q: &[f32], task: Task, first: usize, len: usize, scratch: &'a mut Vec<f32>) -> View<'a> {
+        scratch.clear();
+        for member in 0..self.group {
+            for token in first..first + len {
+                scratch.extend_from_slice(&q[self.query(task, member, token)..][..self.dim]);
+            }
+        }
+        View::new(scratch, self.group * len, self.dim)
+    }
+
+    /// Puts what [`Layout::queries`] took to its place in the task's part [head, token, dim].
+    fn put_back(&self, block: &[f32], task: Task, first: usize, len: usize, part: &mut [f32]) {
+        for (member, rows) in block.chunks_exact(len * self.dim).take(self.group).enumerate() {
+            part[(member * task.len + first) * self.dim..][..len * self.dim].copy_from_slice(rows);
+        }
     }
 
     /// The task's keys or values by position: in place, or copied to `scratch` behind those of the prefix.
@@ -104,11 +134,10 @@ impl<'a> Keys<'a> {
 }
 
 fn tasks(heads: Heads, rows: &Rows) -> Vec<Task> {
-    let group = heads.query / heads.key_value;
     let row = |row: usize| {
         let (start, len) = (rows.starts[row], rows.lengths[row]);
         let prefix = rows.prefixes[row].map_or((0, 0), |prefix| (rows.starts[prefix], rows.lengths[prefix]));
-        (0..heads.query).map(move |head| Task { start, len, prefix, head, kv_head: head / group })
+        (0..heads.key_value).map(move |kv_head| Task { start, len, prefix, kv_head })
     };
     (0..rows.starts.len()).flat_map(row).collect()
 }
@@ -140,22 +169,19 @@ fn join_heads(parts: &[f32], rows: &Rows, heads: usize, dim: usize, y: &mut [f32
     });
 }
 
-/// Puts the heads of keys or values side by side: y [tokens, heads · dim] from [row, query head, position, dim], adding
-/// up the query heads that a head serves, and all rows that see a token.
-fn join_key_heads(parts: &[f32], rows: &Rows, heads: Heads, y: &mut [f32]) {
-    let Heads { query, key_value, dim } = heads;
-    let group = query / key_value;
-    y.par_chunks_mut(key_value * dim).zip(&rows.row_of).enumerate().for_each(|(token, (y, &row))| {
+/// Puts the heads of keys or values side by side: y [tokens, heads · dim] from [row, head, position, dim], adding up all
+/// rows that see a token.
+fn join_key_heads(parts: &[f32], rows: &Rows, heads: usize, dim: usize, y: &mut [f32]) {
+    let width = heads * dim;
+    y.par_chunks_mut(width).zip(&rows.row_of).enumerate().for_each(|(token, (y, &row))| {
         let position = rows.key_lengths[row] - rows.lengths[row] + token - rows.starts[row];
         y.fill(0.0);
         for seen_by in std::iter::once(row).chain(rows.followers[row].iter().copied()) {
             let len = rows.key_lengths[seen_by];
-            let parts = &parts[rows.key_starts[seen_by] * query * dim..];
+            let parts = &parts[rows.key_starts[seen_by] * width..];
             for (head, y) in y.chunks_exact_mut(dim).enumerate() {
-                for member in 0..group {
-                    let part = &parts[((head * group + member) * len + position) * dim..][..dim];
-                    y.iter_mut().zip(part).for_each(|(y, x)| *y += x);
-                }
+                let part = &parts[(head * len + position) * dim..][..dim];
+                y.iter_mut().zip(part).for_each(|(y, x)| *y += x);
             }
         }
     });
@@ -168,6 +194,9 @@ struct Scratch {
     d_scores: Vec<f32>,
     keys: Vec<f32>,
     values: Vec<f32>,
+    queries: Vec<f32>,
+    d_out: Vec<f32>,
+    out: Vec<f32>,
 }
 
 thread_local! {
@@ -185,7 +214,7 @@ pub(super) fn forward(
 ) {
     let (layout, heads) = (Layout::new(attention), attention.heads);
     let tasks = tasks(heads, rows);
-    let split = |buffer, width| split(buffer, &tasks, |task| task.len, width);
+    let split = |buffer, width| split(buffer, &tasks, |task| task.len, layout.group * width);
     let outputs = split(parts, heads.dim).into_par_iter().zip(split(log_sums, 1));
     tasks.par_iter().zip(outputs).with_max_len(1).for_each(|(&task, (part, log_sums))| {
         SCRATCH.with_borrow_mut(|scratch| forward_task(layout, task, qkv, scratch, part, log_sums));
@@ -202,21 +231,25 @@ fn forward_task(
     log_sums: &mut [f32],
 ) {
     let dim = layout.dim;
-    let Scratch { scores, keys, values, .. } = scratch;
+    let Scratch { scores, keys, values, queries, out, .. } = scratch;
     let (k, v) = (layout.keys(k, task, keys), layout.keys(v, task, values));
-    for first in (0..task.len).step_by(BLOCK) {
-        let len = BLOCK.min(task.len - first);
+    let block = layout.block();
+    for first in (0..task.len).step_by(block) {
+        let len = block.min(task.len - first);
         let position = task.prefix.1 + first;
         let from = layout.first_seen(position);
         let seen = position + len - from;
-        grow(scores, len * seen);
-        let q = layout.queries(q, task, first, len);
-        let s = ViewMut::new(scores, len, seen);
+        let rows = layout.group * len;
+        grow(scores, rows * seen);
+        grow(out, rows * dim);
+        let q = layout.queries(q, task, first, len, queries);
+        let s = ViewMut::new(scores, rows, seen);
         gemm_serial(s, Output::Set, layout.scale, q, k.from(from, seen).t());
         vectorize(
             #[inline(always)]
             || {
-                for (i, s) in scores.chunks_exact_mut(seen).take(len).enumerate() {
+                for (row, s) in scores.chunks_exact_mut(seen).take(rows).enumerate() {
+                    let (member, i) = (row / len, row % len);
                     let s = unmasked(s, layout.first_seen(position + i) - from, position + i + 1 - from);
                     if let Some(cap) = layout.softcap {
                         s.iter_mut().for_each(|x| *x = cap * tanh(*x / cap));
@@ -229,12 +262,13 @@ fn forward_task(
                     for x in s.iter_mut() {
                         *x *= 1.0 / total;
                     }
-                    log_sums[first + i] = largest + total.ln();
+                    log_sums[member * task.len + first + i] = largest + total.ln();
                 }
             },
         );
-        let part = ViewMut::new(&mut part[first * dim..], len, dim);
-        gemm_serial(part, Output::Set, 1.0, View::new(scores, len, seen), v.from(from, seen));
+        let y = ViewMut::new(out, rows, dim);
+        gemm_serial(y, Output::Set, 1.0, View::new(scores, rows, seen), v.from(from, seen));
+        layout.put_back(out, task, first, len, part);
     }
 }
 
@@ -260,13 +294,14 @@ pub(super) fn backward(
     let (layout, heads) = (Layout::new(attention), attention.heads);
     let tasks = tasks(heads, rows);
     let log_sums = tasks.iter().scan(0, |from, task| {
-        let part = &forward.log_sums[*from..*from + task.len];
-        *from += task.len;
+        let len = layout.group * task.len;
+        let part = &forward.log_sums[*from..*from + len];
+        *from += len;
         Some(part)
     });
     let [q_parts, k_parts, v_parts] = parts;
     let keys = |buffer| split(buffer, &tasks, |task| task.keys(), heads.dim);
-    let outputs = split(q_parts, &tasks, |task| task.len, heads.dim).into_iter();
+    let outputs = split(q_parts, &tasks, |task| task.len, layout.group * heads.dim).into_iter();
     let outputs = outputs.zip(keys(k_parts)).zip(keys(v_parts));
     let all: Vec<_> = tasks.iter().zip(log_sums).zip(outputs).collect();
     all.into_par_iter().with_max_len(1).for_each(|((&task, log_sums), ((dq, dk), dv))| {
@@ -275,8 +310,8 @@ pub(super) fn backward(
         });
     });
     join_heads(q_parts, rows, heads.query, heads.dim, dq);
-    join_key_heads(k_parts, rows, heads, dk);
-    join_key_heads(v_parts, rows, heads, dv);
+    join_key_heads(k_parts, rows, heads.key_value, heads.dim, dk);
+    join_key_heads(v_parts, rows, heads.key_value, heads.dim, dv);
 }
 
 fn backward_task(
@@ -289,42 +324,47 @@ fn backward_task(
     [dq, dk, dv]: [&mut [f32]; 3],
 ) {
     let dim = layout.dim;
-    let Scratch { scores: p, d_scores: ds, keys, values } = scratch;
+    let Scratch { scores: p, d_scores: ds, keys, values, queries, d_out, out: dq_block } = scratch;
     let (keys, values) = (layout.keys(f.k, task, keys), layout.keys(f.v, task, values));
     dk.fill(0.0);
     dv.fill(0.0);
-    for first in (0..task.len).step_by(BLOCK) {
-        let len = BLOCK.min(task.len - first);
+    let block = layout.block();
+    for first in (0..task.len).step_by(block) {
+        let len = block.min(task.len - first);
         let position = task.prefix.1 + first;
         let from = layout.first_seen(position);
         let seen = position + len - from;
-        grow(p, len * seen);
-        grow(ds, len * seen);
-        let q = layout.queries(f.q, task, first, len);
-        let d_out = layout.queries(dy, task, first, len);
+        let rows = layout.group * len;
+        grow(p, rows * seen);
+        grow(ds, rows * seen);
+        grow(dq_block, rows * dim);
+        let q = layout.queries(f.q, task, first, len, queries);
+        let d_out = layout.queries(dy, task, first, len, d_out);
         let k = keys.from(from, seen);
-        gemm_serial(ViewMut::new(p, len, seen), Output::Set, layout.scale, q, k.t());
-        gemm_serial(ViewMut::new(ds, len, seen), Output::Set, 1.0, d_out, values.from(from, seen).t());
+        gemm_serial(ViewMut::new(p, rows, seen), Output::Set, layout.scale, q, k.t());
+        gemm_serial(ViewMut::new(ds, rows, seen), Output::Set, 1.0, d_out, values.from(from, seen).t());
         vectorize(
             #[inline(always)]
             || {
-                let blocks = p.chunks_exact_mut(seen).zip(ds.chunks_exact_mut(seen)).take(len);
-                for (i, (p, ds)) in blocks.enumerate() {
-                    let at = (task.start + first + i) * layout.q_width + task.head * dim;
+                let blocks = p.chunks_exact_mut(seen).zip(ds.chunks_exact_mut(seen)).take(rows);
+                for (row, (p, ds)) in blocks.enumerate() {
+                    let (member, i) = (row / len, row % len);
+                    let at = layout.query(task, member, first + i);
                     let delta = dot(&dy[at..at + dim], &f.out[at..at + dim]);
+                    let log_sum = log_sums[member * task.len + first + i];
                     let (low, high) = (layout.first_seen(position + i) - from, position + i + 1 - from);
                     let (p, ds) = (unmasked(p, low, high), unmasked(ds, low, high));
                     match layout.softcap {
                         None => {
                             for (p, ds) in p.iter_mut().zip(ds) {
-                                *p = exp(*p - log_sums[first + i]);
+                                *p = exp(*p - log_sum);
                                 *ds = *p * (*ds - delta) * layout.scale;
                             }
                         }
                         Some(cap) => {
                             for (p, ds) in p.iter_mut().zip(ds) {
                                 let t = tanh(*p / cap);
-                                *p = exp(cap * t - log_sums[first + i]);
+                                *p = exp(cap * t - log_sum);
                                 *ds = *p * (*ds - delta) * (1.0 - t * t) * layout.scale;
                             }
                         }
@@ -332,8 +372,9 @@ fn backward_task(
                 }
             },
         );
-        let (p, ds) = (View::new(p, len, seen), View::new(ds, len, seen));
-        gemm_serial(ViewMut::new(&mut dq[first * dim..], len, dim), Output::Set, 1.0, ds, k);
+        let (p, ds) = (View::new(p, rows, seen), View::new(ds, rows, seen));
+        gemm_serial(ViewMut::new(dq_block, rows, dim), Output::Set, 1.0, ds, k);
+        layout.put_back(dq_block, task, first, len, dq);
         gemm_serial(ViewMut::new(&mut dk[from * dim..], seen, dim), Output::Add, 1.0, ds.t(), q);
         gemm_serial(ViewMut::new(&mut dv[from * dim..], seen, dim), Output::Add, 1.0, p.t(), d_out);
     }
@@ -349,11 +390,10 @@ fn grow(buffer: &mut Vec<f32>, len: usize) {
 /// [≥ past + new, key-value heads · dim].
 pub(super) fn cached(q: &[f32], keys: &[f32], values: &[f32], attention: Attention, past: usize, y: &mut [f32]) {
     let (layout, heads) = (Layout::new(attention), attention.heads);
-    let group = heads.query / heads.key_value;
     let outputs = y.par_chunks_mut(heads.dim).zip(q.par_chunks(heads.dim)).enumerate();
     outputs.for_each(|(i, (y, q))| {
         let (token, head) = (i / heads.query, i % heads.query);
-        let at = |j: usize| j * layout.kv_width + head / group * heads.dim;
+        let at = |j: usize| j * layout.kv_width + head / layout.group * heads.dim;
         let seen = layout.first_seen(past + token)..past + token + 1;
         vectorize(
             #[inline(always)]

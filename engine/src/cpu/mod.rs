@@ -471,8 +471,8 @@ impl Backend for Cpu {
         rows: &Rows,
     ) -> [Tensor; 3] {
         let _timer = time("attention, backward", 10 * rows.pairs() * attention.heads.query * attention.heads.dim);
-        let [mut q_parts, mut k_parts, mut v_parts] =
-            [dy.rows(), rows.keys(), rows.keys()].map(|count| self.stale(count, dy.cols()));
+        let mut q_parts = self.stale(dy.rows(), dy.cols());
+        let [mut k_parts, mut v_parts] = [(); 2].map(|()| self.stale(rows.keys(), forward.k.cols()));
         let mut dq = self.stale(forward.q.rows(), forward.q.cols());
         let mut dk = self.stale(forward.k.rows(), forward.k.cols());
         let mut dv = self.stale(forward.v.rows(), forward.v.cols());
