@@ -435,6 +435,8 @@ pub trait Backend: Send + Sync + Sized {
     );
     /// Zeros in 8 bits, in a map for numbers of either sign or of one.
     fn zeros_8bit(&self, len: usize, signed: bool) -> Self::State8bit;
+    /// How many codes and how many largest magnitudes there are.
+    fn lengths_8bit(&self, x: &Self::State8bit) -> [usize; 2];
     /// The codes, one a value, and the largest magnitude of each block.
     fn download_8bit(&self, x: &Self::State8bit) -> (Vec<u8>, Vec<f32>);
     /// Takes codes and magnitudes, as many as there are.

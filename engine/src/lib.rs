@@ -28,12 +28,12 @@ pub use config::{Activation, ModelConfig};
 pub use error::{Error, Result};
 pub use generate::{Generator, Sampling};
 pub use lora::{LoraBias, LoraOptions, TargetModules};
-pub use model::{Model, NamedTensor, Recompute};
+pub use model::{LazyTensor, Model, NamedTensor, Recompute};
 pub use optim::{Optimizer, Rule};
 pub use peft::AdaptedLayer;
 pub use quantize::{FourBitCode, Quantization};
 pub use schedule::{Schedule, ScheduleKind, Warmup};
-pub use trainer::{IGNORE, LossSum, MicroBatch, StepStats, TrainState, Trainer, TrainerOptions, Tuning};
+pub use trainer::{IGNORE, LossSum, MicroBatch, StateSource, StepStats, TrainState, Trainer, TrainerOptions, Tuning};
 
 /// Changes whenever the same inputs may give other numbers; part of a run's input digest.
 pub const NUMERICS_VERSION: u32 = 5;

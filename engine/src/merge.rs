@@ -3,20 +3,22 @@
 use crate::backend::{Backend, WeightRef};
 use crate::block::Norm;
 use crate::linear::Linear;
-use crate::model::{Model, NamedTensor};
+use crate::model::{LazyTensor, Model};
 use crate::param::Weight;
 use crate::projection::Projection;
 
 impl<B: Backend> Model<B> {
     /// Every tensor of the checkpoint that this model is once its adapter is merged, under the base model's names. A tied
     /// output layer that was trained comes as one of its own; see [`Model::has_own_output`].
-    pub fn merged(&self) -> Vec<NamedTensor> {
+    pub fn merged(&self) -> Vec<LazyTensor<'_>> {
         let Model { backend, config, .. } = self;
-        let vector = |name: String, x: &B::Tensor| {
-            let data = backend.download(x);
-            NamedTensor { name, shape: vec![data.len()], data }
+        let vector =
+            |name: String, x| LazyTensor::new(name, vec![backend.shape(x).iter().product()], || backend.download(x));
+        let table = |name: &str, weight| {
+            let shape = vec![config.vocab_size, config.hidden_size];
+            LazyTensor::new(name.into(), shape, move || backend.download(&self.values(weight)))
         };
-        let mut out = vec![self.matrix("model.embed_tokens.weight".into(), &self.embedding)];
+        let mut out = vec![table("model.embed_tokens.weight", &self.embedding)];
         for (i, block) in self.blocks.iter().enumerate() {
             for which in Norm::ALL {
                 let norm = which.path(config).zip(block.norms[which as usize].as_ref());
@@ -25,12 +27,13 @@ impl<B: Backend> Model<B> {
             for which in Projection::of(config) {
                 let Some(linear) = &block.projections[which as usize] else { continue };
                 let name = |part: &str| format!("{}.{part}", which.name(i));
-                out.push(self.merged_weight(name("weight"), linear));
+                let shape = which.shape(config).to_vec();
+                out.push(LazyTensor::new(name("weight"), shape, || self.merged_weight(linear)));
                 out.extend(linear.bias.as_ref().map(|bias| vector(name("bias"), &bias.value)));
             }
         }
         out.push(vector("model.norm.weight".into(), &self.norm.value));
-        out.extend(self.lm_head.as_ref().map(|weight| self.matrix("lm_head.weight".into(), weight)));
+        out.extend(self.lm_head.as_ref().map(|weight| table("lm_head.weight", weight)));
         out
     }
 
@@ -46,15 +49,10 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    fn matrix(&self, name: String, weight: &Weight<B>) -> NamedTensor {
-        let x = self.values(weight);
-        NamedTensor { name, shape: self.backend.shape(&x).to_vec(), data: self.backend.download(&x) }
-    }
-
-    fn merged_weight(&self, name: String, linear: &Linear<B>) -> NamedTensor {
-        let Some(adapter) = &linear.adapter else { return self.matrix(name, &linear.weight) };
+    fn merged_weight(&self, linear: &Linear<B>) -> Vec<f32> {
         let backend = &self.backend;
         let mut merged = self.values(&linear.weight);
+        let Some(adapter) = &linear.adapter else { return backend.download(&merged) };
         let [output, rank] = backend.shape(&adapter.b.value);
         let b = backend.download(&adapter.b.value);
         // A weight's gradient is dyᵀ·x: with dy = scale·Bᵀ and x = A, it adds the update.
@@ -70,6 +68,6 @@ impl<B: Backend> Model<B> {
                 row.iter_mut().for_each(|x| *x *= factor);
             }
         }
-        NamedTensor { name, shape: backend.shape(&merged).to_vec(), data }
+        data
     }
 }

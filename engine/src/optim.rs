@@ -87,20 +87,27 @@ pub(crate) enum OptimizerState<B: Backend> {
 }
 
 /// A tensor of an optimizer's state as it is saved.
-pub(crate) struct Part {
+pub(crate) struct Part<'a> {
     pub(crate) name: &'static str,
     pub(crate) shape: [usize; 2],
-    pub(crate) data: Vec<f32>,
+    pub(crate) values: Box<dyn Fn() -> Vec<f32> + 'a>,
 }
 
 impl<B: Backend> OptimizerState<B> {
     /// The tensors, with the names of torch or bitsandbytes. Codes are saved as numbers.
-    pub(crate) fn parts(&self, backend: &B) -> Vec<Part> {
-        let plain = |name, x: &B::Tensor| Part { name, shape: backend.shape(x), data: backend.download(x) };
-        let quantized = |names: [&'static str; 2], x: &B::State8bit| {
-            let (codes, absmax) = backend.download_8bit(x);
-            let part = |name, data: Vec<f32>| Part { name, shape: [1, data.len()], data };
-            [part(names[0], codes.into_iter().map(f32::from).collect()), part(names[1], absmax)]
+    pub(crate) fn parts<'a>(&'a self, backend: &'a B) -> Vec<Part<'a>> {
+        let plain = |name, x: &'a B::Tensor| {
+            let values: Box<dyn Fn() -> Vec<f32> + 'a> = Box::new(|| backend.download(x));
+            Part { name, shape: backend.shape(x), values }
+        };
+        let quantized = |names: [&'static str; 2], x: &'a B::State8bit| {
+            let lengths = backend.lengths_8bit(x);
+            let codes = Box::new(|| backend.download_8bit(x).0.into_iter().map(f32::from).collect());
+            let absmax = Box::new(|| backend.download_8bit(x).1);
+            [
+                Part { name: names[0], shape: [1, lengths[0]], values: codes },
+                Part { name: names[1], shape: [1, lengths[1]], values: absmax },
+            ]
         };
         match self {
             OptimizerState::AdamW { exp_avg, exp_avg_sq } => {
@@ -121,31 +128,37 @@ impl<B: Backend> OptimizerState<B> {
     }
 
     /// Takes the values of [`OptimizerState::parts`], in that order and of those sizes.
-    pub(crate) fn set(&mut self, backend: &B, values: &[&[f32]]) {
-        let plain = |x: &mut B::Tensor, values: &[f32]| {
+    pub(crate) fn set<E>(
+        &mut self,
+        backend: &B,
+        mut values: impl FnMut(&'static str) -> std::result::Result<Vec<f32>, E>,
+    ) -> std::result::Result<(), E> {
+        let mut plain = |name, x: &mut B::Tensor| {
             let [rows, cols] = backend.shape(x);
-            *x = backend.upload(values, rows, cols);
-        };
-        let quantized = |x: &mut B::State8bit, values: &[&[f32]]| {
-            let codes: Vec<u8> = values[0].iter().map(|&code| code as u8).collect();
-            backend.upload_8bit(x, &codes, values[1]);
+            *x = backend.upload(&values(name)?, rows, cols);
+            Ok(())
         };
         match self {
             OptimizerState::AdamW { exp_avg, exp_avg_sq } => {
-                plain(exp_avg, values[0]);
-                plain(exp_avg_sq, values[1]);
+                plain("exp_avg", exp_avg)?;
+                plain("exp_avg_sq", exp_avg_sq)
             }
             OptimizerState::AdamW8bit { state1, state2 } => {
-                quantized(state1, &values[..2]);
-                quantized(state2, &values[2..]);
+                let mut quantized = |names: [&'static str; 2], x: &mut B::State8bit| {
+                    let codes: Vec<u8> = values(names[0])?.iter().map(|&code| code as u8).collect();
+                    backend.upload_8bit(x, &codes, &values(names[1])?);
+                    Ok(())
+                };
+                quantized(["state1", "absmax1"], state1)?;
+                quantized(["state2", "absmax2"], state2)
             }
             OptimizerState::Factored { exp_avg_sq_row, exp_avg_sq_col } => {
-                plain(exp_avg_sq_row, values[0]);
-                plain(exp_avg_sq_col, values[1]);
+                plain("exp_avg_sq_row", exp_avg_sq_row)?;
+                plain("exp_avg_sq_col", exp_avg_sq_col)
             }
-            OptimizerState::Squares { exp_avg_sq } => plain(exp_avg_sq, values[0]),
+            OptimizerState::Squares { exp_avg_sq } => plain("exp_avg_sq", exp_avg_sq),
             OptimizerState::Sgd { momentum_buffer } => {
-                momentum_buffer.iter_mut().for_each(|x| plain(x, values[0]));
+                momentum_buffer.iter_mut().try_for_each(|x| plain("momentum_buffer", x))
             }
         }
     }

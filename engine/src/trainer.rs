@@ -1,7 +1,5 @@
 //! Training: micro-batches in, gradients accumulated, optimizer steps out.
 
-use std::collections::HashMap;
-
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, CrossEntropyGrads, Precision};
@@ -10,7 +8,7 @@ use crate::config::Rope;
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::lora::LoraOptions;
-use crate::model::{Model, NamedTensor, Recompute, rms_norm};
+use crate::model::{LazyTensor, Model, NamedTensor, Recompute, rms_norm};
 use crate::optim::{Optimizer, OptimizerState, Part, clip_factor};
 use crate::param::Param;
 use crate::peft::saved_name;
@@ -56,6 +54,45 @@ pub struct TrainState {
     pub step: u64,
     /// Micro-batches accumulated; decides the next dropout masks.
     pub micro_step: u64,
+}
+
+/// A state that a trainer goes back to, tensor by tensor.
+pub trait StateSource {
+    /// Why a tensor can't be read.
+    type Error: From<Error>;
+    /// A tensor's shape, if there is one of this name.
+    fn shape(&self, name: &str) -> Option<&[usize]>;
+    /// The values of a tensor that there is.
+    ///
+    /// # Errors
+    /// It can't be read.
+    fn values(&self, name: &str) -> std::result::Result<Vec<f32>, Self::Error>;
+    /// Optimizer steps taken.
+    fn step(&self) -> u64;
+    /// Micro-batches accumulated.
+    fn micro_step(&self) -> u64;
+}
+
+impl StateSource for TrainState {
+    type Error = Error;
+
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        let tensor = self.tensors.iter().find(|tensor| tensor.name == name);
+        tensor.filter(|tensor| tensor.data.len() == tensor.shape.iter().product::<usize>()).map(|t| t.shape.as_slice())
+    }
+
+    fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let tensor = self.tensors.iter().find(|tensor| tensor.name == name);
+        tensor.map(|tensor| tensor.data.clone()).ok_or_else(|| Error::State(format!("{name} is missing")))
+    }
+
+    fn step(&self) -> u64 {
+        self.step
+    }
+
+    fn micro_step(&self) -> u64 {
+        self.micro_step
+    }
 }
 
 /// What is trained.
@@ -283,12 +320,17 @@ impl<B: Backend> Trainer<B> {
 
     /// What is trained, under the names of the published file: PEFT's for an adapter, else the model's.
     pub fn weights(&self) -> Vec<NamedTensor> {
-        self.trained().map(|(name, param)| self.download(name, &param.value)).collect()
+        self.weight_tensors().into_iter().map(LazyTensor::read).collect()
+    }
+
+    /// The tensors of [`Trainer::weights`].
+    pub fn weight_tensors(&self) -> Vec<LazyTensor<'_>> {
+        self.trained().map(|(name, param)| self.lazy(name, &param.value)).collect()
     }
 
     /// The accumulated gradients, under the names of [`Trainer::weights`].
     pub fn gradients(&self) -> Vec<NamedTensor> {
-        self.trained().filter_map(|(name, param)| Some(self.download(name, param.grad.as_ref()?))).collect()
+        self.trained().filter_map(|(name, param)| Some(self.lazy(name, param.grad.as_ref()?).read())).collect()
     }
 
     /// Zeroes the gradients: forgets what was accumulated since the last step.
@@ -297,61 +339,58 @@ impl<B: Backend> Trainer<B> {
         params.into_iter().filter_map(|param| param.grad.as_mut()).for_each(|grad| backend.clear(grad));
     }
 
-    /// What [`Trainer::restore`] needs. Take it between optimizer steps: accumulated gradients are not part of it.
-    pub fn state(&self) -> TrainState {
+    /// The tensors of [`Trainer::state`].
+    pub fn state_tensors(&self) -> Vec<LazyTensor<'_>> {
         let tensors = self.trained().zip(&self.states).flat_map(|((name, param), state)| {
             let parts =
-                state.parts(&self.model.backend).into_iter().map(|Part { name: part, shape: [rows, cols], data }| {
-                    NamedTensor { name: format!("{name}.{part}"), shape: shape(rows, cols), data }
+                state.parts(&self.model.backend).into_iter().map(|Part { name: part, shape: [rows, cols], values }| {
+                    LazyTensor::new(format!("{name}.{part}"), shape(rows, cols), values)
                 });
-            let parts: Vec<NamedTensor> = parts.collect();
-            parts.into_iter().chain([self.download(name, &param.value)])
+            let parts: Vec<LazyTensor<'_>> = parts.collect();
+            parts.into_iter().chain([self.lazy(name, &param.value)])
         });
-        TrainState { tensors: tensors.collect(), step: self.step, micro_step: self.micro_step }
+        tensors.collect()
+    }
+
+    /// What [`Trainer::restore`] needs. Take it between optimizer steps: accumulated gradients are not part of it.
+    pub fn state(&self) -> TrainState {
+        let tensors = self.state_tensors().into_iter().map(LazyTensor::read).collect();
+        TrainState { tensors, step: self.step, micro_step: self.micro_step }
     }
 
     /// Goes back to a state of a trainer with the same model and options.
     ///
     /// # Errors
-    /// A tensor is missing or has another shape: nothing is changed.
-    pub fn restore(&mut self, state: &TrainState) -> Result<()> {
-        let saved: HashMap<&str, &NamedTensor> =
-            state.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-        let backend = &self.model.backend;
-        let find = |name: &str, [rows, cols]: [usize; 2]| {
-            let tensor = saved
-                .get(name)
-                .ok_or_else(|| Error::State(format!("{name} is missing; was it saved with other options?")))?;
-            if tensor.shape != shape(rows, cols) || tensor.data.len() != rows * cols {
-                return Err(Error::State(format!(
-                    "{name} has shape {:?}, this run's is {:?}; was it saved with another rank or model?",
-                    tensor.shape,
-                    shape(rows, cols)
-                )));
-            }
-            Ok(tensor.data.as_slice())
-        };
-        let (mut values, mut parts) = (Vec::new(), Vec::new());
-        for ((name, param), state) in self.trained().zip(&self.states) {
-            values.push(find(&name, backend.shape(&param.value))?);
-            let state = state.parts(backend).into_iter();
-            let state = state.map(|part| find(&format!("{name}.{}", part.name), part.shape));
-            parts.push(state.collect::<Result<Vec<_>>>()?);
+    /// A tensor is missing or has another shape: nothing is changed. Or a tensor can't be read: the trainer is of no more
+    /// use.
+    pub fn restore<S: StateSource>(&mut self, state: &S) -> std::result::Result<(), S::Error> {
+        for LazyTensor { name, shape, .. } in self.state_tensors() {
+            let problem = match state.shape(&name) {
+                None => format!("{name} is missing; was it saved with other options?"),
+                Some(found) if found != shape => {
+                    format!(
+                        "{name} has shape {found:?}, this run's is {shape:?}; was it saved with another rank or model?"
+                    )
+                }
+                Some(_) => continue,
+            };
+            return Err(Error::State(problem).into());
         }
+        let names: Vec<String> = self.trained().map(|(name, _)| name).collect();
         let Trainer { model, states, .. } = self;
         let (backend, params) = model.parameters_mut();
-        for (param, values) in params.into_iter().filter(|param| param.is_trained()).zip(values) {
+        let params = params.into_iter().filter(|param| param.is_trained());
+        for ((param, optimizer), name) in params.zip(states).zip(names) {
             let [rows, cols] = backend.shape(&param.value);
-            param.value = backend.upload(values, rows, cols);
+            param.value = backend.upload(&state.values(&name)?, rows, cols);
+            optimizer.set(backend, |part| state.values(&format!("{name}.{part}")))?;
         }
-        states.iter_mut().zip(parts).for_each(|(state, parts)| state.set(backend, &parts));
         self.model.refresh();
         self.clear_gradients();
-        (self.step, self.micro_step) = (state.step, state.micro_step);
+        (self.step, self.micro_step) = (state.step(), state.micro_step());
         Ok(())
     }
 
-    /// The trained parameters under the names of the published file.
     fn trained(&self) -> impl Iterator<Item = (String, &Param<B::Tensor>)> {
         let adapted = self.model.adapted_modules();
         let is_adapter = self.is_adapter;
@@ -362,10 +401,10 @@ impl<B: Backend> Trainer<B> {
         })
     }
 
-    fn download(&self, name: String, x: &B::Tensor) -> NamedTensor {
+    fn lazy<'a>(&'a self, name: String, x: &'a B::Tensor) -> LazyTensor<'a> {
         let backend = &self.model.backend;
         let [rows, cols] = backend.shape(x);
-        NamedTensor { name, shape: shape(rows, cols), data: backend.download(x) }
+        LazyTensor::new(name, shape(rows, cols), || backend.download(x))
     }
 }
 

@@ -22,6 +22,7 @@ pub mod preflight;
 pub mod progress;
 pub mod publish;
 pub mod store;
+pub mod tensors;
 pub mod train;
 pub mod untrusted;
 pub mod verify;

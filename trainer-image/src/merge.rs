@@ -1,6 +1,10 @@
 //! `merge`: puts an adapter into its base model, as a Hugging Face folder that needs no PEFT.
 
-use std::{fs, path::Path};
+use std::{
+    fs::{self, File},
+    io::{BufWriter, Write},
+    path::Path,
+};
 
 use serde_json::Value;
 use tunesmith_engine::Model;
@@ -9,7 +13,7 @@ use crate::{
     error::Error,
     generate::{chat_template, fetch_adapter, uri},
     model::ModelFolder,
-    publish::{BASE_FILES, CHAT_TEMPLATE, full_model},
+    publish::{BASE_FILES, CHAT_TEMPLATE, ModelFiles, full_model},
     store::{StoreError, Stores},
 };
 
@@ -40,7 +44,8 @@ pub fn merge(
     if model.has_own_output() {
         config["tie_word_embeddings"] = false.into();
     }
-    let mut files = full_model(&model.merged(), config.to_string().as_bytes(), bf16);
+    let merged = model.merged();
+    let ModelFiles { shards, others: mut files } = full_model(&merged, config.to_string().as_bytes(), bf16);
     for name in BASE_FILES {
         let path = base.join(name);
         if path.exists() {
@@ -55,6 +60,12 @@ pub fn merge(
         move |source| Error::from(StoreError::Disk { path, source })
     };
     fs::create_dir_all(&part).map_err(disk(&part))?;
+    for shard in shards {
+        let path = part.join(&shard.name);
+        let file = File::create(&path).map_err(disk(&path))?;
+        let mut file = BufWriter::new(file);
+        shard.write(&mut file).and_then(|()| file.flush()).map_err(disk(&path))?;
+    }
     for (name, bytes) in files {
         let path = part.join(name);
         fs::write(&path, bytes).map_err(disk(&path))?;

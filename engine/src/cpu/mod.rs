@@ -615,6 +615,10 @@ impl Backend for Cpu {
         Blockwise::zeros(len, signed)
     }
 
+    fn lengths_8bit(&self, x: &Blockwise) -> [usize; 2] {
+        [x.codes.len(), x.absmax.len()]
+    }
+
     fn download_8bit(&self, x: &Blockwise) -> (Vec<u8>, Vec<f32>) {
         (x.codes.clone(), x.absmax.clone())
     }

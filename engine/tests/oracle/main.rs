@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use run::{Run, accumulate, read_json, read_tensors, train, trainer, trainer_of};
 use serde::Deserialize;
 use tunesmith_engine::{
-    FourBitCode, Model, NamedTensor, Precision, Quantization, Recompute, Trainer, TrainerOptions, Tuning,
+    FourBitCode, LazyTensor, Model, NamedTensor, Precision, Quantization, Recompute, Trainer, TrainerOptions, Tuning,
 };
 
 #[derive(Deserialize)]
@@ -224,11 +224,11 @@ fn a_merged_adapter_gives_the_logits_of_the_adapter() {
         let mut config: serde_json::Value = read_json(&dir.join("model/config.json"));
         config["tie_word_embeddings"] = (!model.has_own_output()).into();
         std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-        let tensors: Vec<(NamedTensor, Vec<u8>)> = model
+        let tensors: Vec<(LazyTensor<'_>, Vec<u8>)> = model
             .merged()
             .into_iter()
             .map(|tensor| {
-                let bytes = tensor.data.iter().flat_map(|x| x.to_le_bytes()).collect();
+                let bytes = tensor.values().iter().flat_map(|x| x.to_le_bytes()).collect();
                 (tensor, bytes)
             })
             .collect();

@@ -4,6 +4,9 @@ use serde_json::{Value, json};
 
 use super::{ConvertError, Gguf, tokenizer::Tokenizer};
 
+/// Sizes above this are refused.
+const MAX_SIZE: usize = 1 << 24;
+
 /// Dimensions of a Llama.
 pub(super) struct LlamaShape {
     pub(super) layers: usize,
@@ -22,38 +25,53 @@ pub(super) struct LlamaShape {
 
 impl LlamaShape {
     pub(super) fn read(gguf: &Gguf) -> Result<Self, ConvertError> {
-        let refuse = |key: &str, found: String, supported: &str| {
-            Err(ConvertError::UnsupportedKey { key: key.into(), found, supported: supported.into() })
+        let refuse = |key: &str, found: String, supported: &str| ConvertError::UnsupportedKey {
+            key: key.into(),
+            found,
+            supported: supported.into(),
         };
+        // Products of two sizes must not overflow, nor what a damaged file says allocate the machine away.
+        let size = |key: &str, most: usize| match gguf.optional_number(key)? {
+            Some(found) if found > most => Err(refuse(key, found.to_string(), &format!("at most {most}"))),
+            found => Ok(found),
+        };
+        let number = |key: &str| size(key, MAX_SIZE)?.ok_or_else(|| ConvertError::MissingKey(key.to_owned()));
         let architecture = gguf.text("general.architecture")?;
         if architecture != "llama" {
-            return refuse("general.architecture", format!("\"{architecture}\""), "llama");
+            return Err(refuse("general.architecture", format!("\"{architecture}\""), "llama"));
         }
         if gguf.has("llama.rope.scaling.type") && gguf.text("llama.rope.scaling.type")? != "none" {
             let found = gguf.text("llama.rope.scaling.type")?.to_owned();
-            return refuse("llama.rope.scaling.type", found, "none");
+            return Err(refuse("llama.rope.scaling.type", found, "none"));
         }
         if let Some(experts @ 1..) = gguf.optional_number("llama.expert_count")? {
-            return refuse("llama.expert_count", experts.to_string(), "0 (no mixture of experts)");
+            return Err(refuse("llama.expert_count", experts.to_string(), "0 (no mixture of experts)"));
         }
-        let (hidden, heads) = (gguf.number("llama.embedding_length")?, gguf.number("llama.attention.head_count")?);
+        let (hidden, heads) = (number("llama.embedding_length")?, number("llama.attention.head_count")?);
         if heads == 0 || !hidden.is_multiple_of(heads) {
-            return refuse("llama.attention.head_count", heads.to_string(), "a divisor of llama.embedding_length");
+            return Err(refuse("llama.attention.head_count", heads.to_string(), "a divisor of llama.embedding_length"));
         }
-        let head_dim = gguf.optional_number("llama.attention.key_length")?.unwrap_or(hidden / heads);
-        let rotated = gguf.optional_number("llama.rope.dimension_count")?.unwrap_or(head_dim);
+        let head_dim = size("llama.attention.key_length", MAX_SIZE)?.unwrap_or(hidden / heads);
+        let rotated = size("llama.rope.dimension_count", MAX_SIZE)?.unwrap_or(head_dim);
         if rotated != head_dim {
-            return refuse("llama.rope.dimension_count", rotated.to_string(), &format!("{head_dim}, the whole head"));
+            return Err(refuse(
+                "llama.rope.dimension_count",
+                rotated.to_string(),
+                &format!("{head_dim}, the whole head"),
+            ));
         }
+        let layers = number("llama.block_count")?;
+        // Each block has tensors.
+        size("llama.block_count", gguf.tensor_names().count())?;
         Ok(Self {
-            layers: gguf.number("llama.block_count")?,
+            layers,
             hidden,
-            feed_forward: gguf.number("llama.feed_forward_length")?,
+            feed_forward: number("llama.feed_forward_length")?,
             heads,
-            key_value_heads: gguf.optional_number("llama.attention.head_count_kv")?.unwrap_or(heads),
+            key_value_heads: size("llama.attention.head_count_kv", MAX_SIZE)?.unwrap_or(heads),
             head_dim,
             vocabulary: gguf.texts("tokenizer.ggml.tokens")?.len(),
-            context_length: gguf.number("llama.context_length")?,
+            context_length: number("llama.context_length")?,
             tied: !gguf.tensor_names().any(|name| name == "output.weight"),
             rope_theta: if gguf.has("llama.rope.freq_base") { gguf.float("llama.rope.freq_base")? } else { 10_000.0 },
             rms_norm_eps: gguf.float("llama.attention.layer_norm_rms_epsilon")?,

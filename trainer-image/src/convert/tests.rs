@@ -123,6 +123,15 @@ fn what_is_missing_or_unsupported_is_named_and_leaves_no_folder() {
         (gguf(&with("tokenizer.ggml.pre", text("deepseek")), &tensors()), "tokenizer.ggml.pre"),
         (gguf(&with("llama.attention.head_count", Value::U32(5)), &tensors()), "llama.attention.head_count"),
         (gguf(&with("tokenizer.ggml.eos_token_id", Value::U32(9)), &tensors()), "below 5"),
+        // As one damaged byte makes of 1: for each block, names would be made up.
+        (
+            gguf(&with("llama.block_count", Value::U32(0x0900_0001)), &tensors()),
+            "`llama.block_count` is 150994945; supported: at most",
+        ),
+        (
+            gguf(&with("llama.attention.key_length", Value::U64(1 << 62)), &tensors()),
+            "`llama.attention.key_length` is 4611686018427387904; supported: at most 16777216",
+        ),
         (gguf(&metadata(), &tensors()[1..]), "no tensor `token_embd.weight`"),
         (gguf(&metadata(), &extra), "rope_freqs.weight"),
         (

@@ -7,9 +7,10 @@ use std::{
     path::Path,
 };
 
-use serde_json::{Map, json};
+use safetensors::Dtype;
 
 use super::{ConvertError, Gguf, config::LlamaShape, names::unpermute};
+use crate::tensors::header;
 
 /// A weight under both of its names.
 struct Weight {
@@ -33,7 +34,8 @@ pub(super) fn write(gguf: &mut Gguf, shape: &LlamaShape, path: &Path) -> Result<
     }
 
     let mut file = BufWriter::new(File::create(path).map_err(ConvertError::io(path))?);
-    file.write_all(&header(&weights)).map_err(ConvertError::io(path))?;
+    let shapes = weights.iter().map(|weight| (weight.hugging_face.clone(), weight.shape.clone()));
+    file.write_all(&header(shapes, Dtype::F32)).map_err(ConvertError::io(path))?;
     for weight in &weights {
         let mut values = gguf.dequantize(&weight.gguf)?;
         if let Some(heads) = weight.permuted_heads {
@@ -79,20 +81,4 @@ fn weights(shape: &LlamaShape) -> Vec<Weight> {
         weights.push(weight("output", "lm_head", &[shape.vocabulary, hidden]));
     }
     weights
-}
-
-/// The header of a safetensors file that holds these weights one after the other, with its length before it.
-fn header(weights: &[Weight]) -> Vec<u8> {
-    let mut entries = Map::new();
-    entries.insert("__metadata__".into(), json!({"format": "pt"}));
-    let mut start = 0;
-    for weight in weights {
-        let end = start + weight.shape.iter().product::<usize>() * size_of::<f32>();
-        let entry = json!({"dtype": "F32", "shape": weight.shape, "data_offsets": [start, end]});
-        entries.insert(weight.hugging_face.clone(), entry);
-        start = end;
-    }
-    let mut json = serde_json::Value::Object(entries).to_string().into_bytes();
-    json.resize(json.len().next_multiple_of(8), b' ');
-    [&(json.len() as u64).to_le_bytes(), json.as_slice()].concat()
 }

@@ -9,7 +9,7 @@ mod peft;
 mod tensorboard;
 mod trainer_state;
 
-use std::{collections::BTreeMap, fs, io, path::Path};
+use std::{fs, io, path::Path};
 
 use tunesmith_crds::{
     Method, Uri,
@@ -17,13 +17,14 @@ use tunesmith_crds::{
     names::exit_code,
     run::{RunSpec, TrainReport, TrainTask},
 };
-use tunesmith_engine::NamedTensor;
+use tunesmith_engine::LazyTensor;
 
+pub(crate) use self::full::{ModelFiles, files as full_model};
 pub use self::manifest::{MANIFEST, Manifest};
-pub(crate) use self::{full::files as full_model, peft::weights as safetensors_of};
 use crate::{
     digest,
     store::{Created, Location, StoreError},
+    tensors::TensorFile,
     train::{History, lora_of},
 };
 
@@ -99,7 +100,7 @@ pub struct Trained<'a> {
     /// How it was trained.
     pub method: &'a Method,
     /// What was trained, under the names of the published files.
-    pub weights: Vec<NamedTensor>,
+    pub weights: Vec<LazyTensor<'a>>,
     /// What was measured.
     pub history: &'a History,
     /// The data and the metrics, for the record.
@@ -139,12 +140,18 @@ pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, P
     if lora_of(trained.method).is_some() && peft::is_zero(&trained.weights) {
         return Err(PublishError::ZeroAdapter);
     }
-    let files = files(&trained)?;
-    for (name, bytes) in &files {
-        folder.join(name).write(bytes.clone())?;
+    let ModelFiles { shards, others } = files(&trained)?;
+    let mut described = Vec::new();
+    for shard in shards {
+        described.push(folder.join(&shard.name).stream_in(|to| shard.write(to))?);
     }
+    for (name, bytes) in others {
+        described.push(digest::file_of_bytes(&name, &bytes));
+        folder.join(&name).write(bytes)?;
+    }
+    described.sort_by(|a, b| a.path.cmp(&b.path));
     let mut manifest = trained.manifest;
-    manifest.files = files.iter().map(|(name, bytes)| digest::file_of_bytes(name, bytes)).collect();
+    manifest.files = described;
     read_back(folder, &manifest.files)?;
 
     let bytes = manifest.to_json();
@@ -158,16 +165,16 @@ pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, P
     Ok(report)
 }
 
-/// Every file but the manifest, by name.
-fn files(trained: &Trained<'_>) -> Result<BTreeMap<String, Vec<u8>>, PublishError> {
-    let mut files: BTreeMap<String, Vec<u8>> = match lora_of(trained.method) {
+/// Every file but the manifest.
+fn files<'a>(trained: &'a Trained<'_>) -> Result<ModelFiles<'a>, PublishError> {
+    let ModelFiles { shards, others: mut files } = match lora_of(trained.method) {
         Some(lora) => {
-            let base = &trained.spec.base_model;
-            [
-                ("adapter_config.json".into(), peft::config(lora, &trained.weights, base).into_bytes()),
-                ("adapter_model.safetensors".into(), peft::weights(&trained.weights)),
-            ]
-            .into()
+            let config = peft::config(lora, &trained.weights, &trained.spec.base_model).into_bytes();
+            let (name, tensors) = ("adapter_model.safetensors".into(), trained.weights.iter().collect());
+            ModelFiles {
+                shards: vec![TensorFile { name, tensors, bf16: false }],
+                others: [("adapter_config.json".into(), config)].into(),
+            }
         }
         None => {
             let config = base_file(trained.model, "config.json")?.unwrap_or_default();
@@ -187,7 +194,7 @@ fn files(trained: &Trained<'_>) -> Result<BTreeMap<String, Vec<u8>>, PublishErro
     // What it was trained with is what it must be asked with.
     let template = trained.spec.dataset.chat_template.clone();
     files.extend(template.map(|template| (CHAT_TEMPLATE.to_owned(), template.into_bytes())));
-    Ok(files)
+    Ok(ModelFiles { shards, others: files })
 }
 
 /// A file of the base model's folder, if it has it.

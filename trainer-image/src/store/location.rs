@@ -1,8 +1,10 @@
 //! Reading, writing and listing at one place of a store.
 
 use std::{
+    fmt,
     fs::{self, File},
     io::{self, BufWriter, Write},
+    ops::Range,
     path::{Path as FilePath, PathBuf},
     sync::Arc,
 };
@@ -10,10 +12,11 @@ use std::{
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{
-    Error as ObjectError, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart, path::Path,
+    Error as ObjectError, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart,
+    buffered::BufWriter as ObjectWriter, path::Path,
 };
 use sha2::{Digest, Sha256};
-use tokio::runtime::Handle;
+use tokio::{io::AsyncWriteExt, runtime::Handle};
 use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
 
 use super::{Role, StoreError};
@@ -24,6 +27,27 @@ const MULTIPART_BYTES: usize = 16 << 20;
 const PART_BYTES: usize = 8 << 20;
 /// Parts that are under way at once.
 const CONCURRENT_PARTS: usize = 4;
+
+/// An object that is being written, and the digest of what has been.
+struct Upload<'a> {
+    runtime: &'a Handle,
+    to: ObjectWriter,
+    hash: Sha256,
+    size: u64,
+}
+
+impl Write for Upload<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.runtime.block_on(self.to.write_all(bytes))?;
+        self.hash.update(bytes);
+        self.size += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// An object or a folder in a store.
 #[derive(Clone)]
@@ -36,6 +60,12 @@ pub struct Location {
     pub(super) on_disk: Option<PathBuf>,
     /// Never to be shown in a message.
     pub(super) secrets: Arc<[String]>,
+}
+
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.uri, self.role)
+    }
 }
 
 /// What came of writing an object that must not be there yet.
@@ -162,6 +192,36 @@ impl Location {
             upload.finish().await?;
             Ok(())
         })
+    }
+
+    /// Writes an object as it comes into being, in place of any other, and tells its digest. It appears when it is whole.
+    ///
+    /// # Errors
+    /// The store or `write` fails.
+    pub fn stream_in(&self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<ArtifactFile, StoreError> {
+        let to = ObjectWriter::with_capacity(self.store.clone(), self.path.clone(), PART_BYTES);
+        let to = to.with_max_concurrency(CONCURRENT_PARTS);
+        let mut upload = Upload { runtime: &self.runtime, to, hash: Sha256::new(), size: 0 };
+        let written = write(&mut upload);
+        let ended = match &written {
+            Ok(()) => self.runtime.block_on(upload.to.shutdown()),
+            // What is left over of it is invisible, and of no use.
+            Err(_) => self.runtime.block_on(upload.to.abort()).map_err(io::Error::other),
+        };
+        written.and(ended).map_err(|error| match error.downcast::<ObjectError>() {
+            Ok(error) => StoreError::new(self.role, &self.uri, &error, &self.secrets),
+            Err(source) => StoreError::Disk { path: self.local_name(), source },
+        })?;
+        let sha256 = format!("{:x}", upload.hash.finalize());
+        Ok(ArtifactFile { path: self.uri.file_name().to_owned(), sha256, size: upload.size })
+    }
+
+    /// A part of an object, which has so many bytes.
+    ///
+    /// # Errors
+    /// It is missing or shorter, or the store fails.
+    pub fn read_range(&self, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.run(self.store.get_range(&self.path, range))
     }
 
     /// Writes an object unless there is one.

@@ -3,25 +3,27 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
 };
 
-use safetensors::SafeTensors;
+use safetensors::tensor::Metadata;
 use serde::{Deserialize, Serialize};
 use tunesmith_crds::{adapter_version::ArtifactFile, fine_tune_job::Training};
-use tunesmith_engine::{NamedTensor, TrainState};
+use tunesmith_engine::{LazyTensor, StateSource};
 
 use super::History;
 use crate::{
     digest,
     error::Error,
-    publish::safetensors_of,
     store::{Location, StoreError},
+    tensors::TensorFile,
 };
 
 const STATE: &str = "state.safetensors";
 const HISTORY: &str = "history.json";
 const COMPLETE: &str = "COMPLETE.json";
+/// As the safetensors library has it.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// The checkpoints of one set of inputs.
 pub struct Checkpoints {
@@ -38,6 +40,39 @@ struct Complete {
     files: Vec<ArtifactFile>,
 }
 
+/// The weights and the optimizer's state of a whole checkpoint, read from the store tensor by tensor.
+#[derive(Debug)]
+pub struct SavedState {
+    object: Location,
+    /// Where the tensors begin.
+    start: u64,
+    tensors: Metadata,
+    step: u64,
+    micro_step: u64,
+}
+
+impl StateSource for SavedState {
+    type Error = Error;
+
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.info(name).map(|info| info.shape.as_slice())
+    }
+
+    fn values(&self, name: &str) -> Result<Vec<f32>, Error> {
+        let (from, to) = self.tensors.info(name).map_or((0, 0), |info| info.data_offsets);
+        let bytes = self.object.read_range(self.start + from as u64..self.start + to as u64)?;
+        Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+
+    fn step(&self) -> u64 {
+        self.step
+    }
+
+    fn micro_step(&self) -> u64 {
+        self.micro_step
+    }
+}
+
 impl Checkpoints {
     /// The checkpoints of these inputs, in the adapter's folder.
     pub fn new(adapter: &Location, input_digest: &str, training: &Training) -> Self {
@@ -51,16 +86,16 @@ impl Checkpoints {
     ///
     /// # Errors
     /// The store fails.
-    pub fn save(&self, state: &TrainState, history: &History) -> Result<(), StoreError> {
+    pub fn save(&self, state: &[LazyTensor<'_>], history: &History) -> Result<(), StoreError> {
         let folder = self.folder_of(history.step);
         // A checkpoint of this step may be there and damaged: it must not look whole while it is replaced.
         folder.join(COMPLETE).delete()?;
-        let files = [(STATE, safetensors_of(&state.tensors)), (HISTORY, to_json(history))];
-        let described = files.iter().map(|(name, bytes)| digest::file_of_bytes(name, bytes)).collect();
-        for (name, bytes) in files {
-            folder.join(name).write(bytes)?;
-        }
-        folder.join(COMPLETE).create(to_json(&Complete { step: history.step, files: described }))?;
+        let state = TensorFile { name: STATE.into(), tensors: state.iter().collect(), bf16: false };
+        let state = folder.join(STATE).stream_in(|to| state.write(to))?;
+        let bytes = to_json(history);
+        let files = vec![state, digest::file_of_bytes(HISTORY, &bytes)];
+        folder.join(HISTORY).write(bytes)?;
+        folder.join(COMPLETE).create(to_json(&Complete { step: history.step, files }))?;
         tracing::info!(uri = %folder.uri(), "checkpoint is complete");
         self.rotate(history)
     }
@@ -69,7 +104,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// The store fails.
-    pub fn newest(&self) -> Result<Option<(TrainState, History)>, StoreError> {
+    pub fn newest(&self) -> Result<Option<(SavedState, History)>, StoreError> {
         for step in self.complete()?.into_keys().rev() {
             match self.load_with_best(step)? {
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
@@ -83,7 +118,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// It was damaged meanwhile, or the store fails.
-    pub fn state(&self, step: u64) -> Result<TrainState, Error> {
+    pub fn state(&self, step: u64) -> Result<SavedState, Error> {
         let uri = || self.folder_of(step).uri().clone();
         let (state, _) = self.load(step)?.map_err(|problem| Error::Checkpoint { uri: uri(), problem })?;
         Ok(state)
@@ -102,7 +137,7 @@ impl Checkpoints {
     }
 
     /// A checkpoint, if it is whole and the best one of its history is too.
-    fn load_with_best(&self, step: u64) -> Result<Result<(TrainState, History), String>, StoreError> {
+    fn load_with_best(&self, step: u64) -> Result<Result<(SavedState, History), String>, StoreError> {
         let loaded = self.load(step)?;
         let best = loaded.as_ref().ok().and_then(|(_, history)| self.best(history)).filter(|&best| best != step);
         match best {
@@ -113,26 +148,30 @@ impl Checkpoints {
         }
     }
 
-    fn load(&self, step: u64) -> Result<Result<(TrainState, History), String>, StoreError> {
+    fn load(&self, step: u64) -> Result<Result<(SavedState, History), String>, StoreError> {
         let folder = self.folder_of(step);
         let complete = folder.join(COMPLETE).read_if_exists()?.unwrap_or_default();
         let Ok(complete) = serde_json::from_slice::<Complete>(&complete) else {
             return Ok(Err(format!("{COMPLETE} can't be read")));
         };
-        let mut contents = HashMap::new();
+        // The state is as large as all that is trained, three times over: it is read for its digest, and later in parts.
         for file in complete.files {
-            let Some(bytes) = folder.join(&file.path).read_if_exists()? else {
-                return Ok(Err(format!("{} is missing", file.path)));
+            let found = match folder.join(&file.path).digest() {
+                Err(StoreError::Missing { .. }) => return Ok(Err(format!("{} is missing", file.path))),
+                found => found?,
             };
-            if digest::file_of_bytes(&file.path, &bytes) != file {
+            if found != file {
                 return Ok(Err(format!("{} is not what was written", file.path)));
             }
-            contents.insert(file.path, bytes);
         }
-        let (Some(state), Some(history)) = (contents.get(STATE), contents.get(HISTORY)) else {
-            return Ok(Err(format!("{COMPLETE} does not list {STATE} and {HISTORY}")));
+        let history = folder.join(HISTORY).read_if_exists()?.unwrap_or_default();
+        let Ok(history) = serde_json::from_slice::<History>(&history) else {
+            return Ok(Err(format!("{HISTORY} can't be read")));
         };
-        Ok(parse(state, history))
+        let object = folder.join(STATE);
+        let Some((start, tensors)) = header(&object)? else { return Ok(Err(format!("{STATE} can't be read"))) };
+        let (step, micro_step) = (history.updates(), history.micro_step);
+        Ok(Ok((SavedState { object, start, tensors, step, micro_step }, history)))
     }
 
     /// Whole checkpoints by step, each with its objects; and the others.
@@ -183,20 +222,21 @@ fn to_json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec_pretty(value).unwrap_or_else(|error| unreachable!("plain fields: {error}"))
 }
 
-fn parse(state: &[u8], history: &[u8]) -> Result<(TrainState, History), String> {
-    let history: History = serde_json::from_slice(history).map_err(|error| error.to_string())?;
-    let file = SafeTensors::deserialize(state).map_err(|error| error.to_string())?;
-    let tensor = |(name, view): (&str, safetensors::tensor::TensorView<'_>)| NamedTensor {
-        name: name.to_owned(),
-        shape: view.shape().to_vec(),
-        data: view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-    };
-    let tensors = file.iter().map(tensor).collect();
-    Ok((TrainState { tensors, step: history.updates(), micro_step: history.micro_step }, history))
+/// Where a file's tensors begin, and what it says of them.
+fn header(object: &Location) -> Result<Option<(u64, Metadata)>, StoreError> {
+    let length = object.read_range(0..8)?;
+    let Ok(length) = <[u8; 8]>::try_from(&length[..]).map(u64::from_le_bytes) else { return Ok(None) };
+    if length > MAX_HEADER_BYTES {
+        return Ok(None);
+    }
+    let tensors = serde_json::from_slice(&object.read_range(8..8 + length)?);
+    Ok(tensors.ok().map(|tensors| (8 + length, tensors)))
 }
 
 #[cfg(test)]
 mod tests {
+    use tunesmith_engine::NamedTensor;
+
     use super::*;
     use crate::{
         store::{Role, Stores},
@@ -212,25 +252,36 @@ mod tests {
         test(&Checkpoints::new(&adapter, "sha256:0123", &training), &dir.path().join("checkpoints/0123"));
     }
 
-    fn state(step: u64) -> (TrainState, History) {
-        let tensor = NamedTensor { name: "a".into(), shape: vec![2, 1], data: vec![step as f32, f32::MIN_POSITIVE] };
-        let history = History { step, micro_step: 2 * step, train_seconds: 0.1 + 0.2, ..History::default() };
-        (TrainState { tensors: vec![tensor], step, micro_step: 2 * step }, history)
+    fn history(step: u64) -> History {
+        History { step, micro_step: 2 * step, train_seconds: 0.1 + 0.2, ..History::default() }
     }
 
-    fn save(checkpoints: &Checkpoints, step: u64) {
-        let (state, history) = state(step);
-        checkpoints.save(&state, &history).unwrap();
+    fn values(step: u64) -> Vec<f32> {
+        vec![step as f32, f32::MIN_POSITIVE]
+    }
+
+    fn save(checkpoints: &Checkpoints, history: &History) {
+        let tensor = |name: &str, data| NamedTensor { name: name.into(), shape: vec![2, 1], data };
+        let tensors = [tensor("b", vec![0.5; 2]), tensor("a", values(history.step))];
+        checkpoints.save(&tensors.each_ref().map(LazyTensor::from), history).unwrap();
+    }
+
+    /// Whether this is what [`save`] wrote.
+    fn is_saved((state, found): &(SavedState, History), step: u64) -> bool {
+        let tensor = (state.shape("a"), state.values("a").unwrap(), state.values("b").unwrap());
+        assert_eq!(tensor, (Some(&[2, 1][..]), values(step), vec![0.5; 2]));
+        assert_eq!((state.step(), state.micro_step(), state.shape("c")), (step, 2 * step, None));
+        *found == history(step)
     }
 
     #[test]
     fn rotation_goes_by_the_number_of_the_step() {
         with_checkpoints(2, false, |checkpoints, _| {
             for step in [5, 10, 90, 100] {
-                save(checkpoints, step);
+                save(checkpoints, &history(step));
             }
             assert_eq!(checkpoints.by_step().unwrap().into_keys().collect::<Vec<_>>(), [90, 100]);
-            assert_eq!(checkpoints.newest().unwrap().unwrap(), state(100));
+            assert!(is_saved(&checkpoints.newest().unwrap().unwrap(), 100));
         });
     }
 
@@ -239,13 +290,13 @@ mod tests {
         with_checkpoints(3, false, |checkpoints, dir| {
             assert!(checkpoints.newest().unwrap().is_none());
             for step in [10, 20, 30] {
-                save(checkpoints, step);
+                save(checkpoints, &history(step));
             }
             std::fs::remove_file(dir.join("step-30/COMPLETE.json")).unwrap();
             std::fs::write(dir.join("step-20/state.safetensors"), b"half").unwrap();
-            assert_eq!(checkpoints.newest().unwrap().unwrap(), state(10));
-            save(checkpoints, 20);
-            assert_eq!(checkpoints.newest().unwrap().unwrap(), state(20));
+            assert!(is_saved(&checkpoints.newest().unwrap().unwrap(), 10));
+            save(checkpoints, &history(20));
+            assert!(is_saved(&checkpoints.newest().unwrap().unwrap(), 20));
         });
     }
 
@@ -261,12 +312,10 @@ mod tests {
         for (limit, kept) in [(1, vec![10, 40]), (2, vec![10, 40]), (3, vec![10, 30, 40])] {
             with_checkpoints(limit, true, |checkpoints, _| {
                 for step in [5, 10, 20, 30, 40] {
-                    let (state, history) = state(step);
-                    let history = History { evals: evaluated(&[5, 10]).evals, ..history };
-                    checkpoints.save(&state, &history).unwrap();
+                    save(checkpoints, &History { evals: evaluated(&[5, 10]).evals, ..history(step) });
                 }
                 assert_eq!(checkpoints.by_step().unwrap().into_keys().collect::<Vec<_>>(), kept, "limit {limit}");
-                assert_eq!(checkpoints.state(10).unwrap(), state(10).0);
+                assert_eq!(checkpoints.state(10).unwrap().values("a").unwrap(), values(10));
             });
         }
     }
@@ -275,8 +324,7 @@ mod tests {
     fn a_run_whose_best_checkpoint_is_damaged_begins_before_it() {
         with_checkpoints(3, true, |checkpoints, dir| {
             for (step, evals) in [(5, &[5][..]), (10, &[5, 10]), (20, &[5, 10, 20])] {
-                let (state, history) = state(step);
-                checkpoints.save(&state, &History { evals: evaluated(evals).evals, ..history }).unwrap();
+                save(checkpoints, &History { evals: evaluated(evals).evals, ..history(step) });
             }
             std::fs::write(dir.join("step-10/state.safetensors"), b"half").unwrap();
             assert_eq!(checkpoints.newest().unwrap().unwrap().1.step, 5);
@@ -289,9 +337,9 @@ mod tests {
     fn clearing_leaves_nothing_and_may_be_done_again() {
         with_checkpoints(3, false, |checkpoints, dir| {
             checkpoints.clear();
-            save(checkpoints, 10);
+            save(checkpoints, &history(10));
             std::fs::remove_file(dir.join("step-10/COMPLETE.json")).unwrap();
-            save(checkpoints, 20);
+            save(checkpoints, &history(20));
             checkpoints.clear();
             assert!(checkpoints.by_step().unwrap().is_empty());
             checkpoints.clear();
@@ -301,10 +349,9 @@ mod tests {
     #[test]
     fn steps_that_were_skipped_are_no_steps_of_the_optimizer() {
         with_checkpoints(3, false, |checkpoints, _| {
-            let (state, history) = state(10);
-            checkpoints.save(&state, &History { skipped_steps: 3, skipped_in_a_row: 1, ..history }).unwrap();
+            save(checkpoints, &History { skipped_steps: 3, skipped_in_a_row: 1, ..history(10) });
             let (state, history) = checkpoints.newest().unwrap().unwrap();
-            assert_eq!((state.step, history.step, history.skipped_in_a_row), (7, 10, 1));
+            assert_eq!((state.step(), history.step, history.skipped_in_a_row), (7, 10, 1));
         });
     }
 }

@@ -23,7 +23,7 @@ use tunesmith_crds::{
     fine_tune_job::{OnNonFinite, Progress as Numbers, Training},
     run::{Outcome, TrainReport, TrainStage, TrainTask},
 };
-use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, Schedule, TrainState, Trainer};
+use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, Schedule, Trainer};
 
 pub use self::{
     checkpoint::Checkpoints,
@@ -102,7 +102,7 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
         spec,
         task,
         method,
-        weights: run.trainer.weights(),
+        weights: run.trainer.weight_tensors(),
         epochs: inputs.batches.epoch(run.history.step),
         manifest: Manifest::new(spec, task, method, inputs.dataset.clone(), run.metrics()),
         history: &run.history,
@@ -401,8 +401,7 @@ impl<'a> Run<'a> {
         let step = self.history.step;
         if self.saved != Some(step) {
             // Where the last whole step ended; a step that was stopped half-way may have gone further.
-            let state = TrainState { micro_step: self.history.micro_step, ..self.trainer.state() };
-            self.checkpoints.save(&state, &self.history)?;
+            self.checkpoints.save(&self.trainer.state_tensors(), &self.history)?;
             self.saved = Some(step);
         }
         Ok(())
