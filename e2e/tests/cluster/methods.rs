@@ -48,7 +48,7 @@ async fn qlora_in_four_bits_publishes_an_adapter() -> Result<()> {
     let spec = json!({
         "method": "QLoRA",
         "quantization": {"bits": 4, "type": "nf4"},
-        "training": {"maxSteps": 20},
+        "training": {"maxSteps": 20, "bf16": true},
     });
     trains("method-nf4", spec, ArtifactType::LoraAdapter, &ADAPTER).await
 }
