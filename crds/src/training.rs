@@ -66,7 +66,7 @@ pub struct Training {
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub neftune_noise_alpha: Option<f64>,
     /// Multiply in bfloat16: weights and activations are rounded to it, sums and all that is trained stay in float32. A
-    /// frozen base takes half the memory; about 1.6 times as fast on CPUs with AVX512_BF16, slower on others.
+    /// frozen base takes half the memory; about 1.6 times as fast on CPUs with AVX512_BF16, and about as fast on others.
     pub bf16: bool,
     /// Recompute activations in the backward pass: less memory, about a third more time.
     pub gradient_checkpointing: bool,

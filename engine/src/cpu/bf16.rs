@@ -48,6 +48,31 @@ pub(super) fn stored_rows(first: &[u8], second: Option<&[u8]>, words: &mut [f32]
     }
 }
 
+/// The second number of a word, and the first.
+#[inline(always)]
+fn unpair(word: f32) -> [f32; 2] {
+    [word.to_bits() & 0xFFFF_0000, word.to_bits() << 16].map(f32::from_bits)
+}
+
+/// The numbers of pairs as floats, in the order in which the CPU's instructions for pairs add their products: the second
+/// of each pair first. For CPUs without them: the same sums to the same bits, but for numbers below 2⁻¹²⁶, which those
+/// instructions take for zero.
+#[inline(always)]
+pub(super) fn unpair_neighbours(words: &[f32], out: &mut [f32]) {
+    for (out, word) in out.chunks_exact_mut(2).zip(words) {
+        out.copy_from_slice(&unpair(*word));
+    }
+}
+
+/// The same of pairs whose numbers become two rows.
+#[inline(always)]
+pub(super) fn unpair_rows(words: &[f32], out: &mut [f32]) {
+    let (second, first) = out.split_at_mut(words.len());
+    for ((word, second), first) in words.iter().zip(second).zip(first) {
+        [*second, *first] = unpair(*word);
+    }
+}
+
 /// Numbers that are stored in bf16 one after the other.
 #[inline(always)]
 pub(super) fn stored_neighbours(x: &[u8], words: &mut [f32]) {

@@ -8,7 +8,8 @@
 //! rows, threads or vector lanes. So a row's result depends neither on what it is packed with nor on the machine's size.
 //!
 //! A term may be computed in bf16: both sides are rounded to pairs of bf16 (A once, B as it is packed), and all else
-//! stays as it is, with words of two numbers in the place of floats. Sums are f32 always.
+//! stays as it is, with words of two numbers in the place of floats. CPUs without instructions for pairs take them apart
+//! again. Sums are f32 always, and the same bits either way.
 
 mod panel;
 mod tile;
@@ -21,7 +22,7 @@ use super::simd::{dot, vectorize};
 use super::weight::Matrix;
 use crate::backend::Precision;
 use panel::Panel;
-use tile::{Tile, tile};
+use tile::{Tile, multiplies_pairs, tile};
 
 /// A matrix to read: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -58,34 +59,54 @@ impl<'a> View<'a> {
         &self.data[col * self.col_stride + from..][..count]
     }
 
-    /// The same matrix in pairs along its rows, written to `words`.
-    fn round<'w>(&self, words: &'w mut [f32]) -> View<'w> {
-        let pairs = self.cols.div_ceil(2);
+    /// The same matrix rounded, in pairs along its rows or with `pairs` false in floats, written to `words`.
+    fn round<'w>(&self, pairs: bool, words: &'w mut [f32]) -> View<'w> {
         let view = *self;
+        let width = view.cols.div_ceil(2);
+        let words_of_pair = if pairs { 1 } else { 2 };
         if view.col_stride == 1 {
             let row = |i: usize| &view.data[i * view.row_stride..][..view.cols];
-            let rows = words.par_chunks_mut(ROUNDED_ROWS * pairs).enumerate();
-            rows.for_each(|(task, words)| {
+            let rows = words.par_chunks_mut(ROUNDED_ROWS * words_of_pair * width).enumerate();
+            rows.for_each_init(Vec::new, |scratch, (task, words)| {
+                scratch.resize(width, 0.0);
                 vectorize(
                     #[inline(always)]
                     || {
-                        for (i, words) in words.chunks_exact_mut(pairs).enumerate() {
-                            bf16::neighbours(row(task * ROUNDED_ROWS + i), words);
+                        for (i, words) in words.chunks_exact_mut(words_of_pair * width).enumerate() {
+                            let row = row(task * ROUNDED_ROWS + i);
+                            if pairs {
+                                bf16::neighbours(row, words);
+                            } else {
+                                bf16::neighbours(row, scratch);
+                                bf16::unpair_neighbours(scratch, words);
+                            }
                         }
                     },
                 )
             });
-            return View::new(words, view.rows, pairs);
+            return View::new(words, view.rows, words_of_pair * width);
         }
         let zeros = vec![0.0; view.rows];
         let column = |k: usize| if k < view.cols { view.column(k, 0, view.rows) } else { &zeros };
-        words.par_chunks_mut(view.rows).enumerate().for_each(|(pair, words)| {
-            vectorize(
-                #[inline(always)]
-                || bf16::rows(column(2 * pair), column(2 * pair + 1), words),
-            )
-        });
-        View::new(words, pairs, view.rows).t()
+        words.par_chunks_mut(words_of_pair * view.rows).enumerate().for_each_init(
+            Vec::new,
+            |scratch, (pair, words)| {
+                scratch.resize(view.rows, 0.0);
+                vectorize(
+                    #[inline(always)]
+                    || {
+                        let (first, second) = (column(2 * pair), column(2 * pair + 1));
+                        if pairs {
+                            bf16::rows(first, second, words);
+                        } else {
+                            bf16::rows(first, second, scratch);
+                            bf16::unpair_rows(scratch, words);
+                        }
+                    },
+                )
+            },
+        );
+        View::new(words, words_of_pair * width, view.rows).t()
     }
 }
 
@@ -235,21 +256,21 @@ impl<'a> Term<'a> {
     }
 
     /// Words that A takes once it is rounded.
-    fn rounded_len(&self) -> usize {
+    fn rounded_len(&self, pairs: bool) -> usize {
         match self.precision {
             Precision::F32 => 0,
-            Precision::Bf16 => self.a.rows * self.a.cols.div_ceil(2),
+            Precision::Bf16 => self.a.rows * self.a.cols.div_ceil(2) * if pairs { 1 } else { 2 },
         }
     }
 
-    /// The term with A in pairs if it is computed in them, for which it takes the beginning of `words`.
-    fn round(self, words: &mut &'a mut [f32]) -> Self {
-        if self.rounded_len() == 0 {
+    /// The term with A rounded, if it is computed so; A takes the beginning of `words`.
+    fn round(self, pairs: bool, words: &mut &'a mut [f32]) -> Self {
+        if self.rounded_len(pairs) == 0 {
             return self;
         }
-        let (own, rest) = std::mem::take(words).split_at_mut(self.rounded_len());
+        let (own, rest) = std::mem::take(words).split_at_mut(self.rounded_len(pairs));
         *words = rest;
-        Term { a: self.a.round(own), ..self }
+        Term { a: self.a.round(pairs, own), ..self }
     }
 }
 
@@ -260,16 +281,21 @@ pub(crate) fn gemm<'b>(c: ViewMut<'_>, output: Output, alpha: f32, a: View<'b>, 
 
 /// C = Σ alpha · A · B (or +=) on all threads, in one pass over C.
 pub(crate) fn gemm_sum(c: ViewMut<'_>, output: Output, terms: &[Term<'_>]) {
+    multiply(c, output, terms, multiplies_pairs());
+}
+
+/// The same, with numbers in bf16 in pairs or in floats.
+fn multiply(c: ViewMut<'_>, output: Output, terms: &[Term<'_>], pairs: bool) {
     for Term { a, b, .. } in terms {
         assert_eq!(a.cols, b.rows(), "the length of the dot products");
     }
-    let rounded: usize = terms.iter().map(Term::rounded_len).sum();
+    let rounded: usize = terms.iter().map(|term| term.rounded_len(pairs)).sum();
     // Taken, as this thread may work on tasks of another product while it waits for those of this one.
     let mut words = ROUNDED.take();
     words.resize(words.len().max(rounded), 0.0);
     let mut rest = &mut words[..];
-    let terms: Vec<Term<'_>> = terms.iter().map(|term| term.round(&mut rest)).collect();
-    let sum = Sum::new(c, output, &terms);
+    let terms: Vec<Term<'_>> = terms.iter().map(|term| term.round(pairs, &mut rest)).collect();
+    let sum = Sum::new(c, output, &terms, pairs);
     let cut = Cut::new(sum.m, sum.n, rayon::current_num_threads());
     (0..cut.col_tasks * cut.row_tasks).into_par_iter().with_max_len(1).for_each(|task| {
         let (col, row) = (task / cut.row_tasks * cut.cols, task % cut.row_tasks * cut.rows);
@@ -283,7 +309,7 @@ pub(crate) fn gemm_sum(c: ViewMut<'_>, output: Output, terms: &[Term<'_>]) {
 pub(crate) fn gemm_serial<'b>(c: ViewMut<'_>, output: Output, alpha: f32, a: View<'b>, b: impl Into<Operand<'b>>) {
     let terms = [Term::new(alpha, a, b)];
     assert_eq!(terms[0].a.cols, terms[0].b.rows(), "the length of the dot products");
-    let sum = Sum::new(c, output, &terms);
+    let sum = Sum::new(c, output, &terms, false);
     for col in (0..sum.n).step_by(MAX_TASK_COLS) {
         sum.compute(0, sum.m, col, MAX_TASK_COLS.min(sum.n - col));
     }
@@ -316,7 +342,7 @@ pub(crate) fn matvec(w: Matrix<'_>, x: &[f32], output: Output, y: &mut [f32]) {
     });
 }
 
-/// A sum of products, to be computed in disjoint blocks of C. The A of a term in bf16 is in pairs already.
+/// A sum of products, to be computed in disjoint blocks of C. The A of a term in bf16 is rounded already.
 struct Sum<'a> {
     c: *mut f32,
     c_stride: usize,
@@ -324,6 +350,8 @@ struct Sum<'a> {
     n: usize,
     output: Output,
     terms: &'a [Term<'a>],
+    /// Whether terms in bf16 are in pairs.
+    pairs: bool,
 }
 
 // SAFETY: `c` comes from an exclusive borrow that outlives the sum, and tasks write disjoint blocks of it.
@@ -337,11 +365,11 @@ thread_local! {
 }
 
 impl<'a> Sum<'a> {
-    fn new(c: ViewMut<'a>, output: Output, terms: &'a [Term<'a>]) -> Self {
+    fn new(c: ViewMut<'a>, output: Output, terms: &'a [Term<'a>], pairs: bool) -> Self {
         for Term { a, b, .. } in terms {
             assert_eq!((c.rows, c.cols), (a.rows, b.cols()), "the product's shape");
         }
-        Sum { c: c.data.as_mut_ptr(), c_stride: c.row_stride, m: c.rows, n: c.cols, output, terms }
+        Sum { c: c.data.as_mut_ptr(), c_stride: c.row_stride, m: c.rows, n: c.cols, output, terms, pairs }
     }
 
     /// Computes rows `row..row + rows` and columns `col..col + cols` of C.
@@ -351,7 +379,7 @@ impl<'a> Sum<'a> {
             return self.compute_empty(row, rows, col, cols);
         }
         PANELS.with_borrow_mut(|panels| {
-            let panels_len = MAX_TASK_COLS * MAX_K_BLOCK;
+            let panels_len = 2 * MAX_TASK_COLS * MAX_K_BLOCK;
             panels.resize(panels.len().max(panels_len + panel::SCRATCH), 0.0);
             let (panels, scratch) = panels.split_at_mut(panels_len);
             Arch::new().dispatch(Block { sum: self, panels, scratch, row, rows, col, cols });
@@ -402,21 +430,25 @@ impl Block<'_, '_> {
         let mut output = self.sum.output;
         for term in self.sum.terms {
             let longest = if let Operand::InPlace(_) = term.b { MAX_IN_PLACE_BLOCK } else { MAX_K_BLOCK };
-            let k_block = block_of_k(term.a.cols, longest);
-            for k0 in (0..term.a.cols).step_by(k_block) {
-                let depth = k_block.min(term.a.cols - k0);
-                self.add::<S, TILE_ROWS, VECTORS>(simd, term, k0, depth, output);
+            // Of pairs that are taken apart there are two floats; the blocks are those of pairs.
+            let floats = if term.precision == Precision::Bf16 && !self.sum.pairs { 2 } else { 1 };
+            let k = term.a.cols / floats;
+            let k_block = block_of_k(k, longest);
+            for k0 in (0..k).step_by(k_block) {
+                let depth = k_block.min(k - k0);
+                self.add::<S, TILE_ROWS, VECTORS>(simd, term, floats, k0, depth, output);
                 output = Output::Add;
             }
         }
     }
 
-    /// Columns `k0..k0 + depth` of A times as many rows of B.
+    /// Columns `k0..k0 + depth` of A, each of so many floats, times as many rows of B.
     #[inline(always)]
     fn add<S: Simd, const TILE_ROWS: usize, const VECTORS: usize>(
         &mut self,
         simd: S,
         term: &Term<'_>,
+        floats: usize,
         k0: usize,
         depth: usize,
         output: Output,
@@ -430,11 +462,15 @@ impl Block<'_, '_> {
             }
             _ => None,
         };
-        for (j, panel) in panel_starts.clone().zip(self.panels.chunks_exact_mut(width * depth)) {
-            if in_place(j).is_none() {
-                let Term { b, precision, .. } = *term;
-                let from = Panel { b, precision, k0, col: col + j, cols: width.min(cols - j), width };
-                from.pack(panel, self.scratch);
+        for (j, panel) in panel_starts.clone().zip(self.panels.chunks_exact_mut(width * floats * depth)) {
+            if in_place(j).is_some() {
+                continue;
+            }
+            let Term { b, precision, .. } = *term;
+            let from = Panel { b, precision, k0, col: col + j, cols: width.min(cols - j), width };
+            match floats {
+                1 => from.pack(panel, self.scratch),
+                _ => from.pack_unpaired(panel, self.scratch),
             }
         }
         let mut i = 0;
@@ -445,19 +481,19 @@ impl Block<'_, '_> {
                 left if left >= 2 => 2,
                 _ => 1,
             };
-            for (j, panel) in panel_starts.clone().zip(self.panels.chunks_exact(width * depth)) {
+            for (j, panel) in panel_starts.clone().zip(self.panels.chunks_exact(width * floats * depth)) {
                 let (b, b_row) = match (in_place(j), &term.b) {
                     (Some(b), Operand::InPlace(view)) => (b, view.row_stride),
                     _ => (panel, width),
                 };
-                assert!(b.len() >= (depth - 1) * b_row + width);
-                // SAFETY: rows row+i .. row+i+tile_rows and columns k0 .. k0+depth are inside A, the columns of
+                assert!(b.len() >= (floats * depth - 1) * b_row + width);
+                // SAFETY: rows row+i .. row+i+tile_rows and columns k0 .. k0+depth of A are inside it, the columns of
                 // C end at col+cols, and no other task touches this block of C.
                 unsafe {
                     let t = Tile {
-                        precision: term.precision,
-                        depth,
-                        a: term.a.data.as_ptr().add((row + i) * term.a.row_stride + k0 * term.a.col_stride),
+                        pairs: p.pairs && term.precision == Precision::Bf16,
+                        depth: floats * depth,
+                        a: term.a.data.as_ptr().add((row + i) * term.a.row_stride + floats * k0 * term.a.col_stride),
                         a_row: term.a.row_stride,
                         a_col: term.a.col_stride,
                         b: b.as_ptr(),

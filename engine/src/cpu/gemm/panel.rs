@@ -7,7 +7,11 @@ use crate::backend::Precision;
 
 /// Floats of scratch that [`Panel::pack`] needs: columns before they are interleaved, and two rows before they are
 /// rounded.
-pub(super) const SCRATCH: usize = (COLUMNS + 2) * MAX_K_BLOCK;
+const PACKING: usize = (COLUMNS + 2) * MAX_K_BLOCK;
+/// The same of [`Panel::pack_unpaired`]: the panel in pairs, too.
+pub(super) const SCRATCH: usize = PACKING + MAX_WIDTH * MAX_K_BLOCK;
+/// Columns of a panel at most: two vectors.
+const MAX_WIDTH: usize = 32;
 
 /// Where a panel [depth, width] comes from: rows `k0 ..` of B (pairs of rows in bf16) and columns `col .. col + cols`;
 /// missing columns become zero.
@@ -30,6 +34,17 @@ impl Panel<'_> {
         match self.precision {
             Precision::F32 => self.pack_floats(panel, scratch),
             Precision::Bf16 => self.pack_pairs(panel, scratch),
+        }
+    }
+
+    /// Packs what is to be in pairs, and takes these apart.
+    #[inline(always)]
+    pub(super) fn pack_unpaired(self, panel: &mut [f32], scratch: &mut [f32]) {
+        let (scratch, words) = scratch.split_at_mut(PACKING);
+        let words = &mut words[..panel.len() / 2];
+        self.pack(words, scratch);
+        for (words, rows) in words.chunks_exact(self.width).zip(panel.chunks_exact_mut(2 * self.width)) {
+            bf16::unpair_rows(words, rows);
         }
     }
 

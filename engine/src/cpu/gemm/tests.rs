@@ -112,7 +112,7 @@ fn columns_beyond_the_view_are_left_alone() {
 }
 
 /// Checks every layout of A and B in bf16 against sums in f64 of rounded numbers.
-fn check_bf16(m: usize, n: usize, k: usize, seed: u64) {
+fn check_bf16(m: usize, n: usize, k: usize, seed: u64, pairs: bool) {
     let (a, b) = (numbers(m * k, seed), numbers(k * n, seed + 1));
     let transposed = |x: &[f32], rows: usize, cols: usize| -> Vec<f32> {
         (0..cols).flat_map(|j| (0..rows).map(move |i| x[i * cols + j])).collect()
@@ -132,7 +132,7 @@ fn check_bf16(m: usize, n: usize, k: usize, seed: u64) {
         for a_view in [View::new(&a, m, k), View::new(&a_t, k, m).t()] {
             let mut c = vec![3.0; m * n];
             let term = Term::new(0.5, a_view, b_operand).with(Precision::Bf16);
-            gemm_sum(ViewMut::new(&mut c, m, n), Output::Add, &[term]);
+            multiply(ViewMut::new(&mut c, m, n), Output::Add, &[term], pairs);
             for i in 0..m {
                 for j in 0..n {
                     let dot: f64 = (0..k).map(|p| rounded(a[i * k + p]) * rounded(b[p * n + j])).sum();
@@ -148,13 +148,15 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
     fn products_in_bf16_equal_sums_of_rounded_numbers(m in 1usize..40, n in 1usize..140, k in 0usize..90, seed in 0u64..1000) {
-        check_bf16(m, n, k, seed);
+        check_bf16(m, n, k, seed, multiplies_pairs());
+        check_bf16(m, n, k, seed, false);
     }
 }
 
 #[test]
 fn long_sums_in_bf16_are_cut_into_blocks() {
-    check_bf16(7, 33, 4 * MAX_K_BLOCK + 3, 5);
+    check_bf16(7, 33, 4 * MAX_K_BLOCK + 3, 5, multiplies_pairs());
+    check_bf16(7, 33, 4 * MAX_K_BLOCK + 3, 5, false);
 }
 
 #[test]
@@ -177,49 +179,23 @@ fn a_weight_of_few_bits_is_rounded_as_it_is_packed() {
     assert_eq!(backward, multiply(Operand::View(View::new(&wide, n, k)), n, k));
 }
 
-/// Bits of a tile by instructions for pairs, if this CPU has them, and by those that every one has.
-#[cfg(target_arch = "x86_64")]
 #[test]
 fn pairs_are_summed_to_the_same_bits_with_and_without_instructions_for_them() {
-    struct Product<'a>(&'a [f32], &'a [f32], &'a mut [f32]);
-    impl WithSimd for Product<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) {
-            let Product(a, b, c) = self;
-            let width = 16;
-            let tile = Tile {
-                precision: Precision::Bf16,
-                depth: a.len() / 2,
-                a: a.as_ptr(),
-                a_row: a.len() / 2,
-                a_col: 1,
-                b: b.as_ptr(),
-                b_row: width,
-                c: c.as_mut_ptr(),
-                c_row: width,
-                cols: width,
-                alpha: 1.0,
-                output: Output::Set,
-            };
-            // SAFETY: A is [2, depth], B [depth, width] and C [2, width].
-            unsafe {
-                match S::F32_LANES {
-                    16 => super::tile::tile::<S, 2, 1>(simd, tile),
-                    _ => super::tile::tile::<S, 2, 2>(simd, tile),
-                }
+    if !multiplies_pairs() {
+        return;
+    }
+    for (m, n, k) in [(1, 1, 1), (2, 7, 3), (61, 200, 700), (5, 33, 4 * MAX_K_BLOCK + 3)] {
+        let (a, b) = (numbers(m * k, 1), numbers(n * k, 2));
+        for a_view in [View::new(&a, m, k), View::new(&a, k, m).t()] {
+            for b_view in [View::new(&b, k, n), View::new(&b, n, k).t()] {
+                let product = |pairs: bool| {
+                    let mut c = vec![0.0; m * n];
+                    let term = Term::new(1.0, a_view, b_view).with(Precision::Bf16);
+                    multiply(ViewMut::new(&mut c, m, n), Output::Set, &[term], pairs);
+                    c
+                };
+                assert_eq!(product(true), product(false), "{m}×{n}×{k}");
             }
         }
-    }
-    let (Some(wide), Some(narrow)) = (pulp::x86::V4::try_new(), pulp::x86::V3::try_new()) else { return };
-    for depth in [1, 2, 7, 288] {
-        let (a, b) = (numbers(4 * depth, 1), numbers(32 * depth, 2));
-        let (mut a_pairs, mut b_pairs) = (vec![0.0; 2 * depth], vec![0.0; 16 * depth]);
-        bf16::neighbours(&a, &mut a_pairs);
-        bf16::neighbours(&b, &mut b_pairs);
-        let (mut by_pairs, mut by_floats) = ([0.0; 32], [0.0; 32]);
-        pulp::Simd::vectorize(wide, Product(&a_pairs, &b_pairs, &mut by_pairs));
-        pulp::Simd::vectorize(narrow, Product(&a_pairs, &b_pairs, &mut by_floats));
-        assert_eq!(by_pairs.map(f32::to_bits), by_floats.map(f32::to_bits), "{depth} pairs");
     }
 }

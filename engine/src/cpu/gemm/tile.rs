@@ -3,13 +3,24 @@
 use pulp::Simd;
 
 use super::Output;
-use crate::backend::Precision;
+
+/// Whether this CPU multiplies pairs of bf16.
+pub(super) fn multiplies_pairs() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // Tiles are then as large as AVX-512's registers allow, which all of pulp's V4 implies.
+        std::arch::is_x86_feature_detected!("avx512bf16") && pulp::x86::V4::try_new().is_some()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
 
 /// A tile of C: up to TILE_ROWS rows of A, `depth` long, times one panel of B.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
-    pub(super) precision: Precision,
-    /// Floats of a row of A; in bf16, pairs.
+    /// Whether A and B hold pairs, which this CPU multiplies.
+    pub(super) pairs: bool,
+    /// Floats of a row of A, or pairs.
     pub(super) depth: usize,
     pub(super) a: *const f32,
     pub(super) a_row: usize,
@@ -31,19 +42,14 @@ pub(super) struct Tile {
 #[inline(always)]
 pub(super) unsafe fn tile<S: Simd, const ROWS: usize, const VECTORS: usize>(simd: S, t: Tile) {
     assert!(t.cols <= VECTORS * S::F32_LANES);
-    match t.precision {
-        // SAFETY: as this function's.
-        Precision::F32 => unsafe { store(simd, t, sums::<S, ROWS, VECTORS>(simd, t)) },
-        Precision::Bf16 => {
-            #[cfg(target_arch = "x86_64")]
-            if S::F32_LANES == 16 && std::arch::is_x86_feature_detected!("avx512bf16") {
-                // SAFETY: as this function's, and the CPU has the instructions: vectors of 16 floats are AVX-512's.
-                return unsafe { native::tile::<ROWS, VECTORS>(t) };
-            }
-            // SAFETY: as this function's.
-            unsafe { store(simd, t, sums_of_pairs::<S, ROWS, VECTORS>(simd, t)) }
-        }
+    #[cfg(target_arch = "x86_64")]
+    if t.pairs {
+        assert_eq!(S::F32_LANES, native::LANES);
+        // SAFETY: as this function's, and pairs are there only where the CPU has the instructions.
+        return unsafe { native::tile::<ROWS, VECTORS>(t) };
     }
+    // SAFETY: as this function's.
+    unsafe { store(simd, t, sums::<S, ROWS, VECTORS>(simd, t)) }
 }
 
 /// Σ a · b.
@@ -67,51 +73,6 @@ unsafe fn sums<S: Simd, const ROWS: usize, const VECTORS: usize>(simd: S, t: Til
                 #[allow(clippy::needless_range_loop)]
                 for v in 0..VECTORS {
                     sum[v] = simd.mul_add_f32s(x, vectors[v], sum[v]);
-                }
-            }
-        }
-        a = a.wrapping_add(t.a_col);
-        b = b.wrapping_add(t.b_row);
-    }
-    sums
-}
-
-/// Σ a · b of pairs, for CPUs without instructions for them: the same sums in the same order, but for numbers below
-/// 2⁻¹²⁶, which those instructions take for zero.
-///
-/// # Safety
-/// As for [`tile`].
-#[inline(always)]
-unsafe fn sums_of_pairs<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    simd: S,
-    t: Tile,
-) -> [[S::f32s; VECTORS]; ROWS] {
-    let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-    let (mut a, mut b) = (t.a, t.b);
-    for _ in 0..t.depth {
-        // The second of a pair first, as the instructions do it.
-        for half in [1, 0] {
-            let wide =
-                |word: f32| f32::from_bits(if half == 1 { word.to_bits() & 0xFFFF_0000 } else { word.to_bits() << 16 });
-            // SAFETY: the caller vouches for `a` and `b`.
-            unsafe {
-                let vectors: [S::f32s; VECTORS] = std::array::from_fn(
-                    #[inline(always)]
-                    |v| {
-                        let words =
-                            simd.transmute_u32s_f32s(b.add(v * S::F32_LANES).cast::<S::f32s>().read_unaligned());
-                        simd.transmute_f32s_u32s(match half {
-                            1 => simd.and_u32s(words, simd.splat_u32s(0xFFFF_0000)),
-                            _ => simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16)),
-                        })
-                    },
-                );
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    let x = simd.splat_f32s(wide(*a.add(i * t.a_row)));
-                    #[allow(clippy::needless_range_loop)]
-                    for v in 0..VECTORS {
-                        sum[v] = simd.mul_add_f32s(x, vectors[v], sum[v]);
-                    }
                 }
             }
         }
@@ -165,7 +126,7 @@ mod native {
     use super::{Output, Tile};
 
     /// Floats of a vector.
-    const LANES: usize = 16;
+    pub(super) const LANES: usize = 16;
 
     /// # Safety
     /// As for [`super::tile`], with vectors of 16 floats.
