@@ -244,6 +244,8 @@ pub trait Backend: Send + Sync + Sized {
     fn weight_values(&self, weight: &Self::Weight) -> Self::Tensor;
     /// Stores the weight's values in no more bits than products use.
     fn round_weight(&self, weight: &mut Self::Weight);
+    /// Puts the matrix rounded to bf16 in the place of an earlier one.
+    fn set_bf16_weight(&self, weight: &mut Self::Weight, x: &Self::Tensor);
     /// The matrix rounded to bf16, as a weight.
     fn bf16_weight(&self, x: &Self::Tensor) -> Self::Weight;
     /// Prepares rows whose first tokens are at position `offset`, for each rotary embedding.

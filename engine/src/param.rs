@@ -97,7 +97,7 @@ impl<B: Backend> Weight<B> {
     /// Rounds anew what the optimizer has changed.
     pub(crate) fn refresh(&mut self, backend: &B) {
         if let Weight::Trained { master, bf16: Some(bf16) } = self {
-            *bf16 = backend.bf16_weight(&master.value);
+            backend.set_bf16_weight(bf16, &master.value);
         }
     }
 }

@@ -45,13 +45,16 @@ impl HostTensor {
     /// A tensor of these values rounded to bf16, to the nearest and ties to even.
     pub(crate) fn bf16(values: &[f32], shape: Vec<usize>) -> Self {
         let mut bytes = vec![0; 2 * values.len()];
-        let chunks = bytes.par_chunks_mut(2 * CHUNK).zip(values.par_chunks(CHUNK));
-        chunks.for_each(|(bytes, values)| {
-            for (bytes, x) in bytes.chunks_exact_mut(2).zip(values) {
-                bytes.copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes());
-            }
-        });
+        round(values, &mut bytes);
         HostTensor { shape, values: Values::Bf16(bytes) }
+    }
+
+    /// Puts these values, rounded to bf16, in the place of as many that are.
+    pub(crate) fn set_bf16(&mut self, values: &[f32]) {
+        match &mut self.values {
+            Values::Bf16(bytes) if bytes.len() == 2 * values.len() => round(values, bytes),
+            _ => *self = Self::bf16(values, std::mem::take(&mut self.shape)),
+        }
     }
 
     /// The shape, row-major.
@@ -118,6 +121,15 @@ impl HostTensor {
         self.release();
         *self = rounded;
     }
+}
+
+fn round(values: &[f32], bytes: &mut [u8]) {
+    let chunks = bytes.par_chunks_mut(2 * CHUNK).zip(values.par_chunks(CHUNK));
+    chunks.for_each(|(bytes, values)| {
+        for (bytes, x) in bytes.chunks_exact_mut(2).zip(values) {
+            bytes.copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes());
+        }
+    });
 }
 
 fn release(map: &Mmap, start: usize, len: usize) {

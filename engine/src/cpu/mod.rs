@@ -212,6 +212,11 @@ impl Backend for Cpu {
         }
     }
 
+    fn set_bf16_weight(&self, weight: &mut Weight, x: &Tensor) {
+        let _timer = time("rounding to bf16", 0);
+        weight.set_bf16(x.values());
+    }
+
     fn bf16_weight(&self, x: &Tensor) -> Weight {
         let _timer = time("rounding to bf16", 0);
         Weight::new(HostTensor::bf16(x.values(), vec![x.rows(), x.cols()]))

@@ -27,6 +27,8 @@ struct Held {
     used_len: usize,
     /// Most that was ever in use at once.
     peak: usize,
+    /// Least that has been in use since then: what lasts, such as weights.
+    floor: usize,
 }
 
 impl Pool {
@@ -34,16 +36,19 @@ impl Pool {
     /// sizes of its batches mostly not.
     fn take(&self, len: usize) -> Vec<f32> {
         let mut held = self.0.lock().expect("no code panics while it holds the pool");
-        let Held { free, free_len, used_len, peak } = &mut *held;
+        let Held { free, free_len, used_len, peak, floor } = &mut *held;
         let fits = |buffer: &Vec<f32>| buffer.len() >= len && buffer.len() <= len + len / 2;
         // Of equals the one that was freed last, which may still be in a cache.
         let best = (0..free.len()).rev().filter(|&i| fits(&free[i])).min_by_key(|&i| free[i].len());
         let found = best.and_then(|best| free.remove(best));
         *free_len -= found.as_ref().map_or(0, Vec::len);
         *used_len += found.as_ref().map_or(len, Vec::len);
-        *peak = (*peak).max(*used_len);
+        if *used_len > *peak {
+            (*peak, *floor) = (*used_len, *used_len);
+        }
         // Batches of many sizes must not leave ever more buffers behind; what one step needs again the next must stay.
-        while let (true, Some(oldest)) = (*used_len + *free_len > *peak + *peak / 8, free.front()) {
+        let most = *peak + (*peak - *floor) / 8;
+        while let (true, Some(oldest)) = (*used_len + *free_len > most, free.front()) {
             *free_len -= oldest.len();
             free.pop_front();
         }
@@ -54,6 +59,7 @@ impl Pool {
     fn give_back(&self, buffer: Vec<f32>) {
         if let Ok(mut held) = self.0.lock() {
             held.used_len -= buffer.len();
+            held.floor = held.floor.min(held.used_len);
             held.free_len += buffer.len();
             held.free.push_back(buffer);
         }

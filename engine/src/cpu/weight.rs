@@ -70,6 +70,13 @@ impl Weight {
         }
     }
 
+    /// Puts other values, rounded to bf16, in its place.
+    pub(super) fn set_bf16(&mut self, values: &[f32]) {
+        if let Stored::Plain { tensor, .. } = &mut self.0 {
+            tensor.set_bf16(values);
+        }
+    }
+
     pub(super) fn matrix(&self) -> Matrix<'_> {
         match &self.0 {
             Stored::Plain { tensor, outputs, inputs } => {
