@@ -7,10 +7,10 @@ use kube::{
     api::{DeleteParams, ListParams},
 };
 use serde_json::{Value, json};
-use tunesmith_crds::FineTuneJobPhase;
+use tunesmith_crds::{FineTuneJob, FineTuneJobPhase};
 
 use crate::{
-    tenant::{Tenant, phase_of, runs},
+    tenant::{Tenant, phase_of, step_of},
     testbed::OPERATOR_NAMESPACE,
 };
 
@@ -55,16 +55,19 @@ async fn a_killed_training_resumes_from_its_checkpoint_and_gives_the_same_weight
     let team = Tenant::new("trainer").await?;
     team.apply(&team.job("undisturbed", long())).await?;
     team.apply(&team.job("killed", long())).await?;
-    // The first time with notice, so that it checkpoints; the second time without.
+    // The first time with notice, so that it checkpoints; the second time without. A pod that has notice goes on for a
+    // while, so each attempt is waited for by its number.
     let mut step = 0;
-    for grace in [None, Some(0)] {
-        let job = team.until_step("killed", step + 10).await?;
-        step = job.status.and_then(|status| status.progress).expect("progress").step;
-        let pods = team.pods("killed", Some("train")).await?;
-        let name =
-            pods.iter().find(|pod| runs(pod)).and_then(|pod| pod.metadata.name.as_deref()).expect("a running pod");
+    for (attempt, grace) in [(1, None), (2, Some(0))] {
+        let is_far_enough = |job: &FineTuneJob| {
+            let status = job.status.as_ref();
+            let attempted = status.and_then(|status| status.run.as_ref()).map(|run| run.attempt);
+            attempted == Some(attempt) && step_of(job) >= step + 10
+        };
+        let job = team.until_running("killed", &format!("10 steps on in attempt {attempt}"), is_far_enough).await?;
+        step = step_of(&job);
         let params = DeleteParams { grace_period_seconds: grace, ..DeleteParams::default() };
-        team.api::<Pod>().delete(name, &params).await?;
+        team.api::<Pod>().delete(&team.training_pod("killed").await?, &params).await?;
     }
     let job = team.until_phase("killed", FineTuneJobPhase::Succeeded).await?;
     let run = job.status.and_then(|status| status.run).expect("a run");

@@ -122,23 +122,34 @@ impl Tenant {
     /// Deletes a job and waits until its pods are gone too.
     pub async fn delete_job(&self, name: &str) -> Result<()> {
         self.api::<FineTuneJob>().delete(name, &DeleteParams::default()).await?;
-        self.until_pods(name, "gone", |pods| pods.is_empty()).await
+        self.until_pods(name, "gone", |pods| pods.is_empty()).await.map(drop)
     }
 
     /// Waits until the job's last pod has ended.
     pub async fn until_no_pod_runs(&self, name: &str) -> Result<()> {
-        self.until_pods(name, "at an end", |pods| !pods.iter().any(runs)).await
+        self.until_pods(name, "at an end", |pods| !pods.iter().any(runs)).await.map(drop)
     }
 
-    async fn until_pods(&self, job: &str, what: &str, wanted: impl Fn(&[Pod]) -> bool) -> Result<()> {
+    /// Name of the pod that trains, once one does that is not being deleted.
+    pub async fn training_pod(&self, name: &str) -> Result<String> {
+        let trains = |pod: &Pod| runs_on(pod) && pod.labels().get(names::STAGE_LABEL).is_some_and(|it| it == "train");
+        let pods = self.until_pods(name, "training", |pods| pods.iter().any(trains)).await?;
+        Ok(pods.iter().find(|pod| trains(pod)).expect("as awaited").name_any())
+    }
+
+    /// The job's pods, once they are as `wanted`.
+    async fn until_pods(&self, job: &str, what: &str, wanted: impl Fn(&[Pod]) -> bool) -> Result<Vec<Pod>> {
         let deadline = Instant::now() + PATIENCE;
-        while !wanted(&self.pods(job, None).await?) {
+        loop {
+            let pods = self.pods(job, None).await?;
+            if wanted(&pods) {
+                return Ok(pods);
+            }
             if Instant::now() > deadline {
                 bail!("pods of {job} are not {what}");
             }
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
-        Ok(())
     }
 
     /// The job, once `wanted` holds of it; the error shows its status and its pods.
@@ -168,13 +179,20 @@ impl Tenant {
         }
     }
 
-    /// The job, once it runs and has trained at least `step` steps. A job that has ended is an error at once.
+    /// The job, once it runs and has trained at least `step` steps.
     pub async fn until_step(&self, name: &str, step: u64) -> Result<FineTuneJob> {
-        let is_there = |job: &FineTuneJob| {
-            let progress = job.status.as_ref().and_then(|status| status.progress.as_ref());
-            phase_of(job) == Some(FineTuneJobPhase::Running) && progress.is_some_and(|progress| progress.step >= step)
-        };
-        let job = self.until(name, &format!("at step {step}"), |job| is_there(job) || has_ended(job)).await?;
+        self.until_running(name, &format!("at step {step}"), |job| step_of(job) >= step).await
+    }
+
+    /// The job, once it runs and `is_there`. A job that has ended is an error at once.
+    pub async fn until_running(
+        &self,
+        name: &str,
+        what: &str,
+        is_there: impl Fn(&FineTuneJob) -> bool,
+    ) -> Result<FineTuneJob> {
+        let is_there = |job: &FineTuneJob| phase_of(job) == Some(FineTuneJobPhase::Running) && is_there(job);
+        let job = self.until(name, what, |job| is_there(job) || has_ended(job)).await?;
         match is_there(&job) {
             true => Ok(job),
             false => bail!("{name} should run, and is {:?}: {}", phase_of(&job), message(&job)),
@@ -206,13 +224,23 @@ fn selector(job: &str, stage: Option<&str>) -> ListParams {
 }
 
 /// Whether a pod's containers run.
-pub fn runs(pod: &Pod) -> bool {
+fn runs(pod: &Pod) -> bool {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
+}
+
+/// Whether a pod runs, and is to go on running.
+fn runs_on(pod: &Pod) -> bool {
+    runs(pod) && pod.metadata.deletion_timestamp.is_none()
 }
 
 /// The job's phase.
 pub fn phase_of(job: &FineTuneJob) -> Option<FineTuneJobPhase> {
     job.status.as_ref()?.phase
+}
+
+/// How many steps the job is known to have trained.
+pub fn step_of(job: &FineTuneJob) -> u64 {
+    job.status.as_ref().and_then(|status| status.progress.as_ref()).map_or(0, |progress| progress.step)
 }
 
 /// Whether nothing more is to be expected of the job's spec.
