@@ -105,9 +105,11 @@ impl Default for Lora {
 }
 
 /// How QLoRA stores the frozen base.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("(self.bits == 8) == (self.type == 'int8')")
     .message("bits: 4 goes with type nf4 or fp4, bits: 8 with type int8"))]
+#[x_kube(validation = Rule::new("!has(self.outlierThreshold) || self.bits == 8")
+    .message("outlierThreshold goes with bits: 8"))]
 #[serde(rename_all = "camelCase")]
 pub struct Quantization {
     /// Bits of a stored weight: 4 or 8.
@@ -119,6 +121,11 @@ pub struct Quantization {
     /// Quantize the scales too (4 bits only).
     #[serde(default = "defaults::yes")]
     pub double_quant: bool,
+    /// Round the inputs of 8-bit layers to 8 bits too, but for the columns in which a magnitude reaches this: LLM.int8(),
+    /// transformers' llm_int8_threshold, there 6.0. Unset, inputs stay as they are, as when bitsandbytes trains on a CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
+    pub outlier_threshold: Option<f64>,
 }
 
 /// The code of a stored weight.

@@ -256,7 +256,7 @@ pub struct PreflightReport {
 }
 
 /// Dimensions of a decoder language model.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelShape {
     /// Parameters in all.

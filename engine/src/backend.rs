@@ -224,6 +224,9 @@ pub trait Backend: Send + Sync + Sized {
     fn precision(&self) -> Precision;
     /// Changes what its linear layers multiply.
     fn set_precision(&mut self, precision: Precision);
+    /// Has weights in 8 bits meet inputs in 8 bits, but for the columns in which a magnitude reaches the threshold
+    /// (LLM.int8(), Dettmers et al., 2022); or inputs as they are, which they meet until it is told otherwise.
+    fn set_outlier_threshold(&mut self, threshold: Option<f32>);
     /// Copies values to the machine.
     fn upload(&self, values: &[f32], rows: usize, cols: usize) -> Self::Tensor;
     /// Copies values from the machine, row-major.

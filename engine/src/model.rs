@@ -102,6 +102,13 @@ impl Model<Cpu> {
         Self::load_as(dir, Some(quantization))
     }
 
+    /// Rounds the inputs of linear layers whose weights are in 8 bits to 8 bits as well, but for the columns in which a
+    /// magnitude reaches the threshold: LLM.int8(), as bitsandbytes computes on a GPU. With none, inputs stay as they are,
+    /// which is how bitsandbytes trains on a CPU.
+    pub fn set_outlier_threshold(&mut self, threshold: Option<f32>) {
+        self.backend.set_outlier_threshold(threshold);
+    }
+
     fn load_as(dir: &Path, quantization: Option<Quantization>) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         if let (Some(asked), Some(stored)) = (quantization, config.stored_as)

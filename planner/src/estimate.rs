@@ -178,7 +178,8 @@ mod tests {
             ..Training::default()
         };
         let lora = Lora { rank: 64, ..Lora::default() };
-        let quantization = Quantization { bits: 4, kind: QuantizationType::Nf4, double_quant: true };
+        let quantization =
+            Quantization { bits: 4, kind: QuantizationType::Nf4, double_quant: true, outlier_threshold: None };
         let qlora =
             estimate(&work(&model, &Method::QLoRA { lora: lora.clone(), quantization }, &training), Device::Gpu);
         assert!(qlora.bytes_per_device(1) < 48_000_000_000, "{qlora:?}");

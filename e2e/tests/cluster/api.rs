@@ -12,8 +12,10 @@ async fn the_api_server_refuses_a_bad_manifest_and_says_what_to_do() -> Result<(
     let team = Tenant::new("api").await?;
     let recall = json!({"gates": [{"metric": "recall", "min": 0.8}]});
     let twice = json!({"gates": [{"metric": "eval_loss", "max": 2.0}, {"metric": "eval_loss", "max": 1.0}]});
-    let cases: [(Value, &str); 10] = [
+    let four_bits = json!({"bits": 4, "type": "nf4", "outlierThreshold": 6.0});
+    let cases: [(Value, &str); 11] = [
         (json!({"method": "QLoRA"}), "method QLoRA needs quantization"),
+        (json!({"method": "QLoRA", "quantization": four_bits}), "outlierThreshold goes with bits: 8"),
         (json!({"method": "Full", "lora": {"rank": 8}}), "method Full trains every parameter and takes no lora"),
         (json!({"lora": {"rank": 4096}}), "should be less than or equal to 1024"),
         (json!({"lora": {"dropout": 1.0}}), "must lie in [0, 1)"),

@@ -57,7 +57,7 @@ async fn qlora_in_four_bits_publishes_an_adapter() -> Result<()> {
 async fn qlora_in_eight_bits_publishes_an_adapter() -> Result<()> {
     let spec = json!({
         "method": "QLoRA",
-        "quantization": {"bits": 8, "type": "int8"},
+        "quantization": {"bits": 8, "type": "int8", "outlierThreshold": 6.0},
         "training": {"maxSteps": 20},
     });
     trains("method-int8", spec, ArtifactType::LoraAdapter, &ADAPTER).await

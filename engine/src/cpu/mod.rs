@@ -12,6 +12,7 @@ mod gemm;
 mod lora;
 mod neftune;
 mod optimizers;
+mod outliers;
 pub mod profile;
 mod rms_norm;
 mod rope;
@@ -45,6 +46,7 @@ pub use weight::Weight;
 pub struct Cpu {
     pool: Arc<Pool>,
     precision: Precision,
+    outlier_threshold: Option<f32>,
 }
 
 impl Cpu {
@@ -54,6 +56,15 @@ impl Cpu {
 
     fn layer<'a>(&self, w: WeightRef<'a, Cpu>) -> Layer<'a> {
         Layer { w: matrix(w), precision: self.precision }
+    }
+
+    /// The layer's input as it meets the weight, if that is in 8 bits and so is the input.
+    fn in_eight_bits(&self, x: &Tensor, layer: Layer<'_>) -> Option<Tensor> {
+        let threshold = self.outlier_threshold.filter(|_| layer.w.is_eight_bit())?;
+        let _timer = time("rounding to 8 bits", 0);
+        let mut y = self.stale(x.rows(), x.cols());
+        outliers::round(x.values(), x.cols(), threshold, y.values_mut());
+        Some(y)
     }
 
     /// x with the adapter's dropout, or nothing if there is none.
@@ -156,6 +167,10 @@ impl Backend for Cpu {
 
     fn set_precision(&mut self, precision: Precision) {
         self.precision = precision;
+    }
+
+    fn set_outlier_threshold(&mut self, threshold: Option<f32>) {
+        self.outlier_threshold = threshold;
     }
 
     fn upload(&self, values: &[f32], rows: usize, cols: usize) -> Tensor {
@@ -277,16 +292,19 @@ impl Backend for Cpu {
     }
 
     fn linear(&self, x: &Tensor, w: WeightRef<'_, Self>) -> Tensor {
-        let _timer = time("linear", 2 * x.rows() * elements(w));
         let layer = self.layer(w);
+        let rounded = self.in_eight_bits(x, layer);
+        let _timer = time("linear", 2 * x.rows() * elements(w));
         let mut y = self.stale(x.rows(), layer.w.rows);
-        project(x, layer, Output::Set, &mut y, None);
+        project(rounded.as_ref().unwrap_or(x), layer, Output::Set, &mut y, None);
         y
     }
 
     fn linear_add(&self, x: &Tensor, w: WeightRef<'_, Self>, y: &mut Tensor) {
+        let layer = self.layer(w);
+        let rounded = self.in_eight_bits(x, layer);
         let _timer = time("linear", 2 * x.rows() * elements(w));
-        project(x, self.layer(w), Output::Add, y, None);
+        project(rounded.as_ref().unwrap_or(x), layer, Output::Add, y, None);
     }
 
     fn linear_backward(&self, dy: &Tensor, w: WeightRef<'_, Self>) -> Tensor {
@@ -392,11 +410,13 @@ impl Backend for Cpu {
         let mut hidden = self.stale(shape.tokens, shape.rank);
         lora::hidden(shape, dropped.as_ref().unwrap_or(x).values(), lora.a.values(), hidden.values_mut());
         drop(timer);
+        let layer = self.layer(w);
+        let rounded = self.in_eight_bits(x, layer);
         let _timer = time("linear", 2 * x.rows() * (elements(w) + lora.b.rows() * lora.b.cols()));
         let output = if onto.is_some() { Output::Add } else { Output::Set };
         let mut y = onto.unwrap_or_else(|| self.stale(shape.tokens, shape.output));
         let update = Term::new(lora.scale, view(&hidden), view(lora.b).t());
-        project(x, self.layer(w), output, &mut y, Some(update));
+        project(rounded.as_ref().unwrap_or(x), layer, output, &mut y, Some(update));
         (y, hidden)
     }
 

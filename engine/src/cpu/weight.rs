@@ -111,6 +111,11 @@ impl<'a> Matrix<'a> {
         Matrix { rows: count, form, ..self }
     }
 
+    /// Whether the values are stored in 8 bits.
+    pub(crate) fn is_eight_bit(self) -> bool {
+        matches!(self.form, Form::EightBit(_))
+    }
+
     /// The values, where they are f32.
     pub(crate) fn view(self) -> Option<View<'a>> {
         match self.form {

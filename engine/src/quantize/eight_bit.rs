@@ -1,5 +1,4 @@
-//! A weight in 8 bits, row by row, as LLM.int8() stores it (Dettmers et al., 2022). Activations are not rounded: it is
-//! with float activations that bitsandbytes trains on a CPU, too.
+//! A weight in 8 bits, row by row, as LLM.int8() stores it (Dettmers et al., 2022).
 
 /// A weight [rows, cols]: each value is code · absmax / 127.
 pub struct EightBit {

@@ -242,16 +242,16 @@ fn check_tensors(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> Re
 }
 
 fn stored_as(quantization: EngineQuantization) -> Quantization {
-    match quantization {
-        EngineQuantization::Int8 => Quantization { bits: 8, kind: QuantizationType::Int8, double_quant: false },
-        EngineQuantization::FourBit { code, double_quant } => {
-            let kind = match code {
-                FourBitCode::Nf4 => QuantizationType::Nf4,
-                FourBitCode::Fp4 => QuantizationType::Fp4,
-            };
-            Quantization { bits: 4, kind, double_quant }
+    let (bits, kind, double_quant) = match quantization {
+        EngineQuantization::Int8 => (8, QuantizationType::Int8, false),
+        EngineQuantization::FourBit { code: FourBitCode::Nf4, double_quant } => {
+            (4, QuantizationType::Nf4, double_quant)
         }
-    }
+        EngineQuantization::FourBit { code: FourBitCode::Fp4, double_quant } => {
+            (4, QuantizationType::Fp4, double_quant)
+        }
+    };
+    Quantization { bits, kind, double_quant, outlier_threshold: None }
 }
 
 fn shape(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> ModelShape {

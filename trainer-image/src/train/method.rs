@@ -37,7 +37,11 @@ pub fn parameters_per_rank(method: &Method, training: &Training, config: &ModelC
 pub(super) fn load(folder: &Path, method: &Method) -> Result<Model, Error> {
     Ok(match method {
         Method::Full | Method::LoRA { .. } => Model::load(folder)?,
-        Method::QLoRA { quantization, .. } => Model::load_quantized(folder, engine_quantization(quantization))?,
+        Method::QLoRA { quantization, .. } => {
+            let mut model = Model::load_quantized(folder, engine_quantization(quantization))?;
+            model.set_outlier_threshold(quantization.outlier_threshold.map(|threshold| threshold as f32));
+            model
+        }
     })
 }
 

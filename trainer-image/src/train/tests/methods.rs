@@ -37,14 +37,31 @@ fn full_fine_tuning_publishes_a_model_that_loads_by_itself() {
 fn qlora_publishes_an_adapter_over_each_kind_of_quantized_base() {
     let kinds = [(4, QuantizationType::Nf4), (4, QuantizationType::Fp4), (8, QuantizationType::Int8)];
     for ((bits, kind), bf16) in kinds.into_iter().zip([false, true, true]) {
-        let bench = Bench::new();
-        let quantization = Quantization { bits, kind, double_quant: true };
-        let lora = Lora { dropout: 0.0, ..Lora::default() };
-        let (folder, before, after) =
-            published_by(&bench, Method::QLoRA { lora, quantization }, json!({"learningRate": 0.02, "bf16": bf16}));
+        let quantization = Quantization { bits, kind, double_quant: true, outlier_threshold: None };
+        let (before, after) = tuned_over(quantization, bf16);
         assert!(after < before - 0.02, "{kind:?}: {before} → {after}");
-        Model::load(&bench.path("model")).unwrap().load_adapter(&folder).unwrap();
     }
+}
+
+#[test]
+fn an_outlier_threshold_reaches_the_products_of_the_base() {
+    let with = |outlier_threshold| {
+        let (bits, kind, double_quant) = (8, QuantizationType::Int8, false);
+        tuned_over(Quantization { bits, kind, double_quant, outlier_threshold }, false)
+    };
+    let (exact, rounded) = (with(None), with(Some(1.5)));
+    assert!(rounded.1 < rounded.0 - 0.02, "{rounded:?}");
+    assert!(rounded.0 != exact.0 && (rounded.0 - exact.0).abs() < 0.01, "{rounded:?} {exact:?}");
+}
+
+/// The evaluation losses of the base and of an adapter over it, which has been published and loads.
+fn tuned_over(quantization: Quantization, bf16: bool) -> (f64, f64) {
+    let bench = Bench::new();
+    let lora = Lora { dropout: 0.0, ..Lora::default() };
+    let (folder, before, after) =
+        published_by(&bench, Method::QLoRA { lora, quantization }, json!({"learningRate": 0.02, "bf16": bf16}));
+    Model::load(&bench.path("model")).unwrap().load_adapter(&folder).unwrap();
+    (before, after)
 }
 
 #[test]
