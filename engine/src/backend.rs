@@ -456,8 +456,6 @@ pub struct AttentionForward<'a, T: ?Sized> {
     pub k: &'a T,
     /// Values.
     pub v: &'a T,
-    /// The output.
-    pub out: &'a T,
     /// The log of each softmax's sum.
     pub log_sums: &'a T,
 }

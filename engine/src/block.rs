@@ -108,9 +108,10 @@ struct AttentionKept<B: Backend> {
     q: B::Tensor,
     k: B::Tensor,
     v: B::Tensor,
-    attended: B::Tensor,
+    /// What attention gives, if the layer behind it needs its input.
+    attended: Option<B::Tensor>,
     log_sums: B::Tensor,
-    /// What attention gives, if it is normed.
+    /// What the layer behind attention gives, if it is normed.
     out: Option<B::Tensor>,
 }
 
@@ -186,6 +187,7 @@ impl<B: Backend> Block<B> {
         let (attended, log_sums) = pass.backend.attention(&q, &k, &v, pass.attention(), pass.rows);
         let (middle, out) = self.residual(pass, Projection::Output, &attended, &x, Norm::AttentionOut, &mut lora);
         let [gate, up] = self.gate_up(pass, &middle, &mut lora);
+        let attended = self.linear(Projection::Output).needs_input().then_some(attended);
         let attention = AttentionKept { x, unnormed, q, k, v, attended, log_sums, out };
         Kept { attention, middle, gate, up, mlp_out: None, lora }
     }
@@ -372,11 +374,11 @@ impl<B: Backend> Backward<'_, B> {
         let d_out = kept.out.as_ref().map(|out| self.normed(Norm::AttentionOut, out, &dy));
         let d_out = d_out.as_ref().unwrap_or(&dy);
         let wanted = if below { InputGrad::Fresh } else { InputGrad::None };
-        let d_attended = self.linear(Output, Some(&kept.attended), d_out, wanted)?;
-        let AttentionKept { x, unnormed, q, k, v, attended, log_sums, .. } = kept;
-        let forward = AttentionForward { q: &q, k: &k, v: &v, out: &attended, log_sums: &log_sums };
+        let d_attended = self.linear(Output, kept.attended.as_ref(), d_out, wanted)?;
+        let AttentionKept { x, unnormed, q, k, v, log_sums, .. } = kept;
+        let forward = AttentionForward { q: &q, k: &k, v: &v, log_sums: &log_sums };
         let [mut dq, mut dk, dv] = backend.attention_backward(forward, &d_attended, self.pass.attention(), rows);
-        drop((q, k, v, attended, log_sums, d_attended));
+        drop((q, k, v, log_sums, d_attended));
         let rope = self.pass.layer().rope;
         backend.rope_backward(&mut dq, config.head_dim, rows, rope);
         backend.rope_backward(&mut dk, config.head_dim, rows, rope);

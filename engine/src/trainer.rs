@@ -428,21 +428,23 @@ fn output_layer<B: Backend>(
     loss_scale: f32,
 ) -> (LossSum, Option<B::Tensor>) {
     let Model { backend, norm, config, embedding, lm_head, .. } = model;
-    let x = backend.gather_rows(&x, &batch.trained);
-    let normed = backend.rms_norm(&x, &norm.value, rms_norm(config));
+    let trained = backend.gather_rows(&x, &batch.trained);
+    drop(x);
+    let normed = backend.rms_norm(&trained, &norm.value, rms_norm(config));
     let output = lm_head.as_mut().unwrap_or(embedding);
     // The gradient is taken out while the weight is read.
     let mut d_output = output.param_mut().and_then(|param| param.grad.take());
     let grads = CrossEntropyGrads { scale: loss_scale, weight: d_output.as_mut() };
     let (losses, d_normed) =
         backend.linear_cross_entropy(&normed, output.get(), &batch.targets, config.final_softcap, Some(grads));
+    drop(normed);
     if let Some(param) = output.param_mut() {
         param.grad = d_output;
     }
     let dx = d_normed.map(|d_normed| {
         let mut dx = backend.zeros(batch.trained.len(), config.hidden_size);
         let Param { value, grad, .. } = norm;
-        backend.rms_norm_backward(&x, value, rms_norm(config), &d_normed, &mut dx, grad.as_mut());
+        backend.rms_norm_backward(&trained, value, rms_norm(config), &d_normed, &mut dx, grad.as_mut());
         backend.scatter_rows(&dx, &batch.trained, batch.tokens.len())
     });
     (sum(&losses), dx)

@@ -197,6 +197,8 @@ struct Scratch {
     queries: Vec<f32>,
     d_out: Vec<f32>,
     out: Vec<f32>,
+    /// Derivatives of capped scores.
+    slopes: Vec<f32>,
 }
 
 thread_local! {
@@ -324,7 +326,7 @@ fn backward_task(
     [dq, dk, dv]: [&mut [f32]; 3],
 ) {
     let dim = layout.dim;
-    let Scratch { scores: p, d_scores: ds, keys, values, queries, d_out, out: dq_block } = scratch;
+    let Scratch { scores: p, d_scores: ds, keys, values, queries, d_out, out: dq_block, slopes } = scratch;
     let (keys, values) = (layout.keys(f.k, task, keys), layout.keys(f.v, task, values));
     dk.fill(0.0);
     dv.fill(0.0);
@@ -349,25 +351,25 @@ fn backward_task(
                 let blocks = p.chunks_exact_mut(seen).zip(ds.chunks_exact_mut(seen)).take(rows);
                 for (row, (p, ds)) in blocks.enumerate() {
                     let (member, i) = (row / len, row % len);
-                    let at = layout.query(task, member, first + i);
-                    let delta = dot(&dy[at..at + dim], &f.out[at..at + dim]);
                     let log_sum = log_sums[member * task.len + first + i];
                     let (low, high) = (layout.first_seen(position + i) - from, position + i + 1 - from);
                     let (p, ds) = (unmasked(p, low, high), unmasked(ds, low, high));
-                    match layout.softcap {
-                        None => {
-                            for (p, ds) in p.iter_mut().zip(ds) {
-                                *p = exp(*p - log_sum);
-                                *ds = *p * (*ds - delta) * layout.scale;
-                            }
+                    if let Some(cap) = layout.softcap {
+                        slopes.clear();
+                        for p in p.iter_mut() {
+                            let t = tanh(*p / cap);
+                            slopes.push(1.0 - t * t);
+                            *p = cap * t;
                         }
-                        Some(cap) => {
-                            for (p, ds) in p.iter_mut().zip(ds) {
-                                let t = tanh(*p / cap);
-                                *p = exp(cap * t - log_sum);
-                                *ds = *p * (*ds - delta) * (1.0 - t * t) * layout.scale;
-                            }
-                        }
+                    }
+                    p.iter_mut().for_each(|p| *p = exp(*p - log_sum));
+                    // dy · y, from what is here, so that y need not be kept.
+                    let delta = dot(p, ds);
+                    for (p, ds) in p.iter().zip(ds.iter_mut()) {
+                        *ds = *p * (*ds - delta) * layout.scale;
+                    }
+                    if layout.softcap.is_some() {
+                        ds.iter_mut().zip(&*slopes).for_each(|(ds, slope)| *ds *= slope);
                     }
                 }
             },

@@ -505,7 +505,6 @@ impl Backend for Cpu {
             q: forward.q.values(),
             k: forward.k.values(),
             v: forward.v.values(),
-            out: forward.out.values(),
             log_sums: forward.log_sums.values(),
         };
         attention::backward(
