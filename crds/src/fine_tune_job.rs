@@ -90,8 +90,8 @@ pub struct FineTuneJobSpec {
 #[serde(rename_all = "camelCase")]
 pub struct BaseModel {
     /// A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json, tokenizer_config.json. Or a
-    /// GGUF file (.gguf) of the Llama architecture. In S3 (`s3://bucket/folder`), on the Hugging Face Hub
-    /// (`hf://owner/name`, `hf://owner/name@revision`), or in a volume (`pvc://claim/folder`).
+    /// GGUF file (.gguf). In S3 (`s3://bucket/folder`), on the Hugging Face Hub (`hf://owner/name`,
+    /// `hf://owner/name@revision`), or in a volume (`pvc://claim/folder`).
     pub uri: Uri,
     /// Refuses to train if the folder's digest is another one (status.run.baseDigest shows it).
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -42,6 +42,9 @@ for script in fixtures.py families.py quantized.py; do
     "$python" -W ignore "$script" "$cache/fixtures" >"$cache/fixtures.log" 2>&1 || { cat "$cache/fixtures.log"; exit 1; }
 done
 "$python" same_fixtures.py ../../engine/tests/fixtures "$cache/fixtures"
+rm -rf "$cache/gguf"
+"$python" -W ignore gguf_files.py "$cache/gguf" >"$cache/fixtures.log" 2>&1 || { cat "$cache/fixtures.log"; exit 1; }
+"$python" same_fixtures.py ../../trainer-image/tests/fixtures/gguf "$cache/gguf"
 
 echo "SmolLM2-135M-Instruct"
 exec "$python" -W ignore check.py "$target/release/examples/oracle" "$cache/smollm2" "$cache/work" "$@"

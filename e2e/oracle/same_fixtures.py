@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 
 
@@ -18,9 +20,13 @@ def numbers(value):
     return [value] if isinstance(value, (int, float)) else []
 
 
+def gguf_tensors(path):
+    return {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in GGUFReader(path).tensors}
+
+
 def largest_difference(a, b):
-    if a.suffix == ".safetensors":
-        a, b = load_file(a), load_file(b)
+    if a.suffix in [".safetensors", ".gguf"]:
+        a, b = map(load_file if a.suffix == ".safetensors" else gguf_tensors, (a, b))
         assert set(a) == set(b)
         return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
     a, b = (numbers(json.loads(file.read_text())) for file in (a, b))

@@ -84,6 +84,7 @@ mod tests {
             (read("config.json"), config_json),
             (weights, safetensors_header),
             (convert::tests::gguf(&convert::tests::metadata(), &convert::tests::tensors()), gguf),
+            (fs::read(convert::tests::fixture("mistral.gguf")).unwrap(), gguf),
             (format!("{rows}\n{rows}\n").into_bytes(), data_rows),
             (spec.to_string().into_bytes(), run_spec),
         ]

@@ -18,21 +18,9 @@ use tunesmith_engine::{AdaptedLayer, Model};
 
 use super::{
     ConvertError,
+    architecture::Architecture,
     names::{LINEAR, permute},
 };
-
-/// GGUF's name of an architecture, and whether its queries and keys have GGUF's order of rows.
-fn architecture(model_type: &str) -> Option<(&'static str, bool)> {
-    Some(match model_type {
-        "llama" | "mistral" => ("llama", true),
-        "qwen2" => ("qwen2", false),
-        "qwen3" => ("qwen3", false),
-        "phi3" => ("phi3", false),
-        "gemma2" => ("gemma2", false),
-        "gemma3_text" => ("gemma3", false),
-        _ => return None,
-    })
-}
 
 /// Writes the adapter of the folder `adapter` over the model of the folder `base`. The file appears when it is whole.
 ///
@@ -45,7 +33,7 @@ pub fn gguf_lora(base: &Path, adapter: &Path, out: &Path) -> Result<(), ConvertE
     let refuse = |problem: String| ConvertError::Adapter(problem);
     refuse_what_does_not_fit(&read_json(&adapter.join("adapter_config.json"))?).map_err(refuse)?;
     let model_type = read_json(&base.join("config.json"))?["model_type"].as_str().unwrap_or_default().to_owned();
-    let (architecture, permuted) = architecture(&model_type)
+    let architecture = Architecture::of_model_type(&model_type)
         .ok_or_else(|| refuse(format!("model_type {model_type:?} has no GGUF architecture that is known here")))?;
     let mut model = Model::load(base).map_err(|error| refuse(error.to_string()))?;
     model.load_adapter(adapter).map_err(|error| refuse(error.to_string()))?;
@@ -72,7 +60,7 @@ pub fn gguf_lora(base: &Path, adapter: &Path, out: &Path) -> Result<(), ConvertE
             "attn_k" => Some(config.num_key_value_heads),
             _ => None,
         };
-        if let Some(heads) = heads.filter(|_| permuted) {
+        if let Some(heads) = heads.filter(|_| architecture.is_permuted) {
             b = permute(&b, heads, config.head_dim);
         }
         for (part, values, rows) in [("lora_a", &a, rank), ("lora_b", &b, b.len() / rank)] {
@@ -84,7 +72,7 @@ pub fn gguf_lora(base: &Path, adapter: &Path, out: &Path) -> Result<(), ConvertE
     }
     let text = |text: &str| Value::String(text.to_owned());
     let metadata = [
-        ("general.architecture", text(architecture)),
+        ("general.architecture", text(architecture.name)),
         ("general.type", text("adapter")),
         ("adapter.type", text("lora")),
         ("adapter.lora.alpha", Value::F32(alpha)),

@@ -2,13 +2,19 @@
 
 use serde_json::{Value, json};
 
-use super::{ConvertError, Gguf, tokenizer::Tokenizer};
+use super::{
+    ConvertError, Gguf,
+    architecture::{ARCHITECTURES, Architecture},
+    tokenizer::Tokenizer,
+};
 
-/// Sizes above this are refused.
+/// Sizes above this are refused: products of two must not overflow, nor what a damaged file says allocate the machine
+/// away.
 const MAX_SIZE: usize = 1 << 24;
 
-/// Dimensions of a Llama.
-pub(super) struct LlamaShape {
+/// Dimensions of a model.
+pub(super) struct Dimensions {
+    pub(super) architecture: &'static Architecture,
     pub(super) layers: usize,
     pub(super) hidden: usize,
     pub(super) feed_forward: usize,
@@ -19,100 +25,221 @@ pub(super) struct LlamaShape {
     pub(super) context_length: usize,
     /// Whether the output layer is the embedding.
     pub(super) tied: bool,
-    rope_theta: f64,
     rms_norm_eps: f64,
+    rope_theta: f64,
+    /// transformers' `rope_scaling`.
+    rope_scaling: Value,
+    /// Fields of `config.json` that only this family has.
+    of_family: Value,
 }
 
-impl LlamaShape {
-    pub(super) fn read(gguf: &Gguf) -> Result<Self, ConvertError> {
-        let refuse = |key: &str, found: String, supported: &str| ConvertError::UnsupportedKey {
-            key: key.into(),
-            found,
-            supported: supported.into(),
-        };
-        // Products of two sizes must not overflow, nor what a damaged file says allocate the machine away.
-        let size = |key: &str, most: usize| match gguf.optional_number(key)? {
-            Some(found) if found > most => Err(refuse(key, found.to_string(), &format!("at most {most}"))),
+/// A file's metadata of one architecture.
+#[derive(Clone, Copy)]
+struct Keys<'a> {
+    gguf: &'a Gguf,
+    architecture: &'static Architecture,
+}
+
+impl Keys<'_> {
+    fn name(self, key: &str) -> String {
+        format!("{}.{key}", self.architecture.name)
+    }
+
+    fn refuse(self, key: &str, found: impl ToString, supported: &str) -> ConvertError {
+        ConvertError::UnsupportedKey { key: self.name(key), found: found.to_string(), supported: supported.into() }
+    }
+
+    fn optional_size(self, key: &str) -> Result<Option<usize>, ConvertError> {
+        match self.gguf.optional_number(&self.name(key))? {
+            Some(found) if found > MAX_SIZE => Err(self.refuse(key, found, &format!("at most {MAX_SIZE}"))),
             found => Ok(found),
+        }
+    }
+
+    fn size(self, key: &str) -> Result<usize, ConvertError> {
+        self.optional_size(key)?.ok_or_else(|| ConvertError::MissingKey(self.name(key)))
+    }
+
+    fn optional_float(self, key: &str) -> Result<Option<f64>, ConvertError> {
+        self.gguf.has(&self.name(key)).then(|| self.gguf.float(&self.name(key))).transpose()
+    }
+}
+
+impl Dimensions {
+    pub(super) fn read(gguf: &mut Gguf) -> Result<Self, ConvertError> {
+        let name = gguf.text("general.architecture")?;
+        let Some(architecture) = ARCHITECTURES.iter().find(|known| known.name == name) else {
+            let known: Vec<&str> = ARCHITECTURES.iter().map(|known| known.name).collect();
+            return Err(ConvertError::UnsupportedKey {
+                key: "general.architecture".into(),
+                found: format!("\"{name}\""),
+                supported: known.join(", "),
+            });
         };
-        let number = |key: &str| size(key, MAX_SIZE)?.ok_or_else(|| ConvertError::MissingKey(key.to_owned()));
-        let architecture = gguf.text("general.architecture")?;
-        if architecture != "llama" {
-            return Err(refuse("general.architecture", format!("\"{architecture}\""), "llama"));
+        let rope_factors = gguf.has_tensor(ROPE_FACTORS).then(|| gguf.dequantize(ROPE_FACTORS)).transpose()?;
+        let keys = Keys { gguf, architecture };
+        if let Some(experts @ 1..) = keys.optional_size("expert_count")? {
+            return Err(keys.refuse("expert_count", experts, "0 (no mixture of experts)"));
         }
-        if gguf.has("llama.rope.scaling.type") && gguf.text("llama.rope.scaling.type")? != "none" {
-            let found = gguf.text("llama.rope.scaling.type")?.to_owned();
-            return Err(refuse("llama.rope.scaling.type", found, "none"));
+        let (hidden, heads) = (keys.size("embedding_length")?, keys.size("attention.head_count")?);
+        let head_dim = match keys.optional_size("attention.key_length")? {
+            Some(head_dim) => head_dim,
+            None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
+            None => return Err(keys.refuse("attention.head_count", heads, "a divisor of the embedding's length")),
+        };
+        let layers = keys.size("block_count")?;
+        let tensors = gguf.tensor_names().count();
+        if layers > tensors {
+            return Err(keys.refuse("block_count", layers, &format!("at most {tensors}, as each block has tensors")));
         }
-        if let Some(experts @ 1..) = gguf.optional_number("llama.expert_count")? {
-            return Err(refuse("llama.expert_count", experts.to_string(), "0 (no mixture of experts)"));
+        let rope_theta = keys.optional_float("rope.freq_base")?.unwrap_or(10_000.0);
+        let rotated = keys.optional_size("rope.dimension_count")?.unwrap_or(head_dim);
+        if rotated != head_dim && !architecture.is_fused {
+            return Err(keys.refuse("rope.dimension_count", rotated, &format!("{head_dim}, the whole head")));
         }
-        let (hidden, heads) = (number("llama.embedding_length")?, number("llama.attention.head_count")?);
-        if heads == 0 || !hidden.is_multiple_of(heads) {
-            return Err(refuse("llama.attention.head_count", heads.to_string(), "a divisor of llama.embedding_length"));
-        }
-        let head_dim = size("llama.attention.key_length", MAX_SIZE)?.unwrap_or(hidden / heads);
-        let rotated = size("llama.rope.dimension_count", MAX_SIZE)?.unwrap_or(head_dim);
-        if rotated != head_dim {
-            return Err(refuse(
-                "llama.rope.dimension_count",
-                rotated.to_string(),
-                &format!("{head_dim}, the whole head"),
-            ));
-        }
-        let layers = number("llama.block_count")?;
-        // Each block has tensors.
-        size("llama.block_count", gguf.tensor_names().count())?;
+        let context_length = keys.size("context_length")?;
         Ok(Self {
+            architecture,
             layers,
             hidden,
-            feed_forward: number("llama.feed_forward_length")?,
+            feed_forward: keys.size("feed_forward_length")?,
             heads,
-            key_value_heads: size("llama.attention.head_count_kv", MAX_SIZE)?.unwrap_or(heads),
+            key_value_heads: keys.optional_size("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
             vocabulary: gguf.texts("tokenizer.ggml.tokens")?.len(),
-            context_length: number("llama.context_length")?,
-            tied: !gguf.tensor_names().any(|name| name == "output.weight"),
-            rope_theta: if gguf.has("llama.rope.freq_base") { gguf.float("llama.rope.freq_base")? } else { 10_000.0 },
-            rms_norm_eps: gguf.float("llama.attention.layer_norm_rms_epsilon")?,
+            context_length,
+            tied: !gguf.has_tensor("output.weight"),
+            rms_norm_eps: keys
+                .optional_float("attention.layer_norm_rms_epsilon")?
+                .ok_or_else(|| ConvertError::MissingKey(keys.name("attention.layer_norm_rms_epsilon")))?,
+            rope_theta,
+            rope_scaling: match rope_factors {
+                Some(factors) => llama3_scaling(&factors, rope_theta, head_dim)?,
+                None => rope_scaling(keys)?,
+            },
+            of_family: match architecture.name {
+                "llama" => {
+                    json!({"hidden_act": "silu", "attention_bias": false, "mlp_bias": false, "pretraining_tp": 1})
+                }
+                "qwen3" => json!({"hidden_act": "silu", "attention_bias": false, "use_sliding_window": false}),
+                "phi3" => json!({
+                    "hidden_act": "silu",
+                    "embd_pdrop": 0.0,
+                    "resid_pdrop": 0.0,
+                    "original_max_position_embeddings": context_length,
+                    "partial_rotary_factor": rotated as f64 / head_dim as f64,
+                    "sliding_window": keys.optional_size("attention.sliding_window")?.filter(|window| *window > 0),
+                }),
+                "gemma2" | "gemma3" => gemma(keys, layers, hidden, heads, head_dim)?,
+                _ => json!({"hidden_act": "silu", "use_sliding_window": false}),
+            },
         })
     }
 
     pub(super) fn config_json(&self, tokenizer: &Tokenizer) -> Value {
-        json!({
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": false,
+        let mut config = json!({
+            "architectures": [self.architecture.class],
             "attention_dropout": 0.0,
             "bos_token_id": tokenizer.bos,
             "eos_token_id": tokenizer.eos,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
             "hidden_size": self.hidden,
             "intermediate_size": self.feed_forward,
             "max_position_embeddings": self.context_length,
-            "mlp_bias": false,
-            "model_type": "llama",
+            "model_type": self.architecture.model_type,
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self.key_value_heads,
             "pad_token_id": tokenizer.pad,
-            "pretraining_tp": 1,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_scaling": null,
+            "rope_scaling": self.rope_scaling,
             "rope_theta": self.rope_theta,
             "tie_word_embeddings": self.tied,
             "torch_dtype": "float32",
             "use_cache": true,
             "vocab_size": self.vocabulary,
-        })
+        });
+        if let (Some(config), Value::Object(of_family)) = (config.as_object_mut(), self.of_family.clone()) {
+            config.extend(of_family);
+        }
+        config
     }
+}
+
+/// What llama.cpp's `rope.scaling` is to transformers.
+fn rope_scaling(keys: Keys<'_>) -> Result<Value, ConvertError> {
+    let kind = match keys.gguf.has(&keys.name("rope.scaling.type")) {
+        true => keys.gguf.text(&keys.name("rope.scaling.type"))?,
+        false => "none",
+    };
+    match (kind, keys.optional_float("rope.scaling.factor")?) {
+        ("none", _) => Ok(Value::Null),
+        ("linear", Some(factor)) => Ok(json!({"rope_type": "linear", "factor": factor})),
+        ("linear", None) => Err(ConvertError::MissingKey(keys.name("rope.scaling.factor"))),
+        (other, _) => Err(keys.refuse("rope.scaling.type", format!("\"{other}\""), "none, linear")),
+    }
+}
+
+/// Divisors of the rotary frequencies, which Llama 3.1 and its successors have.
+pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// The scaling whose divisors these are. The file does not have its numbers; all Llama 3 have these but for the largest
+/// divisor.
+fn llama3_scaling(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value, ConvertError> {
+    let (low, high, original) = (1.0, 4.0, 8192.0);
+    let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
+    let expected = |i: usize| {
+        let wavelength = 2.0 * std::f64::consts::PI * theta.powf((2 * i) as f64 / head_dim as f64);
+        let kept = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
+        1.0 / ((1.0 - kept) / factor + kept)
+    };
+    let is_known = factors.len() == head_dim / 2
+        && factors.iter().enumerate().all(|(i, found)| (f64::from(*found) / expected(i) - 1.0).abs() < 1e-4);
+    match is_known {
+        true => Ok(json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original as usize,
+        })),
+        false => Err(ConvertError::UnknownTensor(ROPE_FACTORS.into(), "its divisors are not those of Llama 3")),
+    }
+}
+
+fn gemma(keys: Keys<'_>, layers: usize, hidden: usize, heads: usize, head_dim: usize) -> Result<Value, ConvertError> {
+    let is_gemma3 = keys.architecture.name == "gemma3";
+    // The file does not say what scores are divided by: of the largest of each, known by its layers, it is not the head.
+    let is_largest = layers == if is_gemma3 { 62 } else { 46 };
+    let mut config = json!({
+        "attention_bias": false,
+        "attn_logit_softcapping": keys.optional_float("attn_logit_softcapping")?,
+        "final_logit_softcapping": keys.optional_float("final_logit_softcapping")?,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": if is_largest { hidden / heads.max(1) } else { head_dim },
+        "sliding_window": keys.size("attention.sliding_window")?,
+    });
+    let pattern = match is_gemma3 {
+        true => keys.optional_size("attention.sliding_window_pattern")?.unwrap_or(6).max(1),
+        false => 2,
+    };
+    let kind = |i: usize| if (i + 1).is_multiple_of(pattern) { "full_attention" } else { "sliding_attention" };
+    config["layer_types"] = (0..layers).map(kind).collect();
+    if is_gemma3 {
+        let local = keys.optional_float("rope.freq_base_swa")?;
+        config["rope_local_base_freq"] = local.unwrap_or(10_000.0).into();
+    }
+    Ok(config)
 }
 
 pub(super) fn generation_config_json(tokenizer: &Tokenizer) -> Value {
     json!({
         "_from_model_config": true,
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
+        "eos_token_id": match tokenizer.end_of_turn {
+            Some(end) if end != tokenizer.eos => json!([tokenizer.eos, end]),
+            _ => json!(tokenizer.eos),
+        },
         "pad_token_id": tokenizer.pad,
     })
 }

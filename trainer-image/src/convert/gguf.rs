@@ -28,7 +28,10 @@ impl Gguf {
     pub fn open(path: &Path) -> Result<Self, ConvertError> {
         let mut file = BufReader::new(File::open(path).map_err(ConvertError::io(path))?);
         let content =
-            Content::read(&mut file).map_err(|source| ConvertError::Damaged { path: path.to_owned(), source })?;
+            Content::read(&mut file).map_err(|source| match source.to_string().contains("unknown dtype") {
+                true => ConvertError::UnknownType { path: path.to_owned(), source },
+                false => ConvertError::Damaged { path: path.to_owned(), source },
+            })?;
         Ok(Self { path: path.to_owned(), file, content })
     }
 
@@ -64,11 +67,11 @@ impl Gguf {
         }
     }
 
-    /// A flag; false if the key is missing.
-    pub(super) fn flag(&self, key: &str) -> Result<bool, ConvertError> {
+    /// A flag, or none if the key is missing.
+    pub(super) fn optional_flag(&self, key: &str) -> Result<Option<bool>, ConvertError> {
         match self.content.metadata.get(key) {
-            None => Ok(false),
-            Some(Value::Bool(flag)) => Ok(*flag),
+            None => Ok(None),
+            Some(Value::Bool(flag)) => Ok(Some(*flag)),
             Some(other) => Err(unsupported(key, other, "true or false")),
         }
     }
@@ -81,6 +84,11 @@ impl Gguf {
     /// A list of whole numbers.
     pub(super) fn numbers(&self, key: &str) -> Result<Vec<usize>, ConvertError> {
         self.list(key, number, "a list of whole numbers")
+    }
+
+    /// A list of f32.
+    pub(super) fn floats(&self, key: &str) -> Result<Vec<f32>, ConvertError> {
+        self.list(key, |value| value.to_f32().ok(), "a list of numbers")
     }
 
     fn list<'a, T>(
@@ -103,6 +111,11 @@ impl Gguf {
         self.content.metadata.contains_key(key)
     }
 
+    /// Whether there is a tensor of this name.
+    pub(super) fn has_tensor(&self, name: &str) -> bool {
+        self.content.tensor_infos.contains_key(name)
+    }
+
     /// The names of all tensors.
     pub(super) fn tensor_names(&self) -> impl Iterator<Item = &str> {
         self.content.tensor_infos.keys().map(String::as_str)
@@ -122,7 +135,7 @@ impl Gguf {
         }
     }
 
-    /// A tensor's values in f32, row-major. [`Self::check_tensor`] comes first.
+    /// The values of a tensor that is there, in f32, row-major.
     pub(super) fn dequantize(&mut self, name: &str) -> Result<Vec<f32>, ConvertError> {
         let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu);
         tensor

@@ -4,6 +4,7 @@
 //! A model's weights are dequantized to f32, because nothing smaller holds every value of a quantized block exactly.
 
 mod adapter;
+mod architecture;
 mod config;
 mod gguf;
 mod names;
@@ -46,8 +47,20 @@ pub enum ConvertError {
         /// What the parser says.
         source: candle_core::Error,
     },
+    /// A tensor is stored in a way that is not known.
+    #[error(
+        "{}: a tensor's type is none of F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q6_K; take another file \
+         of the model: {source}",
+        path.display()
+    )]
+    UnknownType {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        source: candle_core::Error,
+    },
     /// A metadata key is missing.
-    #[error("the GGUF has no metadata key `{0}`: it is not a complete Llama model")]
+    #[error("the GGUF has no metadata key `{0}`: it is not a complete model")]
     MissingKey(String),
     /// A metadata key holds something else than expected.
     #[error("metadata key `{key}` is {found}; supported: {supported}")]
@@ -60,7 +73,7 @@ pub enum ConvertError {
         supported: String,
     },
     /// A tensor is missing.
-    #[error("the GGUF has no tensor `{0}`: it is not a complete Llama model")]
+    #[error("the GGUF has no tensor `{0}`: it is not a complete model")]
     MissingTensor(String),
     /// A tensor has another shape than the metadata says.
     #[error("tensor `{name}` has shape {found:?}; the metadata asks for {expected:?}")]
@@ -72,9 +85,9 @@ pub enum ConvertError {
         /// What the metadata asks for.
         expected: Vec<usize>,
     },
-    /// A tensor that a Llama without biases and with plain rotary embeddings does not have.
-    #[error("tensor `{0}` belongs to no model that can be converted (Llama without biases or rope factors)")]
-    UnknownTensor(String),
+    /// A tensor that would change the numbers in a way that is not known, and why.
+    #[error("tensor `{0}` can't be converted: {1}")]
+    UnknownTensor(String, &'static str),
 }
 
 impl ConvertError {
@@ -87,24 +100,27 @@ impl ConvertError {
 /// Converts the GGUF file `model` to the new folder `out`. The folder appears when it is complete, never before.
 ///
 /// # Errors
-/// The file is damaged, is no Llama, or uses what is not supported; the message names the key or tensor.
+/// The file is damaged, of another family, or uses what is not supported; the message names the key or tensor.
 pub fn convert(model: &Path, out: &Path) -> Result<(), ConvertError> {
     let taken = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file();
     if taken {
         return Err(ConvertError::Exists(out.to_owned()));
     }
     let mut gguf = Gguf::open(model)?;
-    let shape = config::LlamaShape::read(&gguf)?;
+    let dimensions = config::Dimensions::read(&mut gguf)?;
     let tokenizer = tokenizer::Tokenizer::read(&gguf)?;
 
     let partial = sibling(out);
     fs::create_dir_all(&partial).map_err(ConvertError::io(&partial))?;
     let written = (|| {
-        write_json(&partial.join("config.json"), &shape.config_json(&tokenizer))?;
+        write_json(&partial.join("config.json"), &dimensions.config_json(&tokenizer))?;
         write_json(&partial.join("generation_config.json"), &config::generation_config_json(&tokenizer))?;
         write_json(&partial.join("tokenizer.json"), &tokenizer.tokenizer_json())?;
-        write_json(&partial.join("tokenizer_config.json"), &tokenizer.tokenizer_config_json(shape.context_length))?;
-        weights::write(&mut gguf, &shape, &partial.join("model.safetensors"))?;
+        write_json(
+            &partial.join("tokenizer_config.json"),
+            &tokenizer.tokenizer_config_json(dimensions.context_length),
+        )?;
+        weights::write(&mut gguf, &dimensions, &partial.join("model.safetensors"))?;
         if out.exists() {
             fs::remove_dir(out).map_err(ConvertError::io(out))?;
         }

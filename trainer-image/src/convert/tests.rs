@@ -1,6 +1,10 @@
 //! A small GGUF file, written with candle, goes through the whole conversion.
 
-use std::{fs, io::Cursor, path::Path};
+use std::{
+    fs,
+    io::Cursor,
+    path::{Path, PathBuf},
+};
 
 use candle_core::{
     Device, Tensor,
@@ -9,9 +13,11 @@ use candle_core::{
         gguf_file::{Value, write},
     },
 };
+use safetensors::SafeTensors;
+use serde_json::Value as Json;
 use tunesmith_engine::Model;
 
-use super::convert;
+use super::{Gguf, convert};
 use crate::{data::encode::Vocabulary, model::ModelFolder, store::Stores};
 
 const HIDDEN: usize = 32;
@@ -84,6 +90,67 @@ fn a_converted_model_loads_with_its_tokenizer() {
     assert!(error.contains("exists already"), "{error}");
 }
 
+/// A file that `e2e/oracle/gguf_files.py` wrote.
+pub(crate) fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gguf").join(name)
+}
+
+fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
+    let data = file.tensor(name).unwrap().data();
+    data.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+}
+
+fn assert_close(name: &str, ours: &[f32], expected: &[f32]) {
+    assert_eq!(ours.len(), expected.len(), "{name}");
+    let worst = ours.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst < 1e-4, "{name}: {worst}");
+}
+
+#[test]
+fn every_family_keeps_transformers_logits_and_its_tokenizers_tokens() {
+    for name in ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"] {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join(name);
+        convert(&fixture(&format!("{name}.gguf")), &out).unwrap();
+        let expected: Json = serde_json::from_slice(&fs::read(fixture(&format!("{name}.json"))).unwrap()).unwrap();
+        let ids = |ids: &Json| -> Vec<u32> { serde_json::from_value(ids.clone()).unwrap() };
+
+        let logits = fs::read(fixture(&format!("{name}.safetensors"))).unwrap();
+        let logits = floats(&SafeTensors::deserialize(&logits).unwrap(), "logits");
+        assert_close(name, &Model::load(&out).unwrap().logits(&ids(&expected["tokens"])).unwrap(), &logits);
+
+        let vocabulary = Vocabulary::load(&out, None).unwrap();
+        for text in expected["texts"].as_array().unwrap() {
+            let begin = if name.starts_with("qwen") { &[][..] } else { &[1] };
+            let (text, expected) = (text["text"].as_str().unwrap(), [begin, &ids(&text["ids"])].concat());
+            assert_eq!(vocabulary.text(text).unwrap(), expected, "{name}: {text:?}");
+        }
+    }
+}
+
+#[test]
+fn a_type_that_is_not_known_is_no_damage() {
+    let mut bytes = gguf(&metadata(), &tensors());
+    // The type follows a tensor's name, its number of dimensions and these.
+    let name = b"blk.0.ffn_up.weight";
+    let at = bytes.windows(name.len()).position(|window| window == name).unwrap() + name.len() + 4 + 2 * 8;
+    let iq4_xs = 23u32;
+    bytes[at..at + 4].copy_from_slice(&iq4_xs.to_le_bytes());
+    let error = convert_bytes(&bytes, tempfile::tempdir().unwrap().path()).unwrap_err();
+    assert!(error.contains("a tensor's type is none of F32"), "{error}");
+}
+
+#[test]
+fn every_type_has_the_values_of_llama_cpps_own_package() {
+    let expected = fs::read(fixture("types.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&expected).unwrap();
+    let mut gguf = Gguf::open(&fixture("types.gguf")).unwrap();
+    assert_eq!(expected.len(), 13);
+    for name in expected.names() {
+        assert_close(name, &gguf.dequantize(name).unwrap(), &floats(&expected, name));
+    }
+}
+
 #[test]
 fn a_gguf_file_is_a_base_model_as_it_is() {
     let folder = tempfile::tempdir().unwrap();
@@ -112,14 +179,20 @@ fn what_is_missing_or_unsupported_is_named_and_leaves_no_folder() {
     let with = |key: &'static str, value| [without(key), vec![(key, value)]].concat();
     let text = |text: &str| Value::String(text.into());
     let mut extra = tensors();
-    extra.push(("rope_freqs.weight", vec![4]));
+    extra.push(("blk.0.attn_q.bias", vec![HIDDEN]));
+    let mut stretched = tensors();
+    stretched.push(("rope_freqs.weight", vec![4]));
     let cases = [
         (gguf(&without("llama.block_count"), &tensors()), "no metadata key `llama.block_count`"),
         (
-            gguf(&with("general.architecture", text("qwen2")), &tensors()),
-            "`general.architecture` is \"qwen2\"; supported: llama",
+            gguf(&with("general.architecture", text("mamba")), &tensors()),
+            "`general.architecture` is \"mamba\"; supported: llama, qwen2, qwen3, phi3, gemma2, gemma3",
         ),
-        (gguf(&with("tokenizer.ggml.model", text("llama")), &tensors()), "tokenizer.ggml.model"),
+        (gguf(&with("tokenizer.ggml.model", text("t5")), &tensors()), "tokenizer.ggml.model"),
+        (gguf(&with("tokenizer.ggml.model", text("llama")), &tensors()), "no metadata key `tokenizer.ggml.scores`"),
+        (gguf(&with("tokenizer.ggml.token_type", Value::Array(vec![])), &tensors()), "one for each of 5 tokens"),
+        (gguf(&with("llama.rope.scaling.type", text("yarn")), &tensors()), "llama.rope.scaling.type"),
+        (gguf(&with("llama.expert_count", Value::U32(8)), &tensors()), "no mixture of experts"),
         (gguf(&with("tokenizer.ggml.pre", text("deepseek")), &tensors()), "tokenizer.ggml.pre"),
         (gguf(&with("llama.attention.head_count", Value::U32(5)), &tensors()), "llama.attention.head_count"),
         (gguf(&with("tokenizer.ggml.eos_token_id", Value::U32(9)), &tensors()), "below 5"),
@@ -133,7 +206,11 @@ fn what_is_missing_or_unsupported_is_named_and_leaves_no_folder() {
             "`llama.attention.key_length` is 4611686018427387904; supported: at most 16777216",
         ),
         (gguf(&metadata(), &tensors()[1..]), "no tensor `token_embd.weight`"),
-        (gguf(&metadata(), &extra), "rope_freqs.weight"),
+        (gguf(&metadata(), &extra), "`blk.0.attn_q.bias` can't be converted: no model that can be converted has it"),
+        (
+            gguf(&metadata(), &stretched),
+            "`rope_freqs.weight` can't be converted: its divisors are not those of Llama 3",
+        ),
         (
             gguf(&with("llama.feed_forward_length", Value::U32(96)), &tensors()),
             "`blk.0.ffn_gate.weight` has shape [64, 32]",

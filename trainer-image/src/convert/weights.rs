@@ -9,28 +9,41 @@ use std::{
 
 use safetensors::Dtype;
 
-use super::{ConvertError, Gguf, config::LlamaShape, names::unpermute};
+use super::{
+    ConvertError, Gguf,
+    config::{Dimensions, ROPE_FACTORS},
+    names::unpermute,
+};
 use crate::tensors::header;
 
 /// A weight under both of its names.
 struct Weight {
     gguf: String,
     hugging_face: String,
-    /// [out, in], or [n] of a norm.
+    /// [out, in], or [n] of a norm or bias.
     shape: Vec<usize>,
-    /// Heads whose rows GGUF keeps in another order.
-    permuted_heads: Option<usize>,
+    difference: Difference,
+}
+
+/// How GGUF's values differ from Hugging Face's.
+#[derive(Clone, Copy)]
+enum Difference {
+    None,
+    /// The rows of so many heads are in another order.
+    Permuted(usize),
+    /// They are one more.
+    PlusOne,
 }
 
 /// Writes all weights in f32.
-pub(super) fn write(gguf: &mut Gguf, shape: &LlamaShape, path: &Path) -> Result<(), ConvertError> {
-    let weights = weights(shape);
+pub(super) fn write(gguf: &mut Gguf, dimensions: &Dimensions, path: &Path) -> Result<(), ConvertError> {
+    let weights = weights(dimensions);
     for weight in &weights {
         gguf.check_tensor(&weight.gguf, &weight.shape)?;
     }
-    let known: BTreeSet<&str> = weights.iter().map(|weight| weight.gguf.as_str()).collect();
+    let known: BTreeSet<&str> = weights.iter().map(|weight| weight.gguf.as_str()).chain([ROPE_FACTORS]).collect();
     if let Some(name) = gguf.tensor_names().find(|name| !known.contains(name)) {
-        return Err(ConvertError::UnknownTensor(name.to_owned()));
+        return Err(ConvertError::UnknownTensor(name.to_owned(), "no model that can be converted has it"));
     }
 
     let mut file = BufWriter::new(File::create(path).map_err(ConvertError::io(path))?);
@@ -38,8 +51,10 @@ pub(super) fn write(gguf: &mut Gguf, shape: &LlamaShape, path: &Path) -> Result<
     file.write_all(&header(shapes, Dtype::F32)).map_err(ConvertError::io(path))?;
     for weight in &weights {
         let mut values = gguf.dequantize(&weight.gguf)?;
-        if let Some(heads) = weight.permuted_heads {
-            values = unpermute(&values, heads, shape.head_dim);
+        match weight.difference {
+            Difference::None => (),
+            Difference::Permuted(heads) => values = unpermute(&values, heads, dimensions.head_dim),
+            Difference::PlusOne => values.iter_mut().for_each(|value| *value -= 1.0),
         }
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         file.write_all(&bytes).map_err(ConvertError::io(path))?;
@@ -48,37 +63,65 @@ pub(super) fn write(gguf: &mut Gguf, shape: &LlamaShape, path: &Path) -> Result<
     file.sync_all().map_err(ConvertError::io(path))
 }
 
-fn weights(shape: &LlamaShape) -> Vec<Weight> {
-    let (hidden, feed_forward) = (shape.hidden, shape.feed_forward);
-    let query = shape.heads * shape.head_dim;
-    let key_value = shape.key_value_heads * shape.head_dim;
-    let weight = |gguf: &str, hugging_face: &str, shape: &[usize]| Weight {
-        gguf: format!("{gguf}.weight"),
-        hugging_face: format!("{hugging_face}.weight"),
+fn weights(dimensions: &Dimensions) -> Vec<Weight> {
+    use Difference::{None, Permuted, PlusOne};
+    let Dimensions { architecture, hidden, feed_forward, heads, key_value_heads, head_dim, .. } = *dimensions;
+    let (query, key_value) = (heads * head_dim, key_value_heads * head_dim);
+    let of_norm = if architecture.is_gemma { PlusOne } else { None };
+    let of_heads = |heads| if architecture.is_permuted { Permuted(heads) } else { None };
+    let weight = |gguf: &str, own: &str, shape: &[usize], difference| Weight {
+        gguf: gguf.to_owned(),
+        hugging_face: own.to_owned(),
         shape: shape.to_vec(),
-        permuted_heads: None,
+        difference,
     };
-    let mut weights = vec![weight("token_embd", "model.embed_tokens", &[shape.vocabulary, hidden])];
-    for layer in 0..shape.layers {
-        let weight = |gguf: &str, hugging_face: &str, shape: &[usize]| {
-            weight(&format!("blk.{layer}.{gguf}"), &format!("model.layers.{layer}.{hugging_face}"), shape)
+    let table = [dimensions.vocabulary, hidden];
+    let mut weights = vec![weight("token_embd.weight", "model.embed_tokens.weight", &table, None)];
+    for layer in 0..dimensions.layers {
+        let mut add = |gguf: &str, own: &str, shape: &[usize], difference| {
+            weights.push(weight(
+                &format!("blk.{layer}.{gguf}"),
+                &format!("model.layers.{layer}.{own}"),
+                shape,
+                difference,
+            ));
         };
-        let permuted = |weight: Weight, heads| Weight { permuted_heads: Some(heads), ..weight };
-        weights.extend([
-            weight("attn_norm", "input_layernorm", &[hidden]),
-            permuted(weight("attn_q", "self_attn.q_proj", &[query, hidden]), shape.heads),
-            permuted(weight("attn_k", "self_attn.k_proj", &[key_value, hidden]), shape.key_value_heads),
-            weight("attn_v", "self_attn.v_proj", &[key_value, hidden]),
-            weight("attn_output", "self_attn.o_proj", &[hidden, query]),
-            weight("ffn_norm", "post_attention_layernorm", &[hidden]),
-            weight("ffn_gate", "mlp.gate_proj", &[feed_forward, hidden]),
-            weight("ffn_up", "mlp.up_proj", &[feed_forward, hidden]),
-            weight("ffn_down", "mlp.down_proj", &[hidden, feed_forward]),
-        ]);
+        add("attn_norm.weight", "input_layernorm.weight", &[hidden], of_norm);
+        if architecture.is_fused {
+            add("attn_qkv.weight", "self_attn.qkv_proj.weight", &[query + 2 * key_value, hidden], None);
+        } else {
+            add("attn_q.weight", "self_attn.q_proj.weight", &[query, hidden], of_heads(heads));
+            add("attn_k.weight", "self_attn.k_proj.weight", &[key_value, hidden], of_heads(key_value_heads));
+            add("attn_v.weight", "self_attn.v_proj.weight", &[key_value, hidden], None);
+        }
+        if architecture.has_biases {
+            add("attn_q.bias", "self_attn.q_proj.bias", &[query], of_heads(heads));
+            add("attn_k.bias", "self_attn.k_proj.bias", &[key_value], of_heads(key_value_heads));
+            add("attn_v.bias", "self_attn.v_proj.bias", &[key_value], None);
+        }
+        if architecture.norms_heads {
+            add("attn_q_norm.weight", "self_attn.q_norm.weight", &[head_dim], of_norm);
+            add("attn_k_norm.weight", "self_attn.k_norm.weight", &[head_dim], of_norm);
+        }
+        add("attn_output.weight", "self_attn.o_proj.weight", &[hidden, query], None);
+        if architecture.is_gemma {
+            add("post_attention_norm.weight", "post_attention_layernorm.weight", &[hidden], of_norm);
+            add("ffn_norm.weight", "pre_feedforward_layernorm.weight", &[hidden], of_norm);
+            add("post_ffw_norm.weight", "post_feedforward_layernorm.weight", &[hidden], of_norm);
+        } else {
+            add("ffn_norm.weight", "post_attention_layernorm.weight", &[hidden], of_norm);
+        }
+        if architecture.is_fused {
+            add("ffn_up.weight", "mlp.gate_up_proj.weight", &[2 * feed_forward, hidden], None);
+        } else {
+            add("ffn_gate.weight", "mlp.gate_proj.weight", &[feed_forward, hidden], None);
+            add("ffn_up.weight", "mlp.up_proj.weight", &[feed_forward, hidden], None);
+        }
+        add("ffn_down.weight", "mlp.down_proj.weight", &[hidden, feed_forward], None);
     }
-    weights.push(weight("output_norm", "model.norm", &[hidden]));
-    if !shape.tied {
-        weights.push(weight("output", "lm_head", &[shape.vocabulary, hidden]));
+    weights.push(weight("output_norm.weight", "model.norm.weight", &[hidden], of_norm));
+    if !dimensions.tied {
+        weights.push(weight("output.weight", "lm_head.weight", &table, None));
     }
     weights
 }

@@ -1,7 +1,11 @@
-//! The tokenizer: byte-level BPE from GGUF metadata to `tokenizer.json` and `tokenizer_config.json`.
+//! The tokenizer: from GGUF metadata to `tokenizer.json` and `tokenizer_config.json`.
+
+mod byte_level;
+mod sentence_piece;
 
 use serde_json::{Map, Value, json};
 
+use self::{byte_level::ByteLevel, sentence_piece::SentencePiece};
 use super::{ConvertError, Gguf};
 
 /// GGUF's token type of control tokens such as `<|im_start|>`.
@@ -9,33 +13,38 @@ const CONTROL: usize = 3;
 /// GGUF's token type of tokens that were added to a finished vocabulary.
 const USER_DEFINED: usize = 4;
 
-/// A byte-level BPE tokenizer.
+/// A tokenizer.
 pub(super) struct Tokenizer {
     tokens: Vec<String>,
-    merges: Vec<[String; 2]>,
-    /// Token and whether it is special (skipped when decoding for people).
-    added: Vec<(usize, bool)>,
-    /// Each digit is a token of its own.
-    split_digits: bool,
+    kind: Kind,
+    added: Vec<Added>,
     add_bos: bool,
     pub(super) bos: Option<usize>,
     pub(super) eos: usize,
+    /// What ends a turn of a chat, if that is not [`Tokenizer::eos`].
+    pub(super) end_of_turn: Option<usize>,
     pub(super) pad: Option<usize>,
     unknown: Option<usize>,
     chat_template: Option<String>,
 }
 
+/// How text becomes tokens.
+enum Kind {
+    ByteLevel(ByteLevel),
+    SentencePiece(SentencePiece),
+}
+
+/// A token that is found in a text before anything else.
+struct Added {
+    id: usize,
+    /// Whether it is skipped when decoding for people.
+    is_special: bool,
+    /// Whether it takes the white space behind it.
+    strips_right: bool,
+}
+
 impl Tokenizer {
     pub(super) fn read(gguf: &Gguf) -> Result<Self, ConvertError> {
-        let model = gguf.text("tokenizer.ggml.model")?;
-        if model != "gpt2" {
-            return Err(unsupported("tokenizer.ggml.model", model, "gpt2 (byte-level BPE)"));
-        }
-        let split_digits = match gguf.text("tokenizer.ggml.pre")? {
-            "smollm" => true,
-            "gpt-2" => false,
-            other => return Err(unsupported("tokenizer.ggml.pre", other, "smollm, gpt-2")),
-        };
         let tokens: Vec<String> = gguf.texts("tokenizer.ggml.tokens")?.into_iter().map(str::to_owned).collect();
         let id = |key: &str| -> Result<Option<usize>, ConvertError> {
             match gguf.optional_number(key)? {
@@ -47,23 +56,41 @@ impl Tokenizer {
                 id => Ok(id),
             }
         };
-        let merge = |merge: &str| match merge.split_once(' ') {
-            Some((left, right)) => Ok([left.to_owned(), right.to_owned()]),
-            None => Err(unsupported("tokenizer.ggml.merges", merge, "two tokens with a space between")),
-        };
         let kinds = gguf.numbers("tokenizer.ggml.token_type")?;
-        let added = kinds.into_iter().enumerate().take(tokens.len());
+        if kinds.len() != tokens.len() {
+            let (found, supported) =
+                (format!("{} numbers", kinds.len()), format!("one for each of {} tokens", tokens.len()));
+            return Err(unsupported("tokenizer.ggml.token_type", &found, &supported));
+        }
+        let kind = match gguf.text("tokenizer.ggml.model")? {
+            "gpt2" => Kind::ByteLevel(ByteLevel::read(gguf)?),
+            "llama" => Kind::SentencePiece(SentencePiece::read(gguf, &kinds)?),
+            other => {
+                return Err(unsupported("tokenizer.ggml.model", other, "gpt2 (byte-level BPE), llama (SentencePiece)"));
+            }
+        };
+        let begins_by_default = match &kind {
+            Kind::ByteLevel(kind) => kind.begins_by_default(),
+            Kind::SentencePiece(_) => true,
+        };
+        // Of the models that have SentencePiece tokens, Phi 3's take the white space behind special ones.
+        let is_phi = gguf.text("general.architecture")? == "phi3" && matches!(kind, Kind::SentencePiece(_));
+        let added = kinds.into_iter().enumerate().filter_map(|(id, kind)| {
+            let strips_right = is_phi && !["<unk>", "<s>", "<|endoftext|>"].contains(&tokens[id].as_str());
+            match kind {
+                CONTROL | USER_DEFINED => Some(Added { id, is_special: kind == CONTROL, strips_right }),
+                _ => None,
+            }
+        });
+        let added = added.collect();
         let eos = id("tokenizer.ggml.eos_token_id")?;
         Ok(Self {
-            merges: gguf.texts("tokenizer.ggml.merges")?.into_iter().map(merge).collect::<Result<_, _>>()?,
-            added: added
-                .filter(|(_, kind)| [CONTROL, USER_DEFINED].contains(kind))
-                .map(|(id, kind)| (id, kind == CONTROL))
-                .collect(),
-            split_digits,
-            add_bos: gguf.flag("tokenizer.ggml.add_bos_token")?,
+            kind,
+            added,
+            add_bos: gguf.optional_flag("tokenizer.ggml.add_bos_token")?.unwrap_or(begins_by_default),
             bos: id("tokenizer.ggml.bos_token_id")?,
             eos: eos.ok_or_else(|| ConvertError::MissingKey("tokenizer.ggml.eos_token_id".into()))?,
+            end_of_turn: id("tokenizer.ggml.eot_token_id")?,
             pad: id("tokenizer.ggml.padding_token_id")?,
             unknown: id("tokenizer.ggml.unknown_token_id")?,
             chat_template: match gguf.has("tokenizer.chat_template") {
@@ -77,21 +104,12 @@ impl Tokenizer {
     pub(super) fn tokenizer_json(&self) -> Value {
         let vocabulary: Map<String, Value> =
             self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
-        let byte_level = json!({
-            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
-        });
-        let digits = json!({"type": "Digits", "individual_digits": true});
         let bos = self.bos.filter(|_| self.add_bos).map(|id| (id, &self.tokens[id]));
-        json!({
+        let mut tokenizer = json!({
             "version": "1.0",
             "truncation": null,
             "padding": null,
-            "added_tokens": self.added.iter().map(|&(id, special)| self.added_token(id, special)).collect::<Vec<_>>(),
-            "normalizer": null,
-            "pre_tokenizer": match self.split_digits {
-                true => json!({"type": "Sequence", "pretokenizers": [digits, byte_level]}),
-                false => byte_level.clone(),
-            },
+            "added_tokens": self.added.iter().map(|added| self.added_token(added)).collect::<Vec<_>>(),
             "post_processor": bos.map(|(id, token)| json!({
                 "type": "TemplateProcessing",
                 "single": [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -101,7 +119,6 @@ impl Tokenizer {
                 ],
                 "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
             })),
-            "decoder": byte_level,
             "model": {
                 "type": "BPE",
                 "dropout": null,
@@ -112,9 +129,15 @@ impl Tokenizer {
                 "byte_fallback": false,
                 "ignore_merges": false,
                 "vocab": vocabulary,
-                "merges": self.merges,
             },
-        })
+        });
+        match &self.kind {
+            Kind::ByteLevel(kind) => kind.write(&mut tokenizer),
+            Kind::SentencePiece(kind) => {
+                kind.write(&self.tokens, self.unknown.map(|id| self.tokens[id].as_str()), &mut tokenizer);
+            }
+        }
+        tokenizer
     }
 
     pub(super) fn tokenizer_config_json(&self, context_length: usize) -> Value {
@@ -122,10 +145,10 @@ impl Tokenizer {
         let decoder: Map<String, Value> = self
             .added
             .iter()
-            .map(|&(id, special)| {
-                let mut token = self.added_token(id, special);
+            .map(|added| {
+                let mut token = self.added_token(added);
                 token.as_object_mut().map(|token| token.remove("id"));
-                (id.to_string(), token)
+                (added.id.to_string(), token)
             })
             .collect();
         let mut config = json!({
@@ -147,10 +170,10 @@ impl Tokenizer {
         config
     }
 
-    fn added_token(&self, id: usize, special: bool) -> Value {
+    fn added_token(&self, added: &Added) -> Value {
         json!({
-            "id": id, "content": self.tokens[id], "single_word": false, "lstrip": false, "rstrip": false,
-            "normalized": false, "special": special,
+            "id": added.id, "content": self.tokens[added.id], "single_word": false, "lstrip": false,
+            "rstrip": added.strips_right, "normalized": false, "special": added.is_special,
         })
     }
 }
