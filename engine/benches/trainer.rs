@@ -32,6 +32,9 @@ struct Measured {
     peak_rss_bytes: u64,
     losses: Vec<f64>,
     threads: usize,
+    /// From the start of the process to the end of the first step.
+    #[serde(default)]
+    first_step_after_seconds: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -42,6 +45,9 @@ struct Figures {
     peak_rss_bytes: u64,
     threads: usize,
     first_loss: f64,
+    /// From the start of the process, loading a model folder, to the end of the first step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    start_to_first_step_seconds: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -186,6 +192,7 @@ fn measure(work: Work) -> Measured {
     let options = TrainerOptions { recompute: work.recompute, precision: work.precision, ..lora.into() };
     let mut trainer = Trainer::new(model, &options).expect("valid options");
     let (mut seconds, mut cpu_seconds, mut losses) = (Vec::new(), Vec::new(), Vec::new());
+    let mut first_step_after_seconds = None;
     for batch in &batches {
         let trained = batch.targets.iter().filter(|target| **target != IGNORE).count();
         let (start, start_cpu) = (Instant::now(), cpu_time());
@@ -194,6 +201,7 @@ fn measure(work: Work) -> Measured {
         seconds.push(start.elapsed().as_secs_f64());
         cpu_seconds.push(cpu_time() - start_cpu);
         losses.push(loss.sum / loss.tokens as f64);
+        first_step_after_seconds = first_step_after_seconds.or_else(age);
         if seconds.len() == 1 && std::env::var_os("TUNESMITH_BENCH_PROFILE").is_some() {
             profile::start();
         }
@@ -209,15 +217,26 @@ fn measure(work: Work) -> Measured {
         );
     }
     let threads = rayon::current_num_threads();
-    Measured { seconds, cpu_seconds, peak_rss_bytes: peak_rss(), losses, threads }
+    Measured { seconds, cpu_seconds, peak_rss_bytes: peak_rss(), losses, threads, first_step_after_seconds }
 }
 
-/// Seconds that all threads of this process have computed so far (Linux counts in hundredths).
-fn cpu_time() -> f64 {
+/// Of this process's status what follows the program's name, which may hold spaces; times in hundredths of a second.
+fn status() -> Vec<f64> {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // After the program's name, which may hold spaces, the 12th and 13th fields are user and system time.
     let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-    fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
+    fields.map(|field| field.parse().unwrap_or(0.0)).collect()
+}
+
+/// Seconds that all threads of this process have computed so far, for themselves and in the system.
+fn cpu_time() -> f64 {
+    status().iter().skip(11).take(2).sum::<f64>() / 100.0
+}
+
+/// Seconds since this process began.
+fn age() -> Option<f64> {
+    let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
+    let uptime: f64 = uptime.split_whitespace().next()?.parse().ok()?;
+    Some(uptime - status().get(19)? / 100.0)
 }
 
 /// VmHWM of this process.
@@ -295,7 +314,10 @@ fn relative_difference(a: &[f64], b: &[f64]) -> f64 {
 
 fn print(report: &Report) {
     println!("\nLoRA r=8 q,v, SmolLM2-135M ({}), {ROWS}×{LENGTH} tokens", report.model);
-    println!("{:<34}{:>10}{:>12}{:>12}{:>9}{:>12}", "", "tokens/s", "CPU s/step", "peak RSS", "threads", "first loss");
+    println!(
+        "{:<34}{:>10}{:>12}{:>12}{:>9}{:>12}{:>12}",
+        "", "tokens/s", "CPU s/step", "peak RSS", "threads", "first loss", "first step"
+    );
     let rows = [
         ("tunesmith, f32", Some(&report.tunesmith)),
         ("tunesmith, gradient checkpointing", Some(&report.tunesmith_recompute)),
@@ -308,8 +330,9 @@ fn print(report: &Report) {
     for (name, figures) in rows {
         if let Some(f) = figures {
             let gib = f.peak_rss_bytes as f64 / f64::from(1 << 30);
+            let first = f.start_to_first_step_seconds.unwrap_or(f64::NAN);
             println!(
-                "{name:<34}{:>10.1}{:>12.2}{gib:>8.2} GiB{:>9}{:>12.4}",
+                "{name:<34}{:>10.1}{:>12.2}{gib:>8.2} GiB{:>9}{:>12.4}{first:>10.2} s",
                 f.tokens_per_second, f.cpu_seconds_per_step, f.threads, f.first_loss
             );
         }
@@ -359,6 +382,7 @@ fn summary(rounds: &[Measured], tokens_per_second: f64, cpu_seconds_per_step: f6
         peak_rss_bytes: rounds.iter().map(|round| round.peak_rss_bytes).max().unwrap_or(0),
         threads: rounds[0].threads,
         first_loss: rounds[0].losses[0],
+        start_to_first_step_seconds: rounds.iter().filter_map(|round| round.first_step_after_seconds).reduce(f64::min),
     }
 }
 
