@@ -160,7 +160,7 @@ mod tests {
             dropped_rows: 0,
             total_steps: 1,
             model: Default::default(),
-            lora_parameters_per_rank: 1,
+            lora_parameters: 1,
             numerics_version: 1,
             highest_version: 0,
             probe_digest: None,

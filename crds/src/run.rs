@@ -34,6 +34,9 @@ pub struct RunSpec {
     /// How to train; None in a preflight whose job leaves it to Auto.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
+    /// Options of LoRA, for a preflight whose job leaves the method to Auto.
+    #[serde(default)]
+    pub lora: Lora,
     /// The training loop.
     pub training: Training,
     /// What to measure after the last step.
@@ -139,7 +142,9 @@ impl FineTuneJobSpec {
             MethodName::Full => Some(Method::Full),
             MethodName::LoRA => Some(Method::LoRA { lora }),
             MethodName::QLoRA => {
-                let quantization = stored_as.or(self.quantization.as_ref())?.clone();
+                let asked = self.quantization.as_ref();
+                let outlier_threshold = asked.and_then(|asked| asked.outlier_threshold);
+                let quantization = Quantization { outlier_threshold, ..stored_as.or(asked)?.clone() };
                 Some(Method::QLoRA { lora, quantization })
             }
             MethodName::Auto => None,
@@ -164,6 +169,7 @@ impl RunSpec {
             base_digest_pin: spec.base_model.digest.clone(),
             dataset: spec.dataset.clone(),
             method: spec.method_as(spec.method, None),
+            lora: spec.lora.clone().unwrap_or_default(),
             training: spec.training.clone(),
             evaluation: spec.evaluation.clone(),
             adapter_name: spec.output.adapter_name.clone(),
@@ -244,8 +250,9 @@ pub struct PreflightReport {
     pub total_steps: u64,
     /// What the planner needs to know of the model.
     pub model: ModelShape,
-    /// Parameters that each rank of a LoRA trains: the sum of in + out features over the adapted layers.
-    pub lora_parameters_per_rank: u64,
+    /// Parameters that the job's LoRA trains, or would train: matrices, magnitudes, biases and whole modules; 0 if every
+    /// parameter is trained.
+    pub lora_parameters: u64,
     /// Version of the trainer's arithmetic: a new one may give other weights for the same inputs.
     pub numerics_version: u32,
     /// Highest version that is already in the output folder, 0 if none.
@@ -387,6 +394,7 @@ pub enum ReportError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fine_tune_job::QuantizationType;
 
     #[test]
     fn a_long_failure_still_fits_the_termination_message() {
@@ -395,6 +403,26 @@ mod tests {
         assert!(text.len() <= MAX_REPORT_BYTES, "{}", text.len());
         let Outcome::Failed { message } = RunReport::from_termination_message(&text).unwrap().outcome else { panic!() };
         assert!(message.ends_with('…'));
+    }
+
+    #[test]
+    fn a_base_that_is_stored_in_8_bits_keeps_the_jobs_outlier_threshold() {
+        let quantization = |threshold: Option<f64>| Quantization {
+            bits: 8,
+            kind: QuantizationType::Int8,
+            double_quant: false,
+            outlier_threshold: threshold,
+        };
+        let spec = serde_json::json!({
+            "baseModel": {"uri": "s3://models/m"}, "method": "QLoRA",
+            "dataset": {"train": {"uri": "s3://datasets/t.jsonl"}, "evalFraction": 0.1},
+            "output": {"adapterName": "a", "uri": "s3://adapters"},
+        });
+        let mut spec: FineTuneJobSpec = serde_json::from_value(spec).unwrap();
+        spec.quantization = Some(quantization(Some(6.0)));
+        let method = spec.method_as(MethodName::QLoRA, Some(&quantization(None)));
+        let Some(Method::QLoRA { quantization, .. }) = method else { panic!() };
+        assert_eq!(quantization.outlier_threshold, Some(6.0));
     }
 
     #[test]

@@ -1,10 +1,9 @@
 """The engine against transformers and PEFT on SmolLM2-135M-Instruct. Each comparison prints its worst difference and the
 limit; exits 1 if one is exceeded.
 
-usage: check.py ORACLE_BINARY MODEL WORK [--converted FOLDER] [--published FOLDER]
+usage: check.py ORACLE_BINARY MODEL WORK [--converted FOLDER]
 
-MODEL is the folder that both sides load. `--converted` is what `tunesmith-trainer convert` made of the same GGUF;
-`--published` is an adapter folder that a job left, to be loaded by PEFT.
+MODEL is the folder that both sides load. `--converted` is what `tunesmith-trainer convert` made of the same GGUF.
 """
 
 import argparse
@@ -35,10 +34,12 @@ def compare(what, difference, limit):
 
 
 def relative(ours, theirs):
-    if set(ours) != set(theirs):
-        print(f"FAIL names differ: {sorted(set(ours) ^ set(theirs))[:4]}")
+    different = {(n, t.shape) for n, t in ours.items()} ^ {(n, t.shape) for n, t in theirs.items()}
+    if different:
+        print(f"FAIL names or shapes differ: {sorted(different)[:4]}")
         return float("inf")
-    return max(((ours[n] - theirs[n]).norm() / theirs[n].norm()).item() for n in theirs)
+    # Not Python's max, which passes over NaN.
+    return torch.stack([(ours[n] - theirs[n]).norm() / theirs[n].norm() for n in theirs]).max().item()
 
 
 class Engine:
@@ -108,31 +109,12 @@ def check_training(engine, model_dir, work, name, lora, steps):
     return adapter
 
 
-def check_published(engine, model_dir, work, published, tokens):
-    with open(published / "adapter_config.json") as file:
-        config = json.load(file)
-    model = peft.get_peft_model(load(model_dir), peft.LoraConfig(**{
-        key: config[key] for key in ("r", "lora_alpha", "target_modules", "use_rslora", "task_type")
-    }))
-    result = peft.set_peft_model_state_dict(model, load_file(published / "adapter_model.safetensors"))
-    missing = [key for key in result.missing_keys if "lora" in key]
-    compare("published: missing keys", len(missing), 0)
-    compare("published: unexpected keys", len(result.unexpected_keys), 0)
-    # An unknown key would raise here.
-    state = transformers.TrainerState.load_from_json(published / "trainer_state.json")
-    compare("published: steps after the last log entry", state.global_step - state.log_history[-1]["step"], 0)
-    ours, theirs = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (published, model_dir))
-    compare("published: texts with other tokens", int(ours.encode("I like 5G.") != theirs.encode("I like 5G.")), 0)
-    compare("published: logits with PEFT", check_logits(engine, model_dir, work, tokens, published), 1e-3)
-
-
 def main():
     args = argparse.ArgumentParser()
     args.add_argument("binary")
     args.add_argument("model", type=Path)
     args.add_argument("work", type=Path)
     args.add_argument("--converted", type=Path)
-    args.add_argument("--published", type=Path)
     args.add_argument("--steps", type=int, default=20)
     args = args.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -153,8 +135,6 @@ def main():
     compare("adapter: logits", check_logits(engine, args.model, args.work, tokens, adapter), 1e-3)
     every = peft.LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     check_training(engine, args.model, args.work, "all-linear", every, steps[: max(2, args.steps // 5)])
-    if args.published:
-        check_published(engine, args.model, args.work, args.published, tokens)
     sys.exit(1 if failed else 0)
 
 

@@ -167,6 +167,11 @@ def checkpoints(out):
     for name, options in {
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
         "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        "fp4_as_bf16": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "fp4",
+            "bnb_4bit_quant_storage": torch.bfloat16,
+        },
         "int8": {"load_in_8bit": True},
     }.items():
         config = transformers.BitsAndBytesConfig(**options)

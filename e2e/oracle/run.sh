@@ -1,6 +1,6 @@
 #!/bin/sh
-# make oracle: the engine against torch, transformers and PEFT on the real SmolLM2-135M-Instruct.
-# Set PUBLISHED to a folder with an adapter that a job published, to have it loaded by PEFT too.
+# make oracle: the engine against torch, transformers and PEFT on the real SmolLM2-135M-Instruct, and what jobs publish
+# against the programs that read it.
 set -eu
 cd "$(dirname "$0")"
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/tunesmith/oracle"
@@ -31,10 +31,6 @@ cargo build --quiet --release -p tunesmith-engine --example oracle
 cargo build --quiet --release -p tunesmith-trainer
 rm -rf "$cache/converted"
 "$target/release/tunesmith-trainer" convert "$gguf" --out "$cache/converted"
-set -- --converted "$cache/converted"
-if [ -n "${PUBLISHED:-}" ]; then
-    set -- "$@" --published "$PUBLISHED"
-fi
 
 echo "Fixtures: are the committed ones what the reference computes today?"
 rm -rf "$cache/fixtures"
@@ -46,5 +42,10 @@ rm -rf "$cache/gguf"
 "$python" -W ignore gguf_files.py "$cache/gguf" >"$cache/fixtures.log" 2>&1 || { cat "$cache/fixtures.log"; exit 1; }
 "$python" same_fixtures.py ../../trainer-image/tests/fixtures/gguf "$cache/gguf"
 
+echo "Published folders: do PEFT, transformers, TensorBoard and gguf read them?"
+rm -rf "$cache/published"
+"$python" -W ignore published.py "$target/release/tunesmith-trainer" "$cache/published"
+
 echo "SmolLM2-135M-Instruct"
-exec "$python" -W ignore check.py "$target/release/examples/oracle" "$cache/smollm2" "$cache/work" "$@"
+exec "$python" -W ignore check.py "$target/release/examples/oracle" "$cache/smollm2" "$cache/work" \
+    --converted "$cache/converted"

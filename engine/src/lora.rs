@@ -9,7 +9,7 @@ use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::linear::{Linear, LoraLayer};
-use crate::model::Model;
+use crate::model::{Model, whole_modules};
 use crate::param::{Group, Param};
 use crate::projection::{PerProjection, Projection};
 use crate::random;
@@ -34,8 +34,8 @@ pub struct LoraOptions {
     /// The biases that are trained beside the adapter.
     #[serde(default)]
     pub bias: LoraBias,
-    /// Modules that are trained whole and saved with the adapter: `lm_head`, `embed_tokens`, or norms; matched like
-    /// names of target modules.
+    /// Modules that are trained whole and saved with the adapter: `lm_head`, `embed_tokens`, or norms; each takes all
+    /// whose names end so, as in PEFT.
     #[serde(default)]
     pub modules_to_save: Vec<String>,
     /// Other ranks for some modules. A key is a regular expression that must match the end of a module's name, from a
@@ -136,22 +136,27 @@ impl LoraOptions {
             .collect())
     }
 
-    /// Parameters that a rank of 1 in every adapted module would train: the sum of in + out features.
+    /// Parameters that are trained: low-rank matrices, DoRA's magnitudes, biases and whole modules.
     ///
     /// # Errors
-    /// The options are out of range or select no layer.
-    pub fn parameters_per_rank(&self, config: &ModelConfig) -> Result<usize> {
-        let size = |(which, _): (Projection, Shape)| which.shape(config).iter().sum::<usize>();
-        Ok(adapted(&self.shapes(config)?).map(size).sum())
-    }
-
-    /// Parameters of the low-rank matrices.
-    ///
-    /// # Errors
-    /// The options are out of range or select no layer.
+    /// The options are out of range, or select no layer or a module that is not there.
     pub fn parameters(&self, config: &ModelConfig) -> Result<usize> {
-        let size = |(which, shape): (Projection, Shape)| shape.rank * which.shape(config).iter().sum::<usize>();
-        Ok(adapted(&self.shapes(config)?).map(size).sum())
+        let of_layer = |which: Projection, shape: Option<Shape>| {
+            let [output, input] = which.shape(config);
+            let magnitudes = if self.use_dora { output } else { 0 };
+            let matrices = shape.map_or(0, |shape| shape.rank * (output + input) + magnitudes);
+            let trains_bias = match self.bias {
+                LoraBias::None => false,
+                LoraBias::All => true,
+                LoraBias::LoraOnly => shape.is_some(),
+            };
+            matrices + if trains_bias && which.has_bias(config) { output } else { 0 }
+        };
+        let blocks = self.shapes(config)?;
+        let layers = blocks.iter().flat_map(|block| Projection::of(config).map(|which| (which, block[which as usize])));
+        let modules = whole_modules(config, &self.modules_to_save)?;
+        let layers: usize = layers.map(|(which, shape)| of_layer(which, shape)).sum();
+        Ok(layers + modules.into_iter().map(|(_, module)| module.parameters(config)).sum::<usize>())
     }
 
     /// Puts a fresh adapter on the model: A uniform within ±1/√in (torch's kaiming_uniform with a = √5), B zero; and
@@ -180,10 +185,7 @@ impl LoraOptions {
                 }
             }
         }
-        for name in &self.modules_to_save {
-            model.train_module(name)?;
-        }
-        Ok(())
+        model.train_modules(&self.modules_to_save)
     }
 }
 
@@ -207,14 +209,9 @@ pub(crate) fn fresh<B: Backend>(
         let ones = backend.upload(&vec![1.0; output], 1, output);
         let inverse = backend.dora_factors(linear.weight.get(), &layer.as_ref(None), &ones);
         let lengths: Vec<f32> = backend.download(&inverse).iter().map(|x| 1.0 / x).collect();
-        layer.magnitude = Some(param(backend.upload(&lengths, 1, output), Group::Matrix));
+        layer.magnitude = Some(param(backend.upload(&lengths, 1, output), Group::Magnitude));
     }
     layer
-}
-
-fn adapted(shapes: &[PerProjection<Option<Shape>>]) -> impl Iterator<Item = (Projection, Shape)> {
-    let of_block = |block: &PerProjection<Option<Shape>>| Projection::ALL.map(|which| (which, block[which as usize]));
-    shapes.iter().flat_map(of_block).filter_map(|(which, shape)| Some((which, shape?)))
 }
 
 /// The keys of a pattern, compiled, with their values.
@@ -233,7 +230,7 @@ pub(crate) fn scale(rank: usize, alpha: f64, use_rslora: bool) -> f32 {
 }
 
 /// Whether a module's whole name is selected.
-type Matcher<'a> = Box<dyn Fn(&str) -> bool + 'a>;
+pub(crate) type Matcher<'a> = Box<dyn Fn(&str) -> bool + 'a>;
 
 /// Modules that PEFT could adapt and the engine cannot.
 const UNSUPPORTED: [&str; 2] = ["lm_head", "model.embed_tokens"];
@@ -279,7 +276,7 @@ impl TargetModules {
         Ok(selected)
     }
 
-    fn matcher(&self) -> Result<Matcher<'_>> {
+    pub(crate) fn matcher(&self) -> Result<Matcher<'_>> {
         Ok(match self {
             TargetModules::Pattern(all) if all == "all-linear" => Box::new(|name| !UNSUPPORTED.contains(&name)),
             TargetModules::Pattern(pattern) => {
@@ -293,7 +290,7 @@ impl TargetModules {
 }
 
 /// Whether a module's name is `name`, or ends with `.` and it.
-pub(crate) fn is_named(module: &str, name: &str) -> bool {
+fn is_named(module: &str, name: &str) -> bool {
     module == name || module.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
 }
 

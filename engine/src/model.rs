@@ -9,7 +9,6 @@ use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::linear::Linear;
-use crate::lora::is_named;
 use crate::param::{Group, Param, Weight};
 use crate::peft;
 use crate::projection::Projection;
@@ -131,6 +130,60 @@ impl Model<Cpu> {
         let source = &mut RandomSource { seed, tensors: 0 };
         Self::build(Cpu::default(), config, None, source).expect("every tensor is given")
     }
+}
+
+/// A module that can be trained whole beside an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WholeModule {
+    Output,
+    Embedding,
+    FinalNorm,
+    BlockNorm(usize, Norm),
+}
+
+impl WholeModule {
+    /// All of a model, with their names; the output layer first.
+    fn all(config: &ModelConfig) -> Vec<(String, Self)> {
+        let norms_of = |block: usize| {
+            let named = move |which: Norm| Some((format!("model.layers.{block}.{}", which.path(config)?), which));
+            Norm::ALL.into_iter().filter_map(named).map(move |(name, which)| (name, Self::BlockNorm(block, which)))
+        };
+        let others = [(LM_HEAD, Self::Output), (EMBEDDING, Self::Embedding), (FINAL_NORM, Self::FinalNorm)];
+        let others = others.into_iter().map(|(name, module)| (name.to_owned(), module));
+        others.chain((0..config.num_hidden_layers).flat_map(norms_of)).collect()
+    }
+
+    /// How many parameters it has.
+    pub(crate) fn parameters(self, config: &ModelConfig) -> usize {
+        match self {
+            Self::Output | Self::Embedding => config.vocab_size * config.hidden_size,
+            Self::FinalNorm => config.hidden_size,
+            Self::BlockNorm(_, which) => which.len(config),
+        }
+    }
+}
+
+/// The modules that `modules_to_save` names, with their whole names, as PEFT matches them: by the end of these.
+///
+/// # Errors
+/// A name matches none, or an embedding that is the output layer too.
+pub(crate) fn whole_modules(config: &ModelConfig, names: &[String]) -> Result<Vec<(String, WholeModule)>> {
+    let all = WholeModule::all(config);
+    if let Some(name) = names.iter().find(|name| !all.iter().any(|(module, _)| module.ends_with(name.as_str()))) {
+        return Err(Error::Lora(format!(
+            "modules_to_save: {name:?} is no lm_head, embed_tokens or norm of this model; \
+             linear layers are adapted by target_modules"
+        )));
+    }
+    let named = |(module, _): &(String, _)| names.iter().any(|name| module.ends_with(name.as_str()));
+    let modules: Vec<(String, WholeModule)> = all.into_iter().filter(named).collect();
+    let has = |wanted: WholeModule| modules.iter().any(|(_, module)| *module == wanted);
+    if has(WholeModule::Embedding) && config.tie_word_embeddings && !has(WholeModule::Output) {
+        let message = "modules_to_save: embed_tokens is also the output layer of this model \
+            (tie_word_embeddings), which would change with it; train lm_head, or use method Full";
+        return Err(Error::Lora(message.into()));
+    }
+    Ok(modules)
 }
 
 /// Where a model's weights come from, by name and shape.
@@ -270,51 +323,31 @@ impl<B: Backend> Model<B> {
         linears.filter_map(|linear| linear.bias.as_mut()).for_each(|bias| bias.train(backend));
     }
 
-    /// Makes the modules of this name trainable: the output layer, the embedding, or norms. A tied output layer
-    /// becomes one of its own, as in PEFT.
-    pub(crate) fn train_module(&mut self, name: &str) -> Result<()> {
+    /// Makes these modules trainable. A tied output layer becomes one of its own, as in PEFT.
+    pub(crate) fn train_modules(&mut self, names: &[String]) -> Result<()> {
         let Model { backend, config, embedding, blocks, norm, lm_head } = self;
-        let mut found = false;
-        if is_named(LM_HEAD, name) {
-            let weight = lm_head.as_ref().unwrap_or(embedding);
-            if let Weight::Frozen(frozen) = weight {
-                *lm_head = Some(Weight::trained(backend, backend.weight_values(frozen), Group::Matrix));
-            }
-            found = true;
-        }
-        if is_named(EMBEDDING, name) {
-            if lm_head.is_none() {
-                let message = "modules_to_save: embed_tokens is also the output layer of this model \
-                    (tie_word_embeddings), which would change with it; train lm_head, or use method Full";
-                return Err(Error::Lora(message.into()));
-            }
-            if let Weight::Frozen(frozen) = embedding {
-                *embedding = Weight::trained(backend, backend.weight_values(frozen), Group::Embedding);
-            }
-            found = true;
-        }
-        if is_named(FINAL_NORM, name) {
-            norm.train(backend);
-            found = true;
-        }
-        for (i, block) in blocks.iter_mut().enumerate() {
-            for which in Norm::ALL {
-                let Some(path) = which.path(config) else { continue };
-                if let (true, Some(norm)) =
-                    (is_named(&format!("model.layers.{i}.{path}"), name), &mut block.norms[which as usize])
-                {
-                    norm.train(backend);
-                    found = true;
+        let own = |weight: &Weight<B>, group| match weight {
+            Weight::Frozen(frozen) => Some(Weight::trained(backend, backend.weight_values(frozen), group)),
+            Weight::Trained { .. } => None,
+        };
+        for (_, module) in whole_modules(config, names)? {
+            match module {
+                WholeModule::Output => {
+                    let trained = own(lm_head.as_ref().unwrap_or(embedding), Group::Matrix);
+                    *lm_head = trained.or(lm_head.take());
+                }
+                WholeModule::Embedding => {
+                    if let Some(trained) = own(embedding, Group::Embedding) {
+                        *embedding = trained;
+                    }
+                }
+                WholeModule::FinalNorm => norm.train(backend),
+                WholeModule::BlockNorm(block, which) => {
+                    blocks[block].norms[which as usize].iter_mut().for_each(|norm| norm.train(backend));
                 }
             }
         }
-        match found {
-            true => Ok(()),
-            false => Err(Error::Lora(format!(
-                "modules_to_save: {name:?} is no lm_head, embed_tokens or norm of this model; \
-                 linear layers are adapted by target_modules"
-            ))),
-        }
+        Ok(())
     }
 
     /// All tensors that can be trained, under the base model's names; those of adapters under PEFT's, without prefix.

@@ -199,7 +199,9 @@ impl Optimizer {
         grad_scale: f32,
     ) {
         let Param { value, grad: Some(grad), group } = param else { return };
-        let lr = if *group == Group::LoraB { lr * self.lora_plus_lr_ratio } else { lr };
+        // As PEFT groups them: B, and whatever is a vector.
+        let has_own_rate = matches!(group, Group::LoraB | Group::Magnitude | Group::Vector);
+        let lr = if has_own_rate { lr * self.lora_plus_lr_ratio } else { lr };
         let weight_decay = if *group == Group::Vector { 0.0 } else { self.weight_decay };
         let adamw = |beta1, beta2, eps| AdamWStep { lr, beta1, beta2, eps, weight_decay, step, grad_scale };
         let adafactor =

@@ -20,6 +20,8 @@ pub(crate) enum Group {
     Vector,
     /// LoRA's B, which may have a learning rate of its own.
     LoraB,
+    /// DoRA's lengths of rows, which decay.
+    Magnitude,
 }
 
 impl<T> Param<T> {

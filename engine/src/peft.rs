@@ -7,8 +7,8 @@ use serde::Deserialize;
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::lora::{LoraBias, fresh, patterns, scale};
-use crate::model::Model;
+use crate::lora::{LoraBias, TargetModules, fresh, patterns, scale};
+use crate::model::{Model, whole_modules};
 use crate::projection::Projection;
 use crate::weights::Checkpoint;
 
@@ -30,6 +30,13 @@ struct AdapterConfig {
     #[serde(default)]
     modules_to_save: Option<Vec<String>>,
     #[serde(default)]
+    target_modules: Option<TargetModules>,
+    /// With these, PEFT adapts fewer than it targets.
+    #[serde(default)]
+    layers_to_transform: Option<serde_json::Value>,
+    #[serde(default)]
+    exclude_modules: Option<serde_json::Value>,
+    #[serde(default)]
     rank_pattern: Option<BTreeMap<String, usize>>,
     #[serde(default)]
     alpha_pattern: Option<BTreeMap<String, f64>>,
@@ -44,8 +51,9 @@ impl AdapterConfig {
         if config.peft_type != "LORA" {
             return Err(Error::config(&path, format!("peft_type is {}; supported: LORA", config.peft_type)));
         }
-        if config.r == 0 {
-            return Err(Error::config(&path, "r is 0; it must be at least 1"));
+        let ranks = config.rank_pattern.iter().flatten().map(|(key, rank)| (key.as_str(), *rank));
+        if let Some((key, _)) = [("r", config.r)].into_iter().chain(ranks).find(|(_, rank)| *rank == 0) {
+            return Err(Error::config(&path, format!("{key} is 0; it must be at least 1")));
         }
         Ok(config)
     }
@@ -57,19 +65,23 @@ pub(crate) fn load<B: Backend>(dir: &Path, model: &mut Model<B>) -> Result<()> {
     let file = dir.join("adapter_model.safetensors");
     let checkpoint = Checkpoint::open_files(&file, std::slice::from_ref(&file))?;
     let mut unknown: BTreeSet<String> = checkpoint.names().into_iter().map(str::to_owned).collect();
+    let refuse = |problem: String| Error::weights(&file, problem);
+    if unknown.is_empty() {
+        return Err(refuse("it holds no tensor: the base model would answer as if nothing had been trained".into()));
+    }
     load_layers(&adapter, &checkpoint, &mut unknown, model)?;
     if adapter.bias != LoraBias::None {
         model.train_biases();
     }
-    for name in adapter.modules_to_save.iter().flatten() {
-        model.train_module(name)?;
-    }
+    model.train_modules(adapter.modules_to_save.as_deref().unwrap_or_default())?;
     // Biases and whole modules, under the base model's names.
     let backend_shape = |model: &Model<B>, name: &str| {
         let parameters = model.parameters();
         let (_, param) = parameters.iter().find(|(known, _)| *known == name)?;
         Some(model.backend.shape(&param.value))
     };
+    let modules = whole_modules(&model.config, adapter.modules_to_save.as_deref().unwrap_or_default())?;
+    let mut missing: BTreeSet<String> = modules.into_iter().map(|(name, _)| format!("{name}.weight")).collect();
     for name in unknown.clone() {
         let Some(known) = name.strip_prefix(PREFIX).map(base_name) else { continue };
         let Some([rows, cols]) = backend_shape(model, &known) else { continue };
@@ -77,10 +89,12 @@ pub(crate) fn load<B: Backend>(dir: &Path, model: &mut Model<B>) -> Result<()> {
         let values = checkpoint.tensor(&name, &shape)?.to_f32();
         model.set(&known, &values);
         unknown.remove(&name);
+        missing.remove(&known);
     }
-    match unknown.first() {
-        None => Ok(()),
-        Some(name) => Err(Error::weights(&file, format!("{name} belongs to no layer of this model"))),
+    match (unknown.first(), missing.first()) {
+        (None, None) => Ok(()),
+        (Some(name), _) => Err(refuse(format!("{name} belongs to no layer of this model"))),
+        (None, Some(name)) => Err(refuse(format!("{PREFIX}{name} is missing, which modules_to_save asks for"))),
     }
 }
 
@@ -131,6 +145,8 @@ fn load_layers<B: Backend>(
     let none = (BTreeMap::new(), BTreeMap::new());
     let ranks = patterns("rank_pattern", adapter.rank_pattern.as_ref().unwrap_or(&none.0))?;
     let alphas = patterns("alpha_pattern", adapter.alpha_pattern.as_ref().unwrap_or(&none.1))?;
+    let targets = adapter.target_modules.as_ref().map(TargetModules::matcher).transpose()?;
+    let targets = targets.filter(|_| adapter.layers_to_transform.is_none() && adapter.exclude_modules.is_none());
     let Model { backend, config, blocks, .. } = model;
     for (block, layers) in blocks.iter_mut().enumerate() {
         for which in Projection::ALL {
@@ -139,9 +155,12 @@ fn load_layers<B: Backend>(
             let [a, b] = ["lora_A", "lora_B"].map(|part| format!("{PREFIX}{module}.{part}.weight"));
             let magnitude = format!("{PREFIX}{module}.lora_magnitude_vector");
             linear.adapter = None;
-            if !unknown.remove(&a) & !unknown.remove(&b) {
+            let is_targeted = targets.as_ref().is_some_and(|targets| targets(&module));
+            if !is_targeted && !unknown.contains(&a) && !unknown.contains(&b) {
                 continue;
             }
+            unknown.remove(&a);
+            unknown.remove(&b);
             let rank = ranks.iter().find(|(key, _)| key.is_match(&module)).map_or(adapter.r, |(_, rank)| **rank);
             let alpha = alphas.iter().find(|(key, _)| key.is_match(&module));
             let alpha = alpha.map_or(adapter.lora_alpha, |(_, alpha)| **alpha);

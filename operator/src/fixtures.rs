@@ -130,7 +130,7 @@ pub fn preflight_report() -> PreflightReport {
             bytes_per_parameter: 2,
             stored_as: None,
         },
-        lora_parameters_per_rank: 512,
+        lora_parameters: 4096,
         numerics_version: 1,
         highest_version: 0,
         probe_digest: None,

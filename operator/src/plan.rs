@@ -64,7 +64,7 @@ pub fn plan(
                 model: &report.model,
                 method: &method,
                 training: &spec.training,
-                lora_parameters_per_rank: report.lora_parameters_per_rank,
+                lora_parameters: report.lora_parameters,
             },
             device,
         ))

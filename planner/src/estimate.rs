@@ -34,8 +34,8 @@ pub struct Workload<'a> {
     pub method: &'a Method,
     /// The training's options.
     pub training: &'a Training,
-    /// Parameters that each rank of a LoRA trains.
-    pub lora_parameters_per_rank: u64,
+    /// Parameters that its LoRA trains, if it has one.
+    pub lora_parameters: u64,
 }
 
 /// What a run takes, over all its GPUs.
@@ -73,16 +73,12 @@ pub fn estimate(work: &Workload, device: Device) -> Estimate {
         (Device::Cpu, true) => trained + 2,
         _ => trained,
     };
-    let adapter = |rank: u32| work.lora_parameters_per_rank * u64::from(rank);
+    let adapter = work.lora_parameters;
     let (trainable_parameters, published_bytes, sharded_bytes) = match work.method {
         Method::Full => (parameters, parameters * work.model.bytes_per_parameter, parameters * trained_in_full),
-        Method::LoRA { lora } => {
-            let matrices = adapter(lora.rank);
-            (matrices, matrices * 4, parameters * frozen + matrices * trained)
-        }
-        Method::QLoRA { lora, quantization } => {
-            let matrices = adapter(lora.rank);
-            (matrices, matrices * 4, quantized_bytes(work.model, quantization, frozen) + matrices * trained)
+        Method::LoRA { .. } => (adapter, adapter * 4, parameters * frozen + adapter * trained),
+        Method::QLoRA { quantization, .. } => {
+            (adapter, adapter * 4, quantized_bytes(work.model, quantization, frozen) + adapter * trained)
         }
     };
     let local_bytes = activation_bytes(work.model, work.training, activation) + OVERHEAD;
@@ -145,7 +141,11 @@ mod tests {
 
     fn work<'a>(model: &'a ModelShape, method: &'a Method, training: &'a Training) -> Workload<'a> {
         // q_proj and v_proj: hidden → hidden each.
-        Workload { model, method, training, lora_parameters_per_rank: model.layers * 4 * model.hidden_size }
+        let rank = match method {
+            Method::Full => 0,
+            Method::LoRA { lora } | Method::QLoRA { lora, .. } => u64::from(lora.rank),
+        };
+        Workload { model, method, training, lora_parameters: rank * model.layers * 4 * model.hidden_size }
     }
 
     #[test]

@@ -16,12 +16,14 @@ use crate::{
     },
     error::Error,
     model::ModelFolder,
-    publish::CHAT_TEMPLATE,
+    publish::{CHAT_TEMPLATE, MANIFEST},
     store::{Role, StoreError, Stores},
 };
 
 /// What the engine reads of an adapter.
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+/// What an adapter may have besides.
+const OPTIONAL_FILES: [&str; 2] = [CHAT_TEMPLATE, MANIFEST];
 
 /// What lets a model be asked in words: its tokenizer and chat template, and the tokens at which it stops.
 pub struct Voice {
@@ -149,7 +151,11 @@ impl Writer {
 pub(crate) fn uri(text: &str) -> Result<Uri, Error> {
     match text.contains("://") {
         true => text.parse(),
-        false => Uri::try_from(format!("file://{text}")),
+        // Stores know no `..`; what is not there keeps its name for the error.
+        false => {
+            let path = fs::canonicalize(text).unwrap_or_else(|_| text.into());
+            Uri::try_from(format!("file://{}", path.display()))
+        }
     }
     .map_err(|error| Error::Spec(error.to_string()))
 }
@@ -163,16 +169,18 @@ pub(crate) fn fetch_adapter(uri: &Uri, stores: &Stores, work: &Path) -> Result<P
     for name in ADAPTER_FILES {
         location.join(name).download(&work.join(name))?;
     }
-    // The folder may hold that of another adapter.
-    let template = work.join(CHAT_TEMPLATE);
-    match location.join(CHAT_TEMPLATE).read_if_exists()? {
-        Some(bytes) => fs::write(&template, bytes),
-        None => fs::remove_file(&template).or_else(|error| match error.kind() {
-            io::ErrorKind::NotFound => Ok(()),
-            _ => Err(error),
-        }),
+    for name in OPTIONAL_FILES {
+        let path = work.join(name);
+        match location.join(name).read_if_exists()? {
+            Some(bytes) => fs::write(&path, bytes),
+            // The folder may hold that of another adapter.
+            None => fs::remove_file(&path).or_else(|error| match error.kind() {
+                io::ErrorKind::NotFound => Ok(()),
+                _ => Err(error),
+            }),
+        }
+        .map_err(|source| StoreError::Disk { path, source })?;
     }
-    .map_err(|source| StoreError::Disk { path: template, source })?;
     Ok(work.to_owned())
 }
 

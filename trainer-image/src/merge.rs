@@ -13,7 +13,7 @@ use crate::{
     error::Error,
     generate::{chat_template, fetch_adapter, uri},
     model::ModelFolder,
-    publish::{BASE_FILES, CHAT_TEMPLATE, ModelFiles, full_model},
+    publish::{BASE_FILES, CHAT_TEMPLATE, MANIFEST, ModelFiles, full_model},
     store::{StoreError, Stores},
 };
 
@@ -37,10 +37,13 @@ pub fn merge(
     let adapter = fetch_adapter(&uri(adapter)?, stores, &work.join("adapter"))?;
     let mut model = Model::load(&base)?;
     model.load_adapter(&adapter)?;
+    let is_quantized = model.config().stored_as.is_some();
 
     let mut config: Value = read(&base.join("config.json")).and_then(|bytes| {
         serde_json::from_slice(&bytes).map_err(|error| Error::Input(format!("config.json is no JSON: {error}")))
     })?;
+    // What is written is quantized no more.
+    config.as_object_mut().and_then(|config| config.remove("quantization_config"));
     if model.has_own_output() {
         config["tie_word_embeddings"] = false.into();
     }
@@ -71,9 +74,17 @@ pub fn merge(
         fs::write(&path, bytes).map_err(disk(&path))?;
     }
     fs::rename(&part, out).map_err(disk(out))?;
-    Ok(was_quantized(&adapter).then_some(
-        "the adapter was trained over a quantized base: merged into the unquantized one, its answers differ a little",
-    ))
+    Ok(if is_quantized {
+        Some(
+            "the base is quantized: what its weights have lost, the merged ones lack too; the original base has it still",
+        )
+    } else if was_quantized(&adapter) {
+        Some(
+            "the adapter was trained over a quantized base: merged into the unquantized one, its answers differ a little",
+        )
+    } else {
+        None
+    })
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
@@ -82,7 +93,7 @@ fn read(path: &Path) -> Result<Vec<u8>, Error> {
 
 /// Whether the manifest beside the adapter says that its base was quantized.
 fn was_quantized(adapter: &Path) -> bool {
-    let manifest = fs::read(adapter.join("manifest.json")).ok();
+    let manifest = fs::read(adapter.join(MANIFEST)).ok();
     let manifest: Option<Value> = manifest.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     manifest.is_some_and(|manifest| manifest["method"] == "QLoRA")
 }

@@ -1,6 +1,6 @@
 //! `preflight`: reads and checks all inputs before anything expensive is asked for.
 
-use tunesmith_crds::{Method, RunSpec, fine_tune_job::Lora, run::PreflightReport};
+use tunesmith_crds::{RunSpec, run::PreflightReport};
 use tunesmith_engine::NUMERICS_VERSION;
 
 use crate::{
@@ -9,7 +9,7 @@ use crate::{
     inputs::Inputs,
     publish::MANIFEST,
     store::{Location, Role, StoreError},
-    train::{Context, parameters_per_rank, schedule},
+    train::{Context, lora_of, lora_parameters, schedule},
 };
 
 /// What a preflight found.
@@ -25,16 +25,15 @@ pub struct Preflight {
 /// # Errors
 /// One of them can't be used; the message names it and says what to do.
 pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Error> {
-    // Auto becomes LoRA or QLoRA.
-    let auto = Method::LoRA { lora: Lora::default() };
-    let method = spec.method.as_ref().unwrap_or(&auto);
     let output = context.stores.open(Role::Output, &spec.adapter_uri())?;
     check_writable(&output)?;
     let highest_version = highest_version(&output)?;
 
     let inputs = Inputs::load(spec, context.stores, context.work)?;
     schedule(&spec.training, inputs.batches.total_steps())?;
-    let per_rank = parameters_per_rank(method, &spec.training, &inputs.model.config)?;
+    // Auto becomes LoRA or QLoRA.
+    let lora = spec.method.as_ref().map_or(Some(&spec.lora), lora_of);
+    let lora_parameters = lora.map(|lora| lora_parameters(lora, &spec.training, &inputs.model.config)).transpose()?;
     let report = PreflightReport {
         probe_digest: inputs.exam.map(|exam| exam.digest),
         base_digest: inputs.model.digest,
@@ -44,7 +43,7 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Erro
         dropped_rows: inputs.overview.train.dropped_rows,
         total_steps: inputs.batches.total_steps(),
         model: inputs.model.shape,
-        lora_parameters_per_rank: per_rank,
+        lora_parameters: lora_parameters.unwrap_or(0),
         numerics_version: NUMERICS_VERSION,
         highest_version,
     };

@@ -1,6 +1,7 @@
 //! Weights that a checkpoint holds in 4 or 8 bits, as bitsandbytes saves them through transformers. Beside `NAME.weight`
 //! lie, in 4 bits, `NAME.weight.absmax`, `.quant_map`, `.nested_absmax`, `.nested_quant_map` and a JSON text,
-//! `.quant_state.bitsandbytes__nf4` (or fp4); in 8 bits, `NAME.SCB`.
+//! `.quant_state.bitsandbytes__nf4` (or fp4); in 8 bits, `NAME.SCB` and `NAME.weight_format`. The codes in 4 bits may
+//! be typed as anything (`bnb_4bit_quant_storage`): their bytes count.
 
 use safetensors::Dtype;
 use serde::Deserialize;
@@ -83,7 +84,8 @@ fn four_bit(
             Scales::Nested { codes: part("absmax", Dtype::U8, blocks)?.to_vec(), absmax, offset }
         }
     };
-    let codes = bytes(checkpoint, name, Dtype::U8, count.div_ceil(2))?.to_vec();
+    let codes = checkpoint.bytes(name).map(|found| found.data).filter(|bytes| bytes.len() == count.div_ceil(2));
+    let codes = codes.ok_or_else(|| format!("{name} is not {} bytes of codes", count.div_ceil(2)))?.to_vec();
     Ok(FourBit { rows, cols, code, codes, scales })
 }
 
@@ -94,6 +96,12 @@ fn eight_bit(
     scales: Bytes<'_>,
 ) -> Result<EightBit, String> {
     let codes = bytes(checkpoint, name, Dtype::I8, rows * cols)?;
+    let format = name.strip_suffix(".weight").map(|module| format!("{module}.weight_format"));
+    if let Some((format, found)) = format.and_then(|format| Some((format.clone(), checkpoint.bytes(&format)?)))
+        && found.data != [0]
+    {
+        return Err(format!("{format} is {:?}; supported: [0], rows one after the other", found.data));
+    }
     if scales.dtype != Dtype::F32 || scales.data.len() != 4 * rows {
         return Err(format!("{name}: its SCB must be {rows} scales in F32"));
     }

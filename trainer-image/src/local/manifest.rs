@@ -62,7 +62,8 @@ fn check(path: &str, value: &Value, schema: &Value, problems: &mut Vec<String>) 
         }
         Value::Object(fields) => {
             for (name, field) in fields {
-                match &schema["properties"][name] {
+                let known = &schema["properties"][name];
+                match if known.is_null() { &schema["additionalProperties"] } else { known } {
                     Value::Null => problems.push(format!("{path} has no field `{name}`")),
                     schema => check(&format!("{path}.{name}"), field, schema, problems),
                 }
@@ -96,6 +97,27 @@ spec:
         let job = parse(JOB).unwrap();
         assert_eq!(job.metadata.name.as_deref(), Some("support"));
         assert_eq!(job.spec.training.max_length, 1024);
+    }
+
+    #[test]
+    fn maps_have_any_keys_and_their_values_are_checked() {
+        let with = |rank: u32| {
+            let lora = format!("lora: {{rankPattern: {{q_proj: {rank}}}, alphaPattern: {{'k_proj': 4.5}}}}");
+            parse(&JOB.replace("method: LoRA", &format!("method: LoRA\n  {lora}")))
+        };
+        assert_eq!(with(4).unwrap().spec.lora.unwrap().rank_pattern["q_proj"], 4);
+        assert!(with(2000).unwrap_err().contains("each rank must lie in 1..=1024"));
+    }
+
+    #[test]
+    fn every_example_is_what_the_api_server_takes() {
+        let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+        let folders = std::fs::read_dir(&examples).unwrap().map(|entry| entry.unwrap().path());
+        let files = folders.filter(|path| path.is_dir()).flat_map(|folder| std::fs::read_dir(folder).unwrap());
+        let manifests =
+            files.map(|entry| entry.unwrap().path()).filter(|path| path.extension().is_some_and(|x| x == "yaml"));
+        let read: Vec<_> = manifests.map(|path| read(&path).unwrap_or_else(|error| panic!("{error}"))).collect();
+        assert!(read.len() >= 6, "{}", read.len());
     }
 
     #[test]

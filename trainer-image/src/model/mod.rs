@@ -227,9 +227,10 @@ fn check_tensors(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> Re
         match tensors.get(&name) {
             None => return Err(format!("{name} is missing; config.json asks for shape {shape:?}")),
             // What else belongs to a weight in few bits, the engine checks as it loads it.
-            Some(Tensor { dtype: Dtype::U8, shape: packed })
-                if config.stored_as.is_some()
-                    && packed.iter().product::<usize>() == shape.iter().product::<usize>().div_ceil(2) => {}
+            Some(Tensor { dtype, shape: packed })
+                if matches!(config.stored_as, Some(EngineQuantization::FourBit { .. }))
+                    && packed.iter().product::<usize>() * dtype.bitsize() / 8
+                        == shape.iter().product::<usize>().div_ceil(2) => {}
             Some(Tensor { dtype: Dtype::I8, shape: found }) if config.stored_as.is_some() && *found == shape => {}
             Some(tensor) if tensor.shape != shape => {
                 return Err(format!("{name} has shape {:?}; config.json asks for {shape:?}", tensor.shape));

@@ -21,13 +21,12 @@ pub fn lora_of(method: &Method) -> Option<&Lora> {
     }
 }
 
-/// Parameters that each rank of the method's matrices trains; 0 if it has none.
+/// Parameters that these options of LoRA train.
 ///
 /// # Errors
-/// The options select no layer of this model.
-pub fn parameters_per_rank(method: &Method, training: &Training, config: &ModelConfig) -> Result<u64, Error> {
-    let per_rank = lora_of(method).map(|lora| lora_options(lora, training).parameters_per_rank(config)).transpose()?;
-    Ok(per_rank.unwrap_or(0) as u64)
+/// The options select no layer of this model, or a module that is not there.
+pub fn lora_parameters(lora: &Lora, training: &Training, config: &ModelConfig) -> Result<u64, Error> {
+    Ok(lora_options(lora, training).parameters(config)? as u64)
 }
 
 /// Loads a model folder in the form that the method trains.

@@ -28,7 +28,7 @@ use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, Schedu
 pub use self::{
     checkpoint::Checkpoints,
     history::{EvalPoint, History, RecallPoint, TrainPoint, Window},
-    method::{engine_quantization, lora_of, parameters_per_rank},
+    method::{engine_quantization, lora_of, lora_parameters},
     schedule::schedule,
     stop::Stop,
 };

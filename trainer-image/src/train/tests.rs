@@ -383,8 +383,8 @@ fn preflight_tells_what_the_planner_needs_and_refuses_what_cannot_be_trained() {
     };
     let report = check(&bench.spec(json!({}))).unwrap();
     assert_eq!((report.total_steps, report.dataset.rows, report.eval_rows), (14, 14, 4));
-    // q_proj: 32 + 32; v_proj: 32 + 16; two layers.
-    assert_eq!(report.lora_parameters_per_rank, 2 * (64 + 48));
+    // Rank 2; q_proj: 32 + 32; v_proj: 32 + 16; two layers.
+    assert_eq!(report.lora_parameters, 2 * 2 * (64 + 48));
     assert_eq!((report.model.bytes_per_parameter, report.highest_version), (4, 0));
     assert_eq!(report.probe_digest, None);
     let asked = check(&bench.asked(bench.spec(json!({})), "why?", "x")).unwrap().probe_digest;
@@ -393,7 +393,20 @@ fn preflight_tells_what_the_planner_needs_and_refuses_what_cannot_be_trained() {
     assert_eq!(check(&bench.spec(json!({}))).unwrap().highest_version, 1);
 
     let full = RunSpec { method: Some(Method::Full), ..bench.spec(json!({})) };
-    assert_eq!(check(&full).unwrap().lora_parameters_per_rank, 0);
+    assert_eq!(check(&full).unwrap().lora_parameters, 0);
+    // What is trained beside the matrices takes memory too, and Auto has the job's options.
+    let lora = Lora {
+        rank: 3,
+        use_dora: true,
+        modules_to_save: vec!["input_layernorm".into()],
+        rank_pattern: [("v_proj".to_owned(), 2)].into(),
+        ..Lora::default()
+    };
+    let auto = RunSpec { method: None, lora: lora.clone(), ..bench.spec(json!({})) };
+    assert_eq!(check(&auto).unwrap().lora_parameters, 2 * (3 * 64 + 2 * 48 + 32 + 16 + 32));
+    let lora = Lora { modules_to_save: vec!["lm_hat".into()], ..lora };
+    let error = check(&RunSpec { method: None, lora, ..bench.spec(json!({})) }).unwrap_err().to_string();
+    assert!(error.contains("modules_to_save: \"lm_hat\" is no lm_head, embed_tokens or norm"), "{error}");
     let lora = Lora { target_modules: vec!["q_proj".into(), "nose_proj".into()], ..Lora::default() };
     let error = check(&RunSpec { method: Some(Method::LoRA { lora }), ..bench.spec(json!({})) }).unwrap_err();
     assert_eq!(error.exit_code(), exit_code::BAD_SPEC);

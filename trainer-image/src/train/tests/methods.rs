@@ -95,7 +95,55 @@ fn every_option_of_lora_reaches_the_adapters_files() {
     assert_eq!(shape("layers.0.mlp.down_proj.lora_A.weight")[0], 2);
     assert_eq!(shape("layers.1.self_attn.q_proj.lora_B.weight"), [32, 3]);
     assert_eq!((shape("layers.0.self_attn.q_proj.lora_magnitude_vector"), shape("norm.weight")), (vec![32], vec![32]));
-    Model::load(&bench.path("model")).unwrap().load_adapter(&folder).unwrap();
+    let load = || Model::load(&bench.path("model")).unwrap().load_adapter(&folder).map_err(|error| error.to_string());
+    load().unwrap();
+
+    // An adapter without its tensors would let the base model answer.
+    for (is_kept, problem) in [
+        (&(|_: &str| false) as &dyn Fn(&str) -> bool, "it holds no tensor"),
+        (&|name| !name.contains("layers.1.self_attn.q_proj"), "layers.1.self_attn.q_proj.lora_A.weight is missing"),
+        (
+            &|name| name != "base_model.model.model.norm.weight",
+            "norm.weight is missing, which modules_to_save asks for",
+        ),
+    ] {
+        let kept = tensors.iter().filter(|(name, _)| is_kept(name));
+        fs::write(folder.join("adapter_model.safetensors"), safetensors::serialize(kept, None).unwrap()).unwrap();
+        let error = load().unwrap_err();
+        assert!(error.contains(problem), "{error}");
+    }
+    let config = config.to_string().replace("\"down_proj\":2", "\"down_proj\":0");
+    fs::write(folder.join("adapter_config.json"), config).unwrap();
+    assert!(load().unwrap_err().contains("down_proj is 0; it must be at least 1"));
+}
+
+#[test]
+fn a_merge_says_what_a_quantized_base_has_lost_and_leaves_none() {
+    let bench = Bench::new();
+    let quantization =
+        Quantization { bits: 4, kind: QuantizationType::Nf4, double_quant: true, outlier_threshold: None };
+    let method = Method::QLoRA { lora: Lora::default(), quantization };
+    let (folder, ..) = published_by(&bench, method, json!({}));
+    let stores = Stores::from_environment(bench.runtime.handle().clone());
+    let merged = |base: &Path, adapter: &Path, out: &str| {
+        let paths = [base, adapter].map(|path| path.to_str().unwrap());
+        merge(paths[0], paths[1], &bench.path(out), false, &stores, &bench.path("work")).unwrap().unwrap_or_default()
+    };
+    assert!(merged(&bench.path("model"), &folder, "one").contains("trained over a quantized base"));
+
+    // A base that bitsandbytes stored, with a tokenizer.
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/fixtures");
+    let base = bench.path("stored");
+    fs::create_dir(&base).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(fixtures.join("quantized/nf4").join(name), base.join(name)).unwrap();
+    }
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(bench.path("model").join(name), base.join(name)).unwrap();
+    }
+    assert!(merged(&base, &fixtures.join("tied/adapter"), "two").contains("the base is quantized"));
+    let model = Model::load(&bench.path("two")).unwrap();
+    assert_eq!(model.config().stored_as, None);
 }
 
 #[test]
