@@ -56,8 +56,12 @@ impl Keys<'_> {
         }
     }
 
+    /// A size that is 1 at least.
     fn size(self, key: &str) -> Result<usize, ConvertError> {
-        self.optional_size(key)?.ok_or_else(|| ConvertError::MissingKey(self.name(key)))
+        match self.optional_size(key)? {
+            Some(0) => Err(self.refuse(key, 0, "at least 1")),
+            found => found.ok_or_else(|| ConvertError::MissingKey(self.name(key))),
+        }
     }
 
     fn optional_float(self, key: &str) -> Result<Option<f64>, ConvertError> {
@@ -76,16 +80,20 @@ impl Dimensions {
                 supported: known.join(", "),
             });
         };
-        let rope_factors = gguf.has_tensor(ROPE_FACTORS).then(|| gguf.dequantize(ROPE_FACTORS)).transpose()?;
         let keys = Keys { gguf, architecture };
         if let Some(experts @ 1..) = keys.optional_size("expert_count")? {
             return Err(keys.refuse("expert_count", experts, "0 (no mixture of experts)"));
         }
         let (hidden, heads) = (keys.size("embedding_length")?, keys.size("attention.head_count")?);
         let head_dim = match keys.optional_size("attention.key_length")? {
-            Some(head_dim) => head_dim,
-            None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
-            None => return Err(keys.refuse("attention.head_count", heads, "a divisor of the embedding's length")),
+            Some(head_dim) if head_dim > 0 && head_dim.is_multiple_of(2) => head_dim,
+            Some(odd) => return Err(keys.refuse("attention.key_length", odd, "an even number above 0")),
+            None if hidden.is_multiple_of(2 * heads) => hidden / heads,
+            None => return Err(keys.refuse("attention.head_count", heads, "a divisor of half the embedding's length")),
+        };
+        let key_value_heads = match keys.optional_size("attention.head_count_kv")? {
+            Some(0) => return Err(keys.refuse("attention.head_count_kv", 0, "at least 1")),
+            found => found.unwrap_or(heads),
         };
         let layers = keys.size("block_count")?;
         let tensors = gguf.tensor_names().count();
@@ -97,43 +105,31 @@ impl Dimensions {
         if rotated != head_dim && !architecture.is_fused {
             return Err(keys.refuse("rope.dimension_count", rotated, &format!("{head_dim}, the whole head")));
         }
-        let context_length = keys.size("context_length")?;
-        Ok(Self {
+        let of_family = of_family(keys, layers, hidden, heads, head_dim, rotated)?;
+        let dimensions = Self {
             architecture,
             layers,
             hidden,
             feed_forward: keys.size("feed_forward_length")?,
             heads,
-            key_value_heads: keys.optional_size("attention.head_count_kv")?.unwrap_or(heads),
+            key_value_heads,
             head_dim,
             vocabulary: gguf.texts("tokenizer.ggml.tokens")?.len(),
-            context_length,
+            context_length: keys.size("context_length")?,
             tied: !gguf.has_tensor("output.weight"),
             rms_norm_eps: keys
                 .optional_float("attention.layer_norm_rms_epsilon")?
                 .ok_or_else(|| ConvertError::MissingKey(keys.name("attention.layer_norm_rms_epsilon")))?,
             rope_theta,
-            rope_scaling: match rope_factors {
-                Some(factors) => llama3_scaling(&factors, rope_theta, head_dim)?,
-                None => rope_scaling(keys)?,
-            },
-            of_family: match architecture.name {
-                "llama" => {
-                    json!({"hidden_act": "silu", "attention_bias": false, "mlp_bias": false, "pretraining_tp": 1})
-                }
-                "qwen3" => json!({"hidden_act": "silu", "attention_bias": false, "use_sliding_window": false}),
-                "phi3" => json!({
-                    "hidden_act": "silu",
-                    "embd_pdrop": 0.0,
-                    "resid_pdrop": 0.0,
-                    "original_max_position_embeddings": context_length,
-                    "partial_rotary_factor": rotated as f64 / head_dim as f64,
-                    "sliding_window": keys.optional_size("attention.sliding_window")?.filter(|window| *window > 0),
-                }),
-                "gemma2" | "gemma3" => gemma(keys, layers, hidden, heads, head_dim)?,
-                _ => json!({"hidden_act": "silu", "use_sliding_window": false}),
-            },
-        })
+            rope_scaling: rope_scaling(keys)?,
+            of_family,
+        };
+        if !gguf.has_tensor(ROPE_FACTORS) {
+            return Ok(dimensions);
+        }
+        gguf.check_tensor(ROPE_FACTORS, &[head_dim / 2])?;
+        let rope_scaling = llama3_scaling(&gguf.dequantize(ROPE_FACTORS)?, rope_theta, head_dim)?;
+        Ok(Self { rope_scaling, ..dimensions })
     }
 
     pub(super) fn config_json(&self, tokenizer: &Tokenizer) -> Value {
@@ -193,8 +189,7 @@ fn llama3_scaling(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value,
         let kept = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
         1.0 / ((1.0 - kept) / factor + kept)
     };
-    let is_known = factors.len() == head_dim / 2
-        && factors.iter().enumerate().all(|(i, found)| (f64::from(*found) / expected(i) - 1.0).abs() < 1e-4);
+    let is_known = factors.iter().enumerate().all(|(i, found)| (f64::from(*found) / expected(i) - 1.0).abs() < 1e-4);
     match is_known {
         true => Ok(json!({
             "rope_type": "llama3",
@@ -207,6 +202,31 @@ fn llama3_scaling(factors: &[f32], theta: f64, head_dim: usize) -> Result<Value,
     }
 }
 
+/// Fields of `config.json` that other families don't have.
+fn of_family(
+    keys: Keys<'_>,
+    layers: usize,
+    hidden: usize,
+    heads: usize,
+    head_dim: usize,
+    rotated: usize,
+) -> Result<Value, ConvertError> {
+    Ok(match keys.architecture.name {
+        "llama" => json!({"hidden_act": "silu", "attention_bias": false, "mlp_bias": false, "pretraining_tp": 1}),
+        "qwen3" => json!({"hidden_act": "silu", "attention_bias": false, "use_sliding_window": false}),
+        "phi3" => json!({
+            "hidden_act": "silu",
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "original_max_position_embeddings": keys.size("context_length")?,
+            "partial_rotary_factor": rotated as f64 / head_dim as f64,
+            "sliding_window": keys.optional_size("attention.sliding_window")?.filter(|window| *window > 0),
+        }),
+        "gemma2" | "gemma3" => gemma(keys, layers, hidden, heads, head_dim)?,
+        _ => json!({"hidden_act": "silu", "use_sliding_window": false}),
+    })
+}
+
 fn gemma(keys: Keys<'_>, layers: usize, hidden: usize, heads: usize, head_dim: usize) -> Result<Value, ConvertError> {
     let is_gemma3 = keys.architecture.name == "gemma3";
     // The file does not say what scores are divided by: of the largest of each, known by its layers, it is not the head.
@@ -216,7 +236,7 @@ fn gemma(keys: Keys<'_>, layers: usize, hidden: usize, heads: usize, head_dim: u
         "attn_logit_softcapping": keys.optional_float("attn_logit_softcapping")?,
         "final_logit_softcapping": keys.optional_float("final_logit_softcapping")?,
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": if is_largest { hidden / heads.max(1) } else { head_dim },
+        "query_pre_attn_scalar": if is_largest { hidden / heads } else { head_dim },
         "sliding_window": keys.size("attention.sliding_window")?,
     });
     let pattern = match is_gemma3 {

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::BufReader,
+    io::{self, BufReader, Read, Seek},
     path::{Path, PathBuf},
 };
 
@@ -27,6 +27,15 @@ impl Gguf {
     /// The file is missing or is no GGUF file.
     pub fn open(path: &Path) -> Result<Self, ConvertError> {
         let mut file = BufReader::new(File::open(path).map_err(ConvertError::io(path))?);
+        // A damaged file is the parser's to refuse, but for this, by which it would divide.
+        if aligns_to_zero(&mut file).unwrap_or(false) {
+            return Err(ConvertError::UnsupportedKey {
+                key: ALIGNMENT.into(),
+                found: "0".into(),
+                supported: "at least 1".into(),
+            });
+        }
+        file.rewind().map_err(ConvertError::io(path))?;
         let content =
             Content::read(&mut file).map_err(|source| match source.to_string().contains("unknown dtype") {
                 true => ConvertError::UnknownType { path: path.to_owned(), source },
@@ -142,6 +151,60 @@ impl Gguf {
             .and_then(|tensor| tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
             .map_err(|source| ConvertError::Damaged { path: self.path.clone(), source })
     }
+}
+
+/// The key that says at what multiples tensors begin.
+const ALIGNMENT: &str = "general.alignment";
+
+/// Whether the file's metadata has tensors begin at multiples of zero.
+fn aligns_to_zero(file: &mut BufReader<File>) -> io::Result<bool> {
+    let mut magic = [0; 4];
+    file.read_exact(&mut magic)?;
+    let length = if number_of(file, 4)? == 1 { 4 } else { 8 };
+    let (_tensors, keys) = (number_of(file, length)?, number_of(file, length)?);
+    for _ in 0..keys {
+        let key_length = number_of(file, length)?;
+        let mut key = [0; ALIGNMENT.len()];
+        match key_length == key.len() as u64 {
+            true => file.read_exact(&mut key)?,
+            false => skip(file, key_length)?,
+        }
+        match number_of(file, 4)? {
+            kind @ 0..=5 if key == ALIGNMENT.as_bytes() => return Ok(number_of(file, size_of_kind(kind))? == 0),
+            9 => {
+                let (kind, count) = (number_of(file, 4)?, number_of(file, length)?);
+                match kind {
+                    8 => (0..count).try_for_each(|_| number_of(file, length).and_then(|bytes| skip(file, bytes)))?,
+                    kind => skip(file, count.saturating_mul(size_of_kind(kind) as u64))?,
+                }
+            }
+            8 => number_of(file, length).and_then(|bytes| skip(file, bytes))?,
+            kind => skip(file, size_of_kind(kind) as u64)?,
+        }
+    }
+    Ok(false)
+}
+
+/// Bytes of a number of this kind; 0 if it is none.
+fn size_of_kind(kind: u64) -> usize {
+    match kind {
+        0 | 1 | 7 => 1,
+        2 | 3 => 2,
+        4..=6 => 4,
+        10..=12 => 8,
+        _ => 0,
+    }
+}
+
+/// A little-endian number of so many bytes, 8 at most.
+fn number_of(file: &mut BufReader<File>, bytes: usize) -> io::Result<u64> {
+    let mut number = [0; 8];
+    file.read_exact(&mut number[..bytes])?;
+    Ok(u64::from_le_bytes(number))
+}
+
+fn skip(file: &mut BufReader<File>, bytes: u64) -> io::Result<()> {
+    file.seek_relative(i64::try_from(bytes).map_err(io::Error::other)?)
 }
 
 fn text(value: &Value) -> Option<&str> {

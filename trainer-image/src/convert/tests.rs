@@ -182,6 +182,12 @@ fn what_is_missing_or_unsupported_is_named_and_leaves_no_folder() {
     extra.push(("blk.0.attn_q.bias", vec![HIDDEN]));
     let mut stretched = tensors();
     stretched.push(("rope_freqs.weight", vec![4]));
+    let mut too_stretched = tensors();
+    too_stretched.push(("rope_freqs.weight", vec![5]));
+    // Written with another one, as the writer divides by it too.
+    let mut aligned_to_zero = gguf(&with("general.alignment", Value::U32(0x0123_4560)), &[]);
+    let at = aligned_to_zero.windows(4).position(|bytes| bytes == 0x0123_4560u32.to_le_bytes()).unwrap();
+    aligned_to_zero[at..at + 4].fill(0);
     let cases = [
         (gguf(&without("llama.block_count"), &tensors()), "no metadata key `llama.block_count`"),
         (
@@ -191,6 +197,14 @@ fn what_is_missing_or_unsupported_is_named_and_leaves_no_folder() {
         (gguf(&with("tokenizer.ggml.model", text("t5")), &tensors()), "tokenizer.ggml.model"),
         (gguf(&with("tokenizer.ggml.model", text("llama")), &tensors()), "no metadata key `tokenizer.ggml.scores`"),
         (gguf(&with("tokenizer.ggml.token_type", Value::Array(vec![])), &tensors()), "one for each of 5 tokens"),
+        (gguf(&metadata(), &too_stretched), "`rope_freqs.weight` has shape [5]"),
+        (aligned_to_zero, "`general.alignment` is 0; supported: at least 1"),
+        (gguf(&with("llama.attention.key_length", Value::U32(1)), &tensors()), "an even number above 0"),
+        (gguf(&with("llama.attention.head_count", Value::U32(0)), &tensors()), "`llama.attention.head_count` is 0"),
+        (
+            gguf(&with("llama.attention.head_count_kv", Value::U32(0)), &tensors()),
+            "`llama.attention.head_count_kv` is 0",
+        ),
         (gguf(&with("llama.rope.scaling.type", text("yarn")), &tensors()), "llama.rope.scaling.type"),
         (gguf(&with("llama.expert_count", Value::U32(8)), &tensors()), "no mixture of experts"),
         (gguf(&with("tokenizer.ggml.pre", text("deepseek")), &tensors()), "tokenizer.ggml.pre"),
