@@ -45,12 +45,13 @@ pub struct Lora {
     pub target_modules_regex: Option<String>,
     /// Scale by alpha / √rank, which keeps high ranks learning.
     pub use_rslora: bool,
-    /// Train the length of each adapted weight's rows apart from their direction (DoRA). vLLM does not serve it.
+    /// Train the length of each adapted weight's rows apart from their direction (DoRA). With dropout, the frozen weight
+    /// sees its whole input; PEFT drops some of that too. vLLM does not serve it.
     pub use_dora: bool,
     /// The biases that are trained beside the adapter.
     pub bias: LoraBias,
-    /// Modules that are trained whole and saved with the adapter: lm_head, embed_tokens or norms. vLLM does not serve
-    /// them.
+    /// Modules that are trained whole and saved with the adapter: lm_head, embed_tokens or norms; a name takes all
+    /// modules that end so. vLLM does not serve them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), inner(length(min = 1, max = 253)))]
     pub modules_to_save: Vec<String>,
@@ -66,7 +67,7 @@ pub struct Lora {
         "self.all(key, self[key] > 0.0)", "each alpha must be greater than 0")))]
     #[schemars(extend("maxProperties" = 64))]
     pub alpha_pattern: BTreeMap<String, f64>,
-    /// Learning rate of B, divided by that of all else (LoRA+); 1 treats both alike.
+    /// Learning rate of B and of vectors, divided by that of all else (LoRA+); 1 treats all alike.
     #[serde(rename = "loraPlusLrRatio")]
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub lora_plus_lr_ratio: f64,

@@ -144,7 +144,7 @@ enum Command {
     },
     /// Turn a GGUF file into a Hugging Face model folder
     Convert {
-        /// The GGUF file: Llama architecture, byte-level BPE tokenizer
+        /// The GGUF file; docs/models.md says what may be in it
         model: PathBuf,
         /// The folder to make
         #[arg(long)]

@@ -1,4 +1,4 @@
-//! What reads bytes from outside, one function each, for `make fuzz` and the tests below: whatever the bytes are, it ends
+//! What reads a model's, a data set's or an operator's bytes first, one function each, for `make fuzz` and the tests below: whatever the bytes are, it ends
 //! in a value or an error, without a panic, and in memory of about their size.
 
 use std::{fs, path::Path};

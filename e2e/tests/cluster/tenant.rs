@@ -276,7 +276,7 @@ pub fn rows(count: usize) -> Vec<String> {
 }
 
 /// Merges `changes` into `value` as a JSON merge patch does.
-fn merge(value: &mut Value, changes: Value) {
+pub fn merge(value: &mut Value, changes: Value) {
     match (value, changes) {
         (Value::Object(old), Value::Object(new)) => {
             for (key, change) in new {

@@ -11,6 +11,7 @@ use tunesmith_crds::{
     digest::input_digest,
     evaluation::{GateResult, failure},
     fine_tune_job::{Plan, Progress, RunRecord, RunStatus},
+    run::PreflightReport,
 };
 
 use super::{
@@ -77,12 +78,11 @@ fn conditions(
     conditions.set(STALLED, Verdict::of(stalled), reason, message);
 
     let preflight = run.and_then(|run| run.preflight.as_ref());
-    let passed = run.is_some_and(|run| run.preflight_report().is_some());
-    match preflight.and_then(|job| job.complaint()) {
-        _ if passed => {
-            conditions.set(PREFLIGHT_PASSED, Verdict::True, reason::INPUTS_CHECKED, "model and data can be used");
+    match (run.and_then(Run::preflight_report), preflight.and_then(|job| job.complaint())) {
+        (Some(report), _) => {
+            conditions.set(PREFLIGHT_PASSED, Verdict::True, reason::INPUTS_CHECKED, &what_was_checked(report));
         }
-        Some(complaint) if state.reason == reason::PREFLIGHT_FAILED => {
+        (None, Some(complaint)) if state.reason == reason::PREFLIGHT_FAILED => {
             conditions.set(PREFLIGHT_PASSED, Verdict::False, reason::PREFLIGHT_FAILED, complaint);
         }
         _ => conditions.set(PREFLIGHT_PASSED, Verdict::Unknown, reason, message),
@@ -232,6 +232,23 @@ fn history(
     history
 }
 
+/// What a preflight says of model and data.
+fn what_was_checked(report: &PreflightReport) -> String {
+    let PreflightReport { dataset, eval_rows, truncated_rows, dropped_rows, .. } = report;
+    let checked = format!("model and data can be used: {} rows, and {eval_rows} for evaluation", dataset.rows);
+    let does = |rows: &u64, one: &str, many: &str| match rows {
+        0 => None,
+        1 => Some(format!("1 {one}")),
+        rows => Some(format!("{rows} {many}")),
+    };
+    let truncated = does(truncated_rows, "row loses its end", "rows lose their end");
+    let dropped = does(dropped_rows, "is left out", "are left out");
+    match truncated.into_iter().chain(dropped).collect::<Vec<_>>().as_slice() {
+        [] => checked,
+        long => format!("{checked}; longer than maxLength: {}", long.join(", ")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -240,8 +257,8 @@ mod tests {
     use crate::{
         controller::decide::decide,
         fixtures::{
-            at, attempt, ended, failed, job, observed, observed_checked, observed_run, task, trained, version,
-            with_pods,
+            at, attempt, ended, failed, job, observed, observed_checked, observed_run, preflight_report, task, trained,
+            version, with_pods,
         },
         trainer::Pods,
     };
@@ -278,6 +295,15 @@ mod tests {
         assert_eq!(verdict(&status, RECONCILING), ("True", reason::PREFLIGHT));
         assert_eq!(verdict(&status, STALLED), ("False", reason::PREFLIGHT));
         assert_eq!(status.plan.map(|plan| plan.gpu_class), Some("cpu".into()));
+    }
+
+    #[test]
+    fn what_preflight_did_to_long_rows_is_told() {
+        let report = preflight_report();
+        assert_eq!(what_was_checked(&report), "model and data can be used: 10 rows, and 1 for evaluation");
+        let report = PreflightReport { truncated_rows: 3, dropped_rows: 1, ..report };
+        let message = what_was_checked(&report);
+        assert!(message.ends_with("longer than maxLength: 3 rows lose their end, 1 is left out"), "{message}");
     }
 
     #[test]
