@@ -43,7 +43,7 @@ JOBS = {
             "targetModules": ["all-linear"],
             "useDora": True,
             "bias": "all",
-            "modulesToSave": ["lm_head"],
+            "modulesToSave": ["lm_head", "norm"],
         },
     },
     "rslora": {

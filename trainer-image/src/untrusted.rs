@@ -4,11 +4,11 @@
 use std::{fs, path::Path};
 
 use tunesmith_crds::{RunSpec, fine_tune_job::DataFormat};
-use tunesmith_engine::ModelConfig;
+use tunesmith_engine::{Model, ModelConfig};
 
 use crate::{
     convert::convert,
-    data::{DataFile, rows::Reader},
+    data::{DataFile, probe, rows::Reader},
     model::read_header,
     pod::parse_spec,
 };
@@ -50,6 +50,38 @@ pub fn data_rows(bytes: &[u8]) {
     }
 }
 
+/// A probe.
+///
+/// # Panics
+/// There is no room for temporary files.
+pub fn probe(bytes: &[u8]) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("probe.jsonl");
+    fs::write(&file, bytes).expect("room for the file");
+    let _ = probe::load(&DataFile::new(&file));
+}
+
+/// Bytes of [`adapter`] that are its `adapter_config.json`; the others are its tensors.
+const ADAPTER_CONFIG: usize = 512;
+
+/// A LoRA adapter, put on a model.
+///
+/// # Panics
+/// There is no room for temporary files.
+pub fn adapter(bytes: &[u8]) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (config, tensors) = bytes.split_at(bytes.len().min(ADAPTER_CONFIG));
+    let write = |name: &str, bytes: &[u8]| fs::write(folder.path().join(name), bytes).expect("room for the file");
+    write("adapter_config.json", config);
+    write("adapter_model.safetensors", tensors);
+    let config = r#"{"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}"#;
+    let mut model = Model::random(ModelConfig::parse(config).expect("a sound configuration"), 1);
+    if model.load_adapter(folder.path()).is_ok() {
+        model.adapted_layers();
+    }
+}
+
 /// The operator's input for a pod.
 pub fn run_spec(bytes: &[u8]) {
     let _ = parse_spec::<RunSpec>(bytes, Path::new("run.json"));
@@ -86,8 +118,35 @@ mod tests {
             (convert::tests::gguf(&convert::tests::metadata(), &convert::tests::tensors()), gguf),
             (fs::read(convert::tests::fixture("mistral.gguf")).unwrap(), gguf),
             (format!("{rows}\n{rows}\n").into_bytes(), data_rows),
+            (br#"{"id": "1", "question": "why?", "must_contain": ["so"]}"#.to_vec(), probe),
+            (sound_adapter(), adapter),
             (spec.to_string().into_bytes(), run_spec),
         ]
+    }
+
+    fn sound_adapter() -> Vec<u8> {
+        let config = json!({
+            "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none",
+            "rank_pattern": {"v_proj": 1}, "modules_to_save": ["norm"],
+        });
+        let config = config.to_string();
+        let zeros = [0; 4 * 16];
+        let view = |shape: &[usize]| {
+            let bytes = 4 * shape.iter().product::<usize>();
+            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.to_vec(), &zeros[..bytes]).unwrap()
+        };
+        let named = [
+            ("model.layers.0.self_attn.q_proj.lora_A", &[2, 8][..]),
+            ("model.layers.0.self_attn.q_proj.lora_B", &[8, 2]),
+            ("model.layers.0.input_layernorm", &[8]),
+            ("model.layers.0.post_attention_layernorm", &[8]),
+            ("model.norm", &[8]),
+        ];
+        let tensors = named.map(|(name, shape)| (format!("base_model.model.{name}.weight"), view(shape)));
+        let tensors = safetensors::serialize(tensors, None).unwrap();
+        let sound = [format!("{config:<width$}", width = ADAPTER_CONFIG).into_bytes(), tensors].concat();
+        adapter(&sound);
+        sound
     }
 
     proptest! {
@@ -109,7 +168,7 @@ mod tests {
 
         #[test]
         fn no_bytes_make_a_reader_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
-            [config_json, safetensors_header, gguf, data_rows, run_spec].into_iter().for_each(|read: Read| read(&bytes));
+            [config_json, safetensors_header, gguf, data_rows, probe, adapter, run_spec].into_iter().for_each(|read: Read| read(&bytes));
         }
     }
 }
