@@ -45,8 +45,7 @@ pub struct Lora {
     pub target_modules_regex: Option<String>,
     /// Scale by alpha / √rank, which keeps high ranks learning.
     pub use_rslora: bool,
-    /// Train the length of each adapted weight's rows apart from their direction (DoRA). With dropout, the frozen weight
-    /// sees its whole input; PEFT drops some of that too. vLLM does not serve it.
+    /// Train the length of each adapted weight's rows apart from their direction (DoRA). vLLM does not serve it.
     pub use_dora: bool,
     /// The biases that are trained beside the adapter.
     pub bias: LoraBias,

@@ -300,6 +300,10 @@ pub trait Backend: Send + Sync + Sized {
     fn bias_backward(&self, dy: &Self::Tensor, d_bias: &mut Self::Tensor);
     /// y += x.
     fn add(&self, y: &mut Self::Tensor, x: &Self::Tensor);
+    /// y −= x.
+    fn subtract(&self, y: &mut Self::Tensor, x: &Self::Tensor);
+    /// dropout(x), which is also how a gradient passes it.
+    fn drop_out(&self, x: &Self::Tensor, dropout: Dropout) -> Self::Tensor;
     /// Columns `from .. from + count` of x.
     fn columns(&self, x: &Self::Tensor, from: usize, count: usize) -> Self::Tensor;
     /// Matrices of as many rows, side by side.

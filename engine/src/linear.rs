@@ -1,7 +1,8 @@
 //! A linear layer, y = W·x + bias, with a low-rank update if it is adapted: frozen, adapted or trained whole.
 //!
 //! DoRA (Liu et al., 2024) multiplies what W and the update give by magnitude / ‖W + scale·B·A‖; as in PEFT, the norm
-//! counts as a constant in the backward pass.
+//! counts as a constant in the backward pass. With dropout, also as in PEFT, it multiplies what they give of the dropped
+//! input, and what W gives of the rest of the input is added as it is.
 
 use crate::backend::{AdaptedForward, Backend, Dropout, InputGrad, LoraGrads, LoraRef};
 use crate::param::{Param, Weight};
@@ -91,16 +92,24 @@ impl<B: Backend> Linear<B> {
                 backend.linear_add(x, w, &mut y);
                 (y, None)
             }
-            (Some(adapter), onto) => {
-                let lora = adapter.as_ref(dropout);
-                let (mut y, hidden) = backend.adapted_linear(x, w, &lora, onto);
-                let dora = adapter.magnitude.as_ref().map(|magnitude| {
+            (Some(adapter), onto) => match &adapter.magnitude {
+                None => {
+                    let (y, hidden) = backend.adapted_linear(x, w, &adapter.as_ref(dropout), onto);
+                    (y, Some(LoraKept { hidden, dora: None }))
+                }
+                Some(magnitude) => {
+                    let (lora, dropped) = (adapter.as_ref(None), dropout.map(|dropout| backend.drop_out(x, dropout)));
+                    let (adapted, hidden) = backend.adapted_linear(dropped.as_ref().unwrap_or(x), w, &lora, None);
                     let factors = backend.dora_factors(w, &lora, &magnitude.value);
-                    let scaled = backend.scale_columns(&y, &factors);
-                    (factors, std::mem::replace(&mut y, scaled))
-                });
-                (y, Some(LoraKept { hidden, dora }))
-            }
+                    let mut y = backend.scale_columns(&adapted, &factors);
+                    if let Some(dropped) = dropped {
+                        let mut rest = backend.copy(x);
+                        backend.subtract(&mut rest, &dropped);
+                        backend.linear_add(&rest, w, &mut y);
+                    }
+                    (y, Some(LoraKept { hidden, dora: Some((factors, adapted)) }))
+                }
+            },
         };
         if let Some(bias) = &self.bias {
             backend.add_bias(&mut y, &bias.value);
@@ -122,17 +131,40 @@ impl<B: Backend> Linear<B> {
             backend.bias_backward(dy, grad);
         }
         let scaled = self.dora_backward(backend, kept, dy);
-        let dy = scaled.as_ref().unwrap_or(dy);
         if let (Some(grad), Some(x)) = (self.weight.grad_mut(), x) {
             backend.linear_weight_backward(x, dy, grad);
         }
         let w = self.weight.get();
-        if let (Some(adapter), Some(x), Some(kept)) = (&mut self.adapter, x, kept) {
+        if let (Some(adapter), Some(x), Some(LoraKept { hidden, .. })) = (&mut self.adapter, x, kept) {
             let LoraLayer { a, b, scale, .. } = adapter;
-            let lora = LoraRef { a: &a.value, b: &b.value, scale: *scale, dropout };
+            let lora = |dropout| LoraRef { a: &a.value, b: &b.value, scale: *scale, dropout };
             if let (Some(a), Some(b)) = (&mut a.grad, &mut b.grad) {
-                let forward = AdaptedForward { x, hidden: &kept.hidden };
-                return backend.adapted_linear_backward(forward, w, &lora, dy, LoraGrads { a, b }, dx);
+                let grads = LoraGrads { a, b };
+                return match (scaled, dropout) {
+                    (None, dropout) => {
+                        backend.adapted_linear_backward(AdaptedForward { x, hidden }, w, &lora(dropout), dy, grads, dx)
+                    }
+                    (Some(scaled), None) => {
+                        let forward = AdaptedForward { x, hidden };
+                        backend.adapted_linear_backward(forward, w, &lora(None), &scaled, grads, dx)
+                    }
+                    (Some(scaled), Some(dropout)) => {
+                        let dropped = backend.drop_out(x, dropout);
+                        let forward = AdaptedForward { x: &dropped, hidden };
+                        let wanted = if let InputGrad::None = dx { InputGrad::None } else { InputGrad::Fresh };
+                        let d_dropped =
+                            backend.adapted_linear_backward(forward, w, &lora(None), &scaled, grads, wanted);
+                        let mut d_dropped = d_dropped?;
+                        let d_rest = backend.linear_backward(dy, w);
+                        backend.subtract(&mut d_dropped, &d_rest);
+                        let mut d_x = backend.drop_out(&d_dropped, dropout);
+                        backend.add(&mut d_x, &d_rest);
+                        if let InputGrad::Onto(dx) = dx {
+                            backend.add(&mut d_x, &dx);
+                        }
+                        Some(d_x)
+                    }
+                };
             }
         }
         match dx {
@@ -153,5 +185,105 @@ impl<B: Backend> Linear<B> {
             backend.dora_backward(y, dy, factors, value, grad);
         }
         Some(backend.scale_columns(dy, factors))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::{Cpu, Tensor};
+    use crate::param::Group;
+    use crate::random::normal;
+    use crate::weights::HostTensor;
+
+    /// [rows, cols] in f64.
+    #[derive(Clone)]
+    struct Plain(usize, usize, Vec<f64>);
+
+    impl Plain {
+        fn of(x: &Tensor) -> Self {
+            Plain(x.rows(), x.cols(), x.values().iter().map(|x| f64::from(*x)).collect())
+        }
+
+        fn t(&self) -> Self {
+            let Plain(rows, cols, x) = self;
+            Plain(*cols, *rows, (0..cols * rows).map(|i| x[i % rows * cols + i / rows]).collect())
+        }
+
+        fn times(&self, other: &Self) -> Self {
+            let (Plain(m, k, a), Plain(_, n, b)) = (self, other);
+            let dot = |i: usize| (0..*k).map(|l| a[i / n * k + l] * b[l * n + i % n]).sum();
+            Plain(*m, *n, (0..m * n).map(dot).collect())
+        }
+
+        fn with(&self, other: &Self, f: impl Fn(f64, f64) -> f64) -> Self {
+            let Plain(rows, cols, x) = self;
+            // A single row meets every row.
+            Plain(*rows, *cols, x.iter().enumerate().map(|(i, x)| f(*x, other.2[i % other.2.len()])).collect())
+        }
+
+        fn assert_is(&self, name: &str, ours: &Tensor) {
+            let worst = self.2.iter().zip(ours.values()).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
+            assert!(worst < 1e-4, "{name}: {worst:.1e}");
+        }
+    }
+
+    /// PEFT's DoraLinearVariant in training: result + (factor − 1) · W·dropped + factor · scale · B·A·dropped.
+    #[test]
+    fn dora_with_dropout_is_that_of_peft() {
+        let cpu = Cpu::default();
+        let [tokens, input, output, rank] = [7, 12, 5, 3];
+        let tensor = |rows: usize, cols: usize, seed| cpu.upload(&normal(rows * cols, seed), rows, cols);
+        let trained = |value, group| {
+            let mut param = Param::frozen(value, group);
+            param.train(&cpu);
+            param
+        };
+        let weight = HostTensor::new(normal(output * input, 1), vec![output, input]);
+        let scale = 0.5;
+        let mut linear = Linear {
+            weight: Weight::Frozen(cpu.weight(weight)),
+            bias: None,
+            adapter: Some(LoraLayer {
+                a: trained(tensor(rank, input, 2), Group::Matrix),
+                b: trained(tensor(output, rank, 3), Group::LoraB),
+                scale,
+                magnitude: Some(trained(tensor(1, output, 4), Group::Magnitude)),
+            }),
+        };
+        let (x, dy, residual) = (tensor(tokens, input, 5), tensor(tokens, output, 6), tensor(tokens, input, 7));
+        let dropout = Dropout { p: 0.4, key: 9 };
+        let (y, kept) = linear.forward(&cpu, &x, Some(dropout));
+        let dx = InputGrad::Onto(cpu.copy(&residual));
+        let dx = linear.backward(&cpu, Some(&x), kept.as_ref(), Some(dropout), &dy, dx).unwrap();
+
+        let ones = cpu.upload(&vec![1.0; tokens * input], tokens, input);
+        let mask = Plain::of(&cpu.drop_out(&ones, dropout));
+        let w = Plain(output, input, normal(output * input, 1).into_iter().map(f64::from).collect());
+        let LoraLayer { a, b, magnitude, .. } = linear.adapter.as_ref().unwrap();
+        let magnitude = magnitude.as_ref().unwrap();
+        let [plain_a, plain_b, m] = [a, b, magnitude].map(|param| Plain::of(&param.value));
+        let scaled = |x: Plain| Plain(x.0, x.1, x.2.into_iter().map(|x| x * f64::from(scale)).collect());
+        let (x, dy) = (Plain::of(&x), Plain::of(&dy));
+        let dropped = x.with(&mask, |x, mask| x * mask);
+        let adapted = w.with(&scaled(plain_b.times(&plain_a)), |w, update| w + update);
+        let lengths = adapted.2.chunks(input).map(|row| row.iter().map(|x| x * x).sum::<f64>().sqrt());
+        let factors = m.with(&Plain(1, output, lengths.collect()), |m, length| m / length);
+        let hidden = dropped.times(&plain_a.t());
+        let u = dropped.times(&adapted.t());
+        let expected = x.times(&w.t()).with(&u.with(&factors, |u, f| u * f), |a, b| a + b);
+        expected.with(&dropped.times(&w.t()), |a, b| a - b).assert_is("y", &y);
+
+        let du = dy.with(&factors, |dy, f| dy * f);
+        let d_hidden = scaled(du.times(&plain_b));
+        scaled(du.t().times(&hidden)).assert_is("dB", b.grad.as_ref().unwrap());
+        d_hidden.t().times(&dropped).assert_is("dA", a.grad.as_ref().unwrap());
+        let sums = dy.with(&u, |dy, u| dy * u).t().times(&Plain(tokens, 1, vec![1.0; tokens])).t();
+        let per_length = factors.with(&m, |f, m| f / m);
+        sums.with(&per_length, |sum, per_length| sum * per_length).assert_is("dm", magnitude.grad.as_ref().unwrap());
+        let d_rest = dy.times(&w);
+        let d_dropped = du.times(&w).with(&d_hidden.times(&plain_a), |a, b| a + b);
+        let d_x = d_dropped.with(&d_rest, |a, b| a - b).with(&mask, |d, mask| d * mask).with(&d_rest, |a, b| a + b);
+        d_x.with(&Plain::of(&residual), |a, b| a + b).assert_is("dx", &dx);
     }
 }

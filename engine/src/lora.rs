@@ -27,8 +27,7 @@ pub struct LoraOptions {
     pub target_modules: TargetModules,
     /// Rank-stabilised scaling (Kalajdzievski, 2023).
     pub use_rslora: bool,
-    /// Trains the length of each adapted weight's rows apart from their direction (Liu et al., 2024). With dropout, the
-    /// frozen weight sees its whole input.
+    /// Trains the length of each adapted weight's rows apart from their direction (Liu et al., 2024).
     #[serde(default)]
     pub use_dora: bool,
     /// The biases that are trained beside the adapter.

@@ -69,11 +69,7 @@ impl Cpu {
 
     /// x with the adapter's dropout, or nothing if there is none.
     fn dropped(&self, x: &Tensor, dropout: Option<Dropout>) -> Option<Tensor> {
-        dropout.map(|dropout| {
-            let mut y = self.stale(x.rows(), x.cols());
-            lora::drop_out(dropout, x.values(), y.values_mut());
-            y
-        })
+        dropout.map(|dropout| self.drop_out(x, dropout))
     }
 }
 
@@ -345,6 +341,19 @@ impl Backend for Cpu {
         chunks.for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y += x));
     }
 
+    fn subtract(&self, y: &mut Tensor, x: &Tensor) {
+        let _timer = time("copies", 0);
+        let chunks = y.values_mut().par_chunks_mut(TASK).zip(x.values().par_chunks(TASK));
+        chunks.for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y -= x));
+    }
+
+    fn drop_out(&self, x: &Tensor, dropout: Dropout) -> Tensor {
+        let _timer = time("lora", 0);
+        let mut y = self.stale(x.rows(), x.cols());
+        lora::drop_out(dropout, x.values(), y.values_mut());
+        y
+    }
+
     fn columns(&self, x: &Tensor, from: usize, count: usize) -> Tensor {
         let _timer = time("copies", 0);
         let mut y = self.stale(x.rows(), count);
@@ -404,9 +413,9 @@ impl Backend for Cpu {
         lora: &LoraRef<'_, Tensor>,
         onto: Option<Tensor>,
     ) -> (Tensor, Tensor) {
-        let timer = time("lora", 2 * x.rows() * lora.a.rows() * x.cols());
         let shape = lora_shape(x, lora);
         let dropped = self.dropped(x, lora.dropout);
+        let timer = time("lora", 2 * x.rows() * lora.a.rows() * x.cols());
         let mut hidden = self.stale(shape.tokens, shape.rank);
         lora::hidden(shape, dropped.as_ref().unwrap_or(x).values(), lora.a.values(), hidden.values_mut());
         drop(timer);
@@ -430,10 +439,10 @@ impl Backend for Cpu {
         dx: InputGrad<Tensor>,
     ) -> Option<Tensor> {
         let shape = lora_shape(x, lora);
+        let dropped = self.dropped(x, lora.dropout);
         let timer = time("lora, backward", 2 * shape.tokens * shape.rank * (2 * shape.output + shape.input));
         let mut d_hidden = self.stale(shape.tokens, shape.rank);
         let mut d_b = self.stale(shape.rank, shape.output);
-        let dropped = self.dropped(x, lora.dropout);
         let f = lora::Backward {
             x: dropped.as_ref().unwrap_or(x).values(),
             hidden: hidden.values(),
