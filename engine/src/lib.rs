@@ -22,6 +22,7 @@ pub mod schedule;
 mod shared;
 pub mod trainer;
 pub mod weights;
+mod whole_modules;
 
 pub use backend::{Backend, Precision};
 pub use config::{Activation, ModelConfig};

@@ -9,10 +9,11 @@ use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::linear::{Linear, LoraLayer};
-use crate::model::{Model, whole_modules};
+use crate::model::Model;
 use crate::param::{Group, Param};
 use crate::projection::{PerProjection, Projection};
 use crate::random;
+use crate::whole_modules::whole_modules;
 
 /// What the adapter is made of.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -8,9 +8,10 @@ use serde::Deserialize;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::lora::{LoraBias, TargetModules, fresh, patterns, scale};
-use crate::model::{Model, whole_modules};
+use crate::model::Model;
 use crate::projection::Projection;
 use crate::weights::Checkpoint;
+use crate::whole_modules::whole_modules;
 
 /// What PEFT puts before a base model's names.
 pub(crate) const PREFIX: &str = "base_model.model.";
