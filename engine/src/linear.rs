@@ -140,29 +140,17 @@ impl<B: Backend> Linear<B> {
             let lora = |dropout| LoraRef { a: &a.value, b: &b.value, scale: *scale, dropout };
             if let (Some(a), Some(b)) = (&mut a.grad, &mut b.grad) {
                 let grads = LoraGrads { a, b };
-                return match (scaled, dropout) {
-                    (None, dropout) => {
-                        backend.adapted_linear_backward(AdaptedForward { x, hidden }, w, &lora(dropout), dy, grads, dx)
-                    }
-                    (Some(scaled), None) => {
-                        let forward = AdaptedForward { x, hidden };
-                        backend.adapted_linear_backward(forward, w, &lora(None), &scaled, grads, dx)
-                    }
+                return match (&scaled, dropout) {
                     (Some(scaled), Some(dropout)) => {
-                        let dropped = backend.drop_out(x, dropout);
-                        let forward = AdaptedForward { x: &dropped, hidden };
-                        let wanted = if let InputGrad::None = dx { InputGrad::None } else { InputGrad::Fresh };
-                        let d_dropped =
-                            backend.adapted_linear_backward(forward, w, &lora(None), &scaled, grads, wanted);
-                        let mut d_dropped = d_dropped?;
-                        let d_rest = backend.linear_backward(dy, w);
-                        backend.subtract(&mut d_dropped, &d_rest);
-                        let mut d_x = backend.drop_out(&d_dropped, dropout);
-                        backend.add(&mut d_x, &d_rest);
-                        if let InputGrad::Onto(dx) = dx {
-                            backend.add(&mut d_x, &dx);
-                        }
-                        Some(d_x)
+                        let adapted = |dropped: &B::Tensor, dx| {
+                            let forward = AdaptedForward { x: dropped, hidden };
+                            backend.adapted_linear_backward(forward, w, &lora(None), scaled, grads, dx)
+                        };
+                        dropped_backward(backend, x, dropout, adapted, || backend.linear_backward(dy, w), dx)
+                    }
+                    _ => {
+                        let (forward, dy) = (AdaptedForward { x, hidden }, scaled.as_ref().unwrap_or(dy));
+                        backend.adapted_linear_backward(forward, w, &lora(dropout), dy, grads, dx)
                     }
                 };
             }
@@ -186,6 +174,28 @@ impl<B: Backend> Linear<B> {
         }
         Some(backend.scale_columns(dy, factors))
     }
+}
+
+/// The gradient of x, of which `dropped` gets the dropped part and gives its gradient, and `rest` gives that of what is
+/// left.
+fn dropped_backward<B: Backend>(
+    backend: &B,
+    x: &B::Tensor,
+    dropout: Dropout,
+    dropped: impl FnOnce(&B::Tensor, InputGrad<B::Tensor>) -> Option<B::Tensor>,
+    rest: impl FnOnce() -> B::Tensor,
+    dx: InputGrad<B::Tensor>,
+) -> Option<B::Tensor> {
+    let wanted = if let InputGrad::None = dx { InputGrad::None } else { InputGrad::Fresh };
+    let mut d_dropped = dropped(&backend.drop_out(x, dropout), wanted)?;
+    let d_rest = rest();
+    backend.subtract(&mut d_dropped, &d_rest);
+    let mut d_x = backend.drop_out(&d_dropped, dropout);
+    backend.add(&mut d_x, &d_rest);
+    if let InputGrad::Onto(dx) = dx {
+        backend.add(&mut d_x, &dx);
+    }
+    Some(d_x)
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@
 //! [`Backend::softcap`] and [`Backend::attention_cached`] only serve generation and have no backward pass. Products in
 //! bf16 and inputs in 8 bits are steps, which have no slope.
 
+mod numbers;
+
 use std::array::from_fn;
 
 use tunesmith_engine::backend::{
@@ -18,6 +20,8 @@ use tunesmith_engine::cpu::{Cpu, Tensor};
 use tunesmith_engine::weights::HostTensor;
 use tunesmith_engine::{Activation, FourBitCode, Quantization};
 
+use numbers::numbers;
+
 /// h. The rounding of f32 moves L by some 10⁻⁷ of it, so a slope by 10⁻⁵; what a difference of smooth functions has too
 /// much, h²/6 of the third derivative, is up to 2 · 10⁻⁴ here.
 const STEP: f32 = 1.0 / 128.0;
@@ -28,14 +32,8 @@ const TOLERANCE: f64 = 2e-3;
 const DIRECTIONS: u64 = 3;
 
 /// Reproducible numbers in [−2, 2).
-fn numbers(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    (0..n)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1 << 22) as f32 - 2.0
-        })
-        .collect()
+fn wide_numbers(n: usize, seed: u64) -> Vec<f32> {
+    numbers(n, seed).into_iter().map(|x| 2.0 * x).collect()
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {
@@ -50,7 +48,7 @@ fn check<const N: usize>(
     backward: impl Fn([&Tensor; N], &Tensor) -> [Tensor; N],
 ) {
     let cpu = Cpu::default();
-    let random = |[rows, cols]: [usize; 2], seed| cpu.upload(&numbers(rows * cols, seed), rows, cols);
+    let random = |[rows, cols]: [usize; 2], seed| cpu.upload(&wide_numbers(rows * cols, seed), rows, cols);
     let x: [Tensor; N] = from_fn(|i| random(inputs[i].1, i as u64 + 1));
     let x = x.each_ref();
     let dy = random(cpu.shape(&forward(x)), 100);
@@ -61,7 +59,8 @@ fn check<const N: usize>(
         let norm = dot(grad.values(), grad.values()).sqrt();
         assert!(norm > 0.0, "{operation}: the gradient of {name} is zero, nothing would be compared");
         for direction in 0..DIRECTIONS {
-            let signs: Vec<f32> = numbers(grad.values().len(), 200 + direction).into_iter().map(f32::signum).collect();
+            let signs: Vec<f32> =
+                wide_numbers(grad.values().len(), 200 + direction).into_iter().map(f32::signum).collect();
             let loss_after = |step: f32| {
                 let moved: Vec<f32> = x[i].values().iter().zip(&signs).map(|(x, sign)| x + step * sign).collect();
                 let moved = cpu.upload(&moved, shape[0], shape[1]);
@@ -147,7 +146,7 @@ fn linear() {
 fn linear_with_a_frozen_weight_in_each_form() {
     let cpu = Cpu::default();
     let (tokens, input, output) = (9, 64, 33);
-    let values = numbers(output * input, 9);
+    let values = wide_numbers(output * input, 9);
     let host = || HostTensor::new(values.clone(), vec![output, input]);
     let four_bit = |code| cpu.quantized_weight(host(), Quantization::FourBit { code, double_quant: true });
     for (form, weight) in [
@@ -237,7 +236,7 @@ fn rearrangements_are_undone_by_their_opposites() {
 fn adapted_linear() {
     let cpu = Cpu::default();
     let (tokens, input, output) = (13, 40, 50);
-    let w = cpu.upload(&numbers(output * input, 9), output, input);
+    let w = cpu.upload(&wide_numbers(output * input, 9), output, input);
     let w = WeightRef::Trained(&w);
     // Small ranks have kernels of their own.
     for (rank, dropout) in
@@ -268,7 +267,7 @@ fn dora() {
     let cpu = Cpu::default();
     let (tokens, input, output, rank) = (13, 40, 70, 4);
     let [w, a, b] = [(output, input), (rank, input), (output, rank)]
-        .map(|(rows, cols)| cpu.upload(&numbers(rows * cols, rows as u64), rows, cols));
+        .map(|(rows, cols)| cpu.upload(&wide_numbers(rows * cols, rows as u64), rows, cols));
     let lora = LoraRef { a: &a, b: &b, scale: 0.5, dropout: None };
     let factors = |magnitude: &Tensor| cpu.dora_factors(WeightRef::Trained(&w), &lora, magnitude);
     check(

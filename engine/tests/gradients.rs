@@ -2,6 +2,8 @@
 //!
 //! candle's fused rms_norm, rope and softmax have no backward pass, so all is composed of plain operations here.
 
+mod numbers;
+
 use candle_core::{D, DType, Device, Tensor as Candle, Var};
 use tunesmith_engine::Activation;
 use tunesmith_engine::backend::{
@@ -12,16 +14,7 @@ use tunesmith_engine::config::{Rope, RopeScaling};
 use tunesmith_engine::cpu::{Cpu, Tensor};
 use tunesmith_engine::weights::HostTensor;
 
-/// Reproducible numbers in [−1, 1).
-fn numbers(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    (0..n)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-        })
-        .collect()
-}
+use numbers::numbers;
 
 /// The same matrix for the engine and, as a variable, for candle.
 fn pair(cpu: &Cpu, rows: usize, cols: usize, seed: u64) -> (Tensor, Var) {

@@ -151,13 +151,19 @@ impl Writer {
 pub(crate) fn uri(text: &str) -> Result<Uri, Error> {
     match text.contains("://") {
         true => text.parse(),
-        // Stores know no `..`; what is not there keeps its name for the error.
-        false => {
-            let path = fs::canonicalize(text).unwrap_or_else(|_| text.into());
-            Uri::try_from(format!("file://{}", path.display()))
-        }
+        false => Uri::try_from(format!("file://{}", without_dots(Path::new(text)).display())),
     }
     .map_err(|error| Error::Spec(error.to_string()))
+}
+
+/// The path without `..`, which stores don't know. The last part keeps its name, even if it is a link: the name tells what
+/// the file is. What is not there stays as it is, for the error.
+fn without_dots(path: &Path) -> PathBuf {
+    let resolved = match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => Path::new(".").join(parent).canonicalize().map(|folder| folder.join(name)),
+        _ => path.canonicalize(),
+    };
+    resolved.unwrap_or_else(|_| path.to_owned())
 }
 
 /// An adapter's files on disk.
@@ -199,4 +205,21 @@ fn stop_tokens(folder: &Path, vocabulary: &Vocabulary) -> Vec<u32> {
     };
     let ids = ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok());
     ids.chain([vocabulary.eos()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_may_go_up_and_a_link_keeps_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().canonicalize().unwrap();
+        fs::create_dir(folder.join("a")).unwrap();
+        fs::write(folder.join("blob"), "").unwrap();
+        std::os::unix::fs::symlink(folder.join("blob"), folder.join("model.gguf")).unwrap();
+        assert_eq!(without_dots(&folder.join("a/../model.gguf")), folder.join("model.gguf"));
+        assert_eq!(without_dots(&folder.join("a/..")), folder);
+        assert_eq!(without_dots(Path::new("no/../where")), Path::new("no/../where"));
+    }
 }
