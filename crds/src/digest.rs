@@ -1,10 +1,14 @@
 //! The digest of everything that decides a run's result: inputs with the same digest are not trained twice.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    fine_tune_job::{DataFormat, Dataset, LrScheduler, LrSchedulerKwargs, OnNonFinite, Optim, Overflow, Training},
+    fine_tune_job::{
+        DataFormat, Dataset, LrScheduler, LrSchedulerKwargs, OnBadRow, OnNonFinite, Optim, Overflow, Training,
+    },
     run::{Method, PreflightReport, RunSpec},
 };
 
@@ -17,7 +21,10 @@ struct Inputs<'a> {
     base: &'a str,
     dataset: &'a str,
     format: DataFormat,
+    columns: &'a BTreeMap<String, String>,
+    on_bad_row: OnBadRow,
     chat_template: Option<&'a str>,
+    template_date: Option<&'a str>,
     assistant_only_loss: bool,
     eval_fraction: Option<f64>,
     method: &'a Method,
@@ -93,14 +100,27 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         load_best_model_at_end,
     });
     // What the URIs lead to is in the data's digest.
-    let Dataset { train: _, eval: _, eval_fraction, format, chat_template, assistant_only_loss, secret_ref: _ } =
-        &spec.dataset;
+    let Dataset {
+        train: _,
+        eval: _,
+        eval_fraction,
+        format,
+        columns,
+        on_bad_row,
+        chat_template,
+        template_date,
+        assistant_only_loss,
+        secret_ref: _,
+    } = &spec.dataset;
     let inputs = Inputs {
         numerics_version: preflight.numerics_version,
         base: &preflight.base_digest,
         dataset: &preflight.dataset.digest,
         format: *format,
+        columns,
+        on_bad_row: *on_bad_row,
         chat_template: chat_template.as_deref(),
+        template_date: template_date.as_deref(),
         assistant_only_loss: *assistant_only_loss,
         eval_fraction: *eval_fraction,
         method,
@@ -158,6 +178,8 @@ mod tests {
             eval_rows: 1,
             truncated_rows: 0,
             dropped_rows: 0,
+            skipped_rows: 0,
+            warnings: Vec::new(),
             total_steps: 1,
             model: Default::default(),
             lora_parameters: 1,
@@ -200,6 +222,9 @@ mod tests {
         for (pointer, value) in [
             ("/dataset/chatTemplate", json!("{{ messages }}")),
             ("/dataset/format", json!("Alpaca")),
+            ("/dataset/columns", json!({"prompt": "question"})),
+            ("/dataset/onBadRow", json!("Skip")),
+            ("/dataset/templateDate", json!("2026-11-27")),
             ("/dataset/assistantOnlyLoss", json!(false)),
             ("/training/overflow", json!("Drop")),
             ("/training/maxLength", json!(512)),

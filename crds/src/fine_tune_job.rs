@@ -1,6 +1,6 @@
 //! [`FineTuneJob`]: what a user asks for, and how far it is.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
@@ -130,10 +130,24 @@ pub struct Dataset {
     /// Shape of a row. Auto tells it from the first row's columns.
     #[serde(default)]
     pub format: DataFormat,
+    /// Names that the rows' columns have in these files, by the names that the format gives them:
+    /// `{prompt: question, completion: answer}`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub columns: BTreeMap<String, String>,
+    /// What becomes of rows that can't be used: Error refuses the data and names the first ten; Skip leaves them out and
+    /// counts them.
+    #[serde(default)]
+    pub on_bad_row: OnBadRow,
     /// Jinja chat template to use instead of the base model's own. One with {% generation %} marks what is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 65_536))]
     pub chat_template: Option<String>,
+    /// The date that a chat template with `strftime_now` or `date_string` writes, such as 2026-11-27. Left out, the day on
+    /// which the run begins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])$"))]
+    pub template_date: Option<String>,
     /// Train on the assistant's tokens alone (Messages, ShareGPT), or the completion's (PromptCompletion, Alpaca); false
     /// trains on every token. Text rows are always trained whole.
     #[serde(default = "defaults::yes")]
@@ -170,6 +184,16 @@ pub enum DataFormat {
     ShareGPT,
     /// `{"instruction", "input", "output"}`; input may be left out.
     Alpaca,
+}
+
+/// What becomes of rows that can't be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OnBadRow {
+    /// The data is refused.
+    #[default]
+    Error,
+    /// They are left out and counted.
+    Skip,
 }
 
 /// What to run on.

@@ -246,6 +246,12 @@ pub struct PreflightReport {
     /// Training rows that are longer than maxLength and left out.
     #[serde(default)]
     pub dropped_rows: u64,
+    /// Rows, of training and evaluation, that can't be used and are left out (dataset.onBadRow).
+    #[serde(default)]
+    pub skipped_rows: u64,
+    /// What of model and data is not used as it stands, one sentence each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
     /// Optimizer steps that the run will make.
     pub total_steps: u64,
     /// What the planner needs to know of the model.

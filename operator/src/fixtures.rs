@@ -120,6 +120,8 @@ pub fn preflight_report() -> PreflightReport {
         eval_rows: 1,
         truncated_rows: 0,
         dropped_rows: 0,
+        skipped_rows: 0,
+        warnings: Vec::new(),
         total_steps: 400,
         model: ModelShape {
             parameters: 1 << 20,

@@ -4,7 +4,7 @@ use std::io::{BufRead, Write};
 
 use tunesmith_engine::{Model, Sampling};
 
-use crate::{data::formats::Message, error::Error, generate::Voice};
+use crate::{data::conversation::Message, error::Error, generate::Voice};
 
 /// Starts another conversation.
 const NEW: &str = "/new";

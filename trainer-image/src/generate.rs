@@ -11,8 +11,8 @@ use tunesmith_engine::{Generator, Model, Sampling};
 
 use crate::{
     data::{
+        conversation::Message,
         encode::{Vocabulary, VocabularyError},
-        formats::Message,
     },
     error::Error,
     model::ModelFolder,

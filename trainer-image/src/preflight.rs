@@ -41,6 +41,8 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Erro
         eval_rows: inputs.overview.eval.rows,
         truncated_rows: inputs.overview.train.truncated_rows,
         dropped_rows: inputs.overview.train.dropped_rows,
+        skipped_rows: 0,
+        warnings: Vec::new(),
         total_steps: inputs.batches.total_steps(),
         model: inputs.model.shape,
         lora_parameters: lora_parameters.unwrap_or(0),

@@ -6,7 +6,7 @@ use minijinja::{Environment, Error as JinjaError, ErrorKind, Value as JinjaValue
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::formats::Message;
+use super::conversation::Message;
 
 /// Stand for `{% generation %}` and `{% endgeneration %}` in rendered text: code points that Unicode reserves for
 /// uses like this one, so that no text holds them.
@@ -327,6 +327,6 @@ mod tests {
             {% if tools is not none %}x{% endif %}{{ eos_token }}";
         let template = ChatTemplate::new(source, &config).unwrap();
         let text = template.render(&[Message::new("user", " a<b ")], false).unwrap();
-        assert_eq!(text, r#"<s>A<B{"content": " a<b ", "role": "user"}</s>"#);
+        assert_eq!(text, r#"<s>A<B{"role": "user", "content": " a<b "}</s>"#);
     }
 }

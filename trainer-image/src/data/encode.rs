@@ -10,7 +10,9 @@ use tunesmith_engine::IGNORE;
 use super::{
     ChatTemplate, Example,
     chat::special_token,
-    formats::{Message, Row},
+    conversation::{Conversation, Message},
+    formats::{Alpaca, Row},
+    notes::Notes,
 };
 
 /// A model's tokenizer and chat template, as its folder describes them.
@@ -164,26 +166,24 @@ impl Tokens {
 }
 
 impl Encoder {
-    /// Encodes a row; none comes of one that is too long and dropped.
+    /// Encodes a row; none comes of one that is too long and dropped. `notes` counts what of it was not used as it stands.
     ///
     /// # Errors
     /// The template refuses the row, or it leaves nothing to train on; the message names the field.
-    pub fn encode(&self, row: &Row) -> Result<Option<Example>, String> {
+    pub fn encode(&self, row: &Row, notes: &mut Notes) -> Result<Option<Example>, String> {
+        let _ = notes;
         let mut tokens = Tokens::default();
         match row {
-            Row::Messages(messages) => self.messages(messages, 0, &mut tokens)?,
-            Row::Turns { prompt, completion } => {
-                self.messages(&[prompt.as_slice(), completion.as_slice()].concat(), prompt.len(), &mut tokens)?;
-            }
+            Row::Conversation(conversation) => self.conversation(conversation, &mut tokens)?,
             Row::PromptCompletion { prompt, completion } => self.completion(prompt, completion, &mut tokens)?,
-            Row::Alpaca { instruction, input, output } => match &self.vocabulary.template {
-                Some(_) => self.messages(&alpaca_turns(instruction, input, output), 0, &mut tokens)?,
-                None => self.completion(&alpaca_prompt(instruction, input), output, &mut tokens)?,
+            Row::Alpaca(task) => match &self.vocabulary.template {
+                Some(_) => self.conversation(&alpaca_turns(task), &mut tokens)?,
+                None => self.completion(&alpaca_prompt(&task.instruction, &task.input), &task.output, &mut tokens)?,
             },
             Row::Text(text) => tokens.extend(&self.vocabulary.text(text)?, true),
         }
         let last = match row {
-            Row::Messages(messages) | Row::Turns { completion: messages, .. } => messages.last(),
+            Row::Conversation(conversation) => conversation.turns.last(),
             _ => None,
         };
         // After a turn that is not the assistant's there is nothing to end.
@@ -201,7 +201,8 @@ impl Encoder {
     }
 
     /// A conversation, of which the first `given` turns are not trained.
-    fn messages(&self, messages: &[Message], given: usize, tokens: &mut Tokens) -> Result<(), String> {
+    fn conversation(&self, conversation: &Conversation, tokens: &mut Tokens) -> Result<(), String> {
+        let (messages, given) = (&conversation.turns, conversation.given);
         let template = self.vocabulary.template.as_ref().ok_or(
             "the base model has no chat template; use an instruct model, give dataset.chatTemplate, or use rows of prompt and \
              completion, or text",
@@ -277,12 +278,19 @@ impl Encoder {
 }
 
 /// A task as a conversation.
-fn alpaca_turns(instruction: &str, input: &str, output: &str) -> [Message; 2] {
-    let user = match input {
+fn alpaca_turns(Alpaca { system, history, instruction, input, output }: &Alpaca) -> Conversation {
+    let user = match input.as_str() {
         "" => instruction.to_owned(),
         input => format!("{instruction}\n\n{input}"),
     };
-    [Message::new("user", &user), Message::new("assistant", output)]
+    let mut turns = Vec::new();
+    if !system.is_empty() {
+        turns.push(Message::new("system", system));
+    }
+    for (asked, answered) in history.iter().chain([&(user, output.clone())]) {
+        turns.extend([Message::new("user", asked), Message::new("assistant", answered)]);
+    }
+    Conversation { turns, ..Conversation::default() }
 }
 
 /// A task in the words of Stanford Alpaca (Taori et al., 2023), as the `text` column of its data set has them.

@@ -3,7 +3,10 @@
 use serde_json::{Map, Value};
 use tunesmith_crds::fine_tune_job::DataFormat;
 
-use super::container::Columns;
+use super::{
+    container::Columns,
+    conversation::{Conversation, Message},
+};
 
 /// Every column that a format knows.
 pub(super) const COLUMNS: [&str; 10] =
@@ -13,14 +16,7 @@ pub(super) const COLUMNS: [&str; 10] =
 #[derive(Clone, Debug, PartialEq)]
 pub enum Row {
     /// A conversation, in which the assistant's turns are to be learned.
-    Messages(Vec<Message>),
-    /// The same in two parts, of which the first is given.
-    Turns {
-        /// Given.
-        prompt: Vec<Message>,
-        /// To be learned, where the assistant speaks.
-        completion: Vec<Message>,
-    },
+    Conversation(Conversation),
     /// A text to go on from, and how it goes on.
     PromptCompletion {
         /// Given.
@@ -29,43 +25,24 @@ pub enum Row {
         completion: String,
     },
     /// A task, and its solution.
-    Alpaca {
-        /// What to do.
-        instruction: String,
-        /// With what; may be empty.
-        input: String,
-        /// To be learned.
-        output: String,
-    },
+    Alpaca(Alpaca),
     /// A text.
     Text(String),
 }
 
-/// One turn of a conversation, with all its fields: a chat template may use any of them.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Message(Map<String, Value>);
-
-impl Message {
-    /// A turn with nothing but a role and a content.
-    pub fn new(role: &str, content: &str) -> Self {
-        let fields = [("role", role), ("content", content)];
-        Self(fields.into_iter().map(|(name, value)| (name.to_owned(), Value::from(value))).collect())
-    }
-
-    /// Who speaks.
-    pub fn role(&self) -> &str {
-        self.0.get("role").and_then(Value::as_str).unwrap_or_default()
-    }
-
-    /// What is said.
-    pub fn content(&self) -> &str {
-        self.0.get("content").and_then(Value::as_str).unwrap_or_default()
-    }
-
-    /// All fields.
-    pub fn fields(&self) -> &Map<String, Value> {
-        &self.0
-    }
+/// A task, and its solution.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Alpaca {
+    /// The system turn before it; may be empty.
+    pub system: String,
+    /// Earlier tasks and their solutions, which are to be learned too.
+    pub history: Vec<(String, String)>,
+    /// What to do.
+    pub instruction: String,
+    /// With what; may be empty.
+    pub input: String,
+    /// To be learned.
+    pub output: String,
 }
 
 /// The format that has these columns.
@@ -103,20 +80,25 @@ pub(super) fn parse(format: DataFormat, columns: &Columns) -> Result<Row, String
     match format {
         DataFormat::Messages => {
             refuse_tools(columns)?;
-            messages(columns, "messages").map(Row::Messages)
+            messages(columns, "messages").map(conversation)
         }
         DataFormat::ShareGPT => {
             refuse_tools(columns)?;
-            share_gpt(columns).map(Row::Messages)
+            share_gpt(columns).map(conversation)
         }
         DataFormat::PromptCompletion => prompt_completion(columns),
-        DataFormat::Alpaca => Ok(Row::Alpaca {
+        DataFormat::Alpaca => Ok(Row::Alpaca(Alpaca {
             instruction: text(columns, "instruction")?,
             input: optional_text(columns, "input")?.unwrap_or_default(),
             output: text(columns, "output")?,
-        }),
+            ..Alpaca::default()
+        })),
         DataFormat::Text | DataFormat::Auto => text(columns, "text").map(Row::Text),
     }
+}
+
+fn conversation(turns: Vec<Message>) -> Row {
+    Row::Conversation(Conversation { turns, ..Conversation::default() })
 }
 
 fn text(columns: &Columns, name: &str) -> Result<String, String> {
@@ -173,7 +155,7 @@ fn message(path: &str, turn: &Value) -> Result<Message, String> {
     if is_given(fields, "tool_calls") {
         return Err(format!("{path}.tool_calls is not supported yet"));
     }
-    Ok(Message(fields.clone()))
+    Ok(Message::from_fields(path, fields.clone(), None))
 }
 
 fn refuse_tools(columns: &Columns) -> Result<(), String> {
@@ -234,7 +216,10 @@ fn prompt_completion(columns: &Columns) -> Result<Row, String> {
     match (is_list("prompt"), is_list("completion")) {
         (true, true) => {
             refuse_tools(columns)?;
-            Ok(Row::Turns { prompt: messages(columns, "prompt")?, completion: messages(columns, "completion")? })
+            let (mut turns, completion) = (messages(columns, "prompt")?, messages(columns, "completion")?);
+            let given = turns.len();
+            turns.extend(completion);
+            Ok(Row::Conversation(Conversation { turns, given, ..Conversation::default() }))
         }
         (false, false) => {
             Ok(Row::PromptCompletion { prompt: text(columns, "prompt")?, completion: text(columns, "completion")? })
@@ -254,23 +239,34 @@ mod tests {
         parse(detect(columns)?, columns)
     }
 
-    fn turns(turns: &[(&str, &str)]) -> Vec<Message> {
-        turns.iter().map(|(role, content)| Message::new(role, content)).collect()
+    fn turns(turns: &[(&str, &str)]) -> Vec<(String, String)> {
+        turns.iter().map(|(role, content)| ((*role).to_owned(), (*content).to_owned())).collect()
+    }
+
+    /// Roles and contents of a conversation's turns.
+    fn said(row: &Row) -> Vec<(String, String)> {
+        let Row::Conversation(conversation) = row else { panic!("{row:?}") };
+        conversation.turns.iter().map(|turn| (turn.role().to_owned(), turn.content().to_owned())).collect()
+    }
+
+    fn task(instruction: &str, output: &str) -> Alpaca {
+        Alpaca { instruction: instruction.into(), output: output.into(), ..Alpaca::default() }
     }
 
     #[test]
     fn each_format_is_told_from_its_columns() {
         let chat = turns(&[("user", "hi"), ("assistant", "yes")]);
         let messages = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]);
-        assert_eq!(row(json!({"messages": messages})), Ok(Row::Messages(chat.clone())));
+        assert_eq!(said(&row(json!({"messages": messages})).unwrap()), chat);
         let conversations = json!([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]);
-        assert_eq!(row(json!({"conversations": conversations, "id": 7})), Ok(Row::Messages(chat.clone())));
+        assert_eq!(said(&row(json!({"conversations": conversations, "id": 7})).unwrap()), chat);
         let (prompt, completion) = ("2 + 2 =".to_owned(), " 4".to_owned());
         let expected = Row::PromptCompletion { prompt: prompt.clone(), completion: completion.clone() };
         assert_eq!(row(json!({"prompt": prompt, "completion": completion})), Ok(expected));
-        let expected = Row::Turns { prompt: chat[..1].to_vec(), completion: chat[1..].to_vec() };
-        assert_eq!(row(json!({"prompt": [messages[0]], "completion": [messages[1]]})), Ok(expected));
-        let alpaca = Row::Alpaca { instruction: "Add.".into(), input: "2, 2".into(), output: "4".into() };
+        let split = row(json!({"prompt": [messages[0]], "completion": [messages[1]]})).unwrap();
+        assert_eq!(said(&split), chat);
+        assert!(matches!(split, Row::Conversation(Conversation { given: 1, .. })));
+        let alpaca = Row::Alpaca(Alpaca { input: "2, 2".into(), ..task("Add.", "4") });
         let columns = json!({"instruction": "Add.", "input": "2, 2", "output": "4", "text": "Below is an instruction"});
         assert_eq!(row(columns), Ok(alpaca));
         assert_eq!(row(json!({"text": "abc"})), Ok(Row::Text("abc".into())));
@@ -283,7 +279,7 @@ mod tests {
             json!({"instruction": "Sing.", "input": null, "output": "la"}),
             json!({"instruction": "Sing.", "input": "", "output": "la"}),
         ] {
-            let expected = Row::Alpaca { instruction: "Sing.".into(), input: String::new(), output: "la".into() };
+            let expected = Row::Alpaca(task("Sing.", "la"));
             assert_eq!(row(columns), Ok(expected));
         }
     }
@@ -307,7 +303,7 @@ mod tests {
     fn columns_that_a_table_has_but_a_row_leaves_empty_are_none() {
         let messages = json!([{"role": "user", "content": "hi", "tool_calls": []}]);
         let columns = json!({"messages": messages, "tools": [], "prompt": null, "completion": null});
-        assert!(matches!(row(columns), Ok(Row::Messages(_))));
+        assert!(matches!(row(columns), Ok(Row::Conversation(_))));
         assert_eq!(row(json!({"messages": null, "text": "abc"})), Ok(Row::Text("abc".into())));
     }
 
@@ -318,7 +314,7 @@ mod tests {
             {"role": "user", "content": "c"}, {"from": "model", "value": "d"},
         ]);
         let expected = turns(&[("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]);
-        assert_eq!(row(json!({"system": "s", "conversations": conversations})), Ok(Row::Messages(expected)));
+        assert_eq!(said(&row(json!({"system": "s", "conversations": conversations})).unwrap()), expected);
     }
 
     #[test]
@@ -341,7 +337,7 @@ mod tests {
             (json!({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}), "must both be strings"),
             (json!({"prompt": "a", "completion": ""}), "completion is empty"),
             (json!({"instruction": "a", "input": ["b"], "output": "c"}), "input is not a string"),
-            (json!({"question": "a", "answer": "b"}), "[answer, question]; supported: messages; conversations;"),
+            (json!({"question": "a", "answer": "b"}), "[question, answer]; supported: messages; conversations;"),
         ] {
             let error = row(columns).unwrap_err();
             assert!(error.contains(expected), "expected `{expected}`, got `{error}`");

@@ -4,9 +4,11 @@
 pub mod batches;
 pub mod chat;
 mod container;
+pub mod conversation;
 pub mod encode;
 pub mod formats;
 mod lines;
+pub mod notes;
 pub mod overview;
 pub mod packing;
 mod parquet;
@@ -66,11 +68,11 @@ impl Rows {
     pub fn load(files: &[DataFile], format: DataFormat, encoder: &Encoder, work: &Path) -> Result<Self, DataError> {
         let names: Arc<[String]> = files.iter().map(|file| file.name.clone()).collect();
         let mut writer = Writer::create(work)?;
-        let mut dropped = 0;
+        let (mut dropped, mut notes) = (0, notes::Notes::default());
         for (file, number) in files.iter().zip(0..) {
             let mut reader = rows::Reader::open(file, format)?;
             while let Some((row, content)) = reader.next_row()? {
-                match encoder.encode(&content).map_err(|problem| reader.error(row, problem))? {
+                match encoder.encode(&content, &mut notes).map_err(|problem| reader.error(row, problem))? {
                     Some(example) => writer.push(number, row, &example)?,
                     None => dropped += 1,
                 }

@@ -96,8 +96,12 @@ pub fn constant_system(files: &[DataFile], format: DataFormat) -> Result<Option<
     for file in files {
         let mut reader = Reader::open(file, format)?;
         while let Some((_, row)) = reader.next_row()? {
-            let (Row::Messages(messages) | Row::Turns { prompt: messages, .. }) = row else { return Ok(None) };
-            let first = messages.first().filter(|message| message.role() == "system").map(|message| message.content());
+            let Row::Conversation(conversation) = row else { return Ok(None) };
+            let first = conversation
+                .turns
+                .first()
+                .filter(|message| message.role() == "system")
+                .map(|message| message.content());
             match (first, &constant) {
                 (Some(system), None) => constant = Some(system.to_owned()),
                 (Some(system), Some(constant)) if system == constant => {}

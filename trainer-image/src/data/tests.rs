@@ -11,8 +11,10 @@ use tunesmith_engine::IGNORE;
 
 use super::{
     Encoder, Example,
+    conversation::{Conversation, Message},
     encode::Vocabulary,
-    formats::{Message, Row},
+    formats::{Alpaca, Row},
+    notes::Notes,
 };
 use crate::tiny_model;
 
@@ -42,7 +44,7 @@ fn encoder_with(template: &str) -> Encoder {
 }
 
 fn encode(encoder: &Encoder, row: &Row) -> Example {
-    encoder.encode(row).unwrap().unwrap()
+    encoder.encode(row, &mut Notes::default()).unwrap().unwrap()
 }
 
 /// Puts `<|im_start|>` before every text, as tokenizers with a BOS do.
@@ -55,8 +57,12 @@ fn add_bos(tokenizer: &mut Value, _: &mut Value) {
     });
 }
 
+fn messages(turns: &[(&str, &str)]) -> Vec<Message> {
+    turns.iter().map(|(role, content)| Message::new(role, content)).collect()
+}
+
 fn chat(turns: &[(&str, &str)]) -> Row {
-    Row::Messages(turns.iter().map(|(role, content)| Message::new(role, content)).collect())
+    Row::Conversation(Conversation { turns: messages(turns), ..Conversation::default() })
 }
 
 const EOS: u32 = 2;
@@ -146,12 +152,12 @@ fn a_completion_is_trained_and_its_prompt_is_not() {
 
 #[test]
 fn of_a_prompt_in_turns_only_what_the_assistant_completes_is_trained() {
-    let turns = |turns: &[(&str, &str)]| match chat(turns) {
-        Row::Messages(messages) => messages,
-        other => panic!("{other:?}"),
+    let after = |prompt: &[(&str, &str)], completion: &[(&str, &str)]| {
+        let turns = messages(&[prompt, completion].concat());
+        Row::Conversation(Conversation { turns, given: prompt.len(), ..Conversation::default() })
     };
-    let prompt = turns(&[("user", "hi"), ("assistant", "yes"), ("user", "sure?")]);
-    let row = Row::Turns { prompt: prompt.clone(), completion: turns(&[("assistant", "no")]) };
+    let prompt = [("user", "hi"), ("assistant", "yes"), ("user", "sure?")];
+    let row = after(&prompt, &[("assistant", "no")]);
     let whole = chat(&[("user", "hi"), ("assistant", "yes"), ("user", "sure?"), ("assistant", "no")]);
     let assistant_only = encoder(1024);
     let example = encode(&assistant_only, &row);
@@ -159,13 +165,15 @@ fn of_a_prompt_in_turns_only_what_the_assistant_completes_is_trained() {
     assert_eq!(example.tokens, encode(&assistant_only, &whole).tokens);
     let all = Encoder { assistant_only: false, ..encoder(1024) };
     assert_eq!(encode(&all, &row), encode(&all, &whole));
-    let error = assistant_only.encode(&Row::Turns { completion: prompt[..1].to_vec(), prompt }).unwrap_err();
+    let error = assistant_only.encode(&after(&prompt, &prompt[..1]), &mut Notes::default()).unwrap_err();
     assert_eq!(error, "no assistant turn, nothing to train on (completion[].role)");
 }
 
 #[test]
 fn alpaca_is_a_conversation_where_there_is_a_template_and_stanfords_words_where_there_is_none() {
-    let row = |input: &str| Row::Alpaca { instruction: "Add.".into(), input: input.into(), output: "4".into() };
+    let row = |input: &str| {
+        Row::Alpaca(Alpaca { instruction: "Add.".into(), input: input.into(), output: "4".into(), ..Alpaca::default() })
+    };
     let with_template = encoder(1024);
     for (input, user) in [("2, 2", "Add.\n\n2, 2"), ("", "Add.")] {
         let expected = encode(&with_template, &chat(&[("user", user), ("assistant", "4")]));
@@ -209,7 +217,9 @@ fn there_is_one_bos_whoever_adds_it() {
 
 #[test]
 fn a_row_whose_answer_is_cut_off_is_refused_with_advice() {
-    let error = encoder(40).encode(&chat(&[("user", &"a".repeat(100)), ("assistant", "yes")])).unwrap_err();
+    let error = encoder(40)
+        .encode(&chat(&[("user", &"a".repeat(100)), ("assistant", "yes")]), &mut Notes::default())
+        .unwrap_err();
     assert!(error.contains("first 40 tokens") && error.contains("training.maxLength"), "{error}");
     let example = encode(&encoder(40), &chat(&[("user", "a"), ("assistant", &"yes".repeat(30))]));
     assert!(example.truncated && example.tokens.len() == 40);
@@ -222,18 +232,22 @@ fn a_row_that_is_too_long_is_truncated_dropped_or_refused_as_the_user_says() {
     let short = chat(&[("user", "a"), ("assistant", "b")]);
     let answer_cut_off = chat(&[("user", &"a".repeat(100)), ("assistant", "yes")]);
     let dropping = Encoder { overflow: Overflow::Drop, ..encoder(60) };
-    assert_eq!(dropping.encode(&long).unwrap(), None);
-    assert_eq!(dropping.encode(&answer_cut_off).unwrap(), None, "dropped before anyone asks what it teaches");
+    assert_eq!(dropping.encode(&long, &mut Notes::default()).unwrap(), None);
+    assert_eq!(
+        dropping.encode(&answer_cut_off, &mut Notes::default()).unwrap(),
+        None,
+        "dropped before anyone asks what it teaches"
+    );
     assert!(!encode(&dropping, &short).truncated);
     let refusing = Encoder { overflow: Overflow::Error, ..encoder(60) };
-    let error = refusing.encode(&long).unwrap_err();
+    let error = refusing.encode(&long, &mut Notes::default()).unwrap_err();
     assert!(error.starts_with("has ") && error.contains("training.maxLength is 60"), "{error}");
     assert_eq!(encode(&refusing, &short), encode(&encoder(60), &short));
 }
 
 #[test]
 fn a_conversation_without_an_assistant_teaches_nothing() {
-    let error = encoder(1024).encode(&chat(&[("user", "hi")])).unwrap_err();
+    let error = encoder(1024).encode(&chat(&[("user", "hi")]), &mut Notes::default()).unwrap_err();
     assert_eq!(error, "no assistant turn, nothing to train on (messages[].role)");
 }
 
