@@ -5,14 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
 use tunesmith_crds::Uri;
 use tunesmith_engine::{Generator, Model, Sampling};
 
 use crate::{
     data::{
         conversation::Message,
-        encode::{Vocabulary, VocabularyError},
+        vocabulary::{Vocabulary, VocabularyError},
     },
     error::Error,
     model::ModelFolder,
@@ -37,12 +36,12 @@ impl Voice {
     /// # Errors
     /// The tokenizer is missing or damaged.
     pub fn load(folder: &Path) -> Result<Self, VocabularyError> {
-        Ok(Self::new(folder, Vocabulary::load(folder, None)?))
+        Ok(Self::new(Vocabulary::load(folder, None)?))
     }
 
-    /// The same, if the vocabulary of the model's folder is loaded already.
-    pub fn new(folder: &Path, vocabulary: Vocabulary) -> Self {
-        Self { stop: stop_tokens(folder, &vocabulary), vocabulary }
+    /// The same, if the vocabulary is loaded already.
+    pub fn new(vocabulary: Vocabulary) -> Self {
+        Self { stop: vocabulary.stops(), vocabulary }
     }
 
     /// Tokens that make the model answer `user`.
@@ -114,7 +113,7 @@ impl Writer {
         let template = adapter.as_deref().and_then(chat_template);
         let vocabulary = Vocabulary::load(&folder, template.as_deref());
         let vocabulary = vocabulary.map_err(|error| Error::Input(format!("{model}: {error}")))?;
-        let voice = Voice::new(&folder, vocabulary);
+        let voice = Voice::new(vocabulary);
         let mut model = Model::load(&folder)?;
         adapter.iter().try_for_each(|adapter| model.load_adapter(adapter))?;
         Ok(Self { model, voice })
@@ -193,18 +192,6 @@ pub(crate) fn fetch_adapter(uri: &Uri, stores: &Stores, work: &Path) -> Result<P
 /// The chat template that an adapter was trained with, if it has one of its own.
 pub(crate) fn chat_template(adapter: &Path) -> Option<String> {
     fs::read_to_string(adapter.join(CHAT_TEMPLATE)).ok()
-}
-
-/// The end tokens of `generation_config.json`, one or several, and the tokenizer's.
-fn stop_tokens(folder: &Path, vocabulary: &Vocabulary) -> Vec<u32> {
-    let config = fs::read(folder.join("generation_config.json")).ok();
-    let config: Value = config.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
-    let ids = match &config["eos_token_id"] {
-        Value::Array(ids) => ids.clone(),
-        id => vec![id.clone()],
-    };
-    let ids = ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok());
-    ids.chain([vocabulary.eos()]).collect()
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use crate::{
     data::{
         DataFile, Encoder, Overview, Rows,
         batches::Batches,
-        encode::{Vocabulary, VocabularyError},
         probe::constant_system,
+        vocabulary::{Vocabulary, VocabularyError},
     },
     digest,
     error::Error,
@@ -86,7 +86,7 @@ impl Inputs {
         let overview = Overview::new(&train, &eval, &encoder.vocabulary)?;
         overview.log();
         let (rows, tokens) = (overview.train.rows, overview.train.tokens);
-        let voice = Voice::new(&model.folder, encoder.vocabulary);
+        let voice = Voice::new(encoder.vocabulary);
         let exam = load_exam(spec, stores, work, &train_files, (&model, voice))?;
         Ok(Self {
             batches: Batches::new(train.lengths(), &spec.training),

@@ -18,7 +18,7 @@ use serde_json::Value as Json;
 use tunesmith_engine::Model;
 
 use super::{Gguf, convert};
-use crate::{data::encode::Vocabulary, model::ModelFolder, store::Stores};
+use crate::{data::vocabulary::Vocabulary, model::ModelFolder, store::Stores};
 
 const HIDDEN: usize = 32;
 

@@ -60,6 +60,16 @@ impl Message {
         &self.path
     }
 
+    /// The same turn with other fields.
+    pub(super) fn with_fields(&self, fields: Map<String, Value>) -> Self {
+        Self { fields, ..self.clone() }
+    }
+
+    /// Whether the row says that it is not to be learned.
+    pub fn is_excluded(&self) -> bool {
+        self.trained == Some(false)
+    }
+
     /// Whether it is to be learned: the assistant's turns are, unless the row says otherwise.
     pub fn is_trained(&self) -> bool {
         self.role() == "assistant" && self.trained.unwrap_or(true)

@@ -1,143 +1,18 @@
 //! Rows to tokens, and which of them are trained.
 
-use std::{ops::Range, path::Path};
+use std::ops::Range;
 
-use serde_json::Value;
-use tokenizers::Tokenizer;
 use tunesmith_crds::fine_tune_job::Overflow;
 use tunesmith_engine::IGNORE;
 
 use super::{
-    ChatTemplate, Example,
-    chat::special_token,
+    Example,
     conversation::{Conversation, Message},
     formats::{Alpaca, Row},
     notes::Notes,
+    template::Rendered,
+    vocabulary::{Placed, Vocabulary},
 };
-
-/// A model's tokenizer and chat template, as its folder describes them.
-pub struct Vocabulary {
-    tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
-    eos: u32,
-    eos_text: String,
-}
-
-/// Why text can't be turned into tokens: a message that names file and field.
-#[derive(Debug, thiserror::Error)]
-pub enum VocabularyError {
-    /// The model folder's tokenizer can't be used.
-    #[error("{0}")]
-    Folder(String),
-    /// The job's own chat template can't be used.
-    #[error("dataset.chatTemplate: {0}")]
-    Template(String),
-}
-
-impl Vocabulary {
-    /// Reads `tokenizer.json`, `tokenizer_config.json` and the chat template of a model folder, or takes another template
-    /// in its place.
-    ///
-    /// # Errors
-    /// A file is missing or damaged, or there is no end-of-sequence token, or the template is no Jinja.
-    pub fn load(folder: &Path, template: Option<&str>) -> Result<Self, VocabularyError> {
-        use VocabularyError::{Folder, Template};
-        let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json"))
-            .map_err(|error| Folder(format!("tokenizer.json can't be read: {error}")))?;
-        let config: Value = std::fs::read(folder.join("tokenizer_config.json"))
-            .map_err(|error| error.to_string())
-            .and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string()))
-            .map_err(|error| Folder(format!("tokenizer_config.json can't be read: {error}")))?;
-        let template = match template {
-            Some(template) => Some(ChatTemplate::new(template, &config).map_err(Template)?),
-            None => ChatTemplate::load(folder, &config).map_err(Folder)?,
-        };
-        let Value::String(eos_text) = special_token(&config, "eos_token") else {
-            let message = "tokenizer_config.json has no eos_token: a model trained without one would never stop";
-            return Err(Folder(message.into()));
-        };
-        let eos = tokenizer.token_to_id(&eos_text).ok_or_else(|| {
-            Folder(format!("eos_token {eos_text:?} of tokenizer_config.json is not in tokenizer.json"))
-        })?;
-        Ok(Self { tokenizer, template, eos, eos_text })
-    }
-
-    /// The token that ends a text.
-    pub fn eos(&self) -> u32 {
-        self.eos
-    }
-
-    /// Tokens in all, added ones too.
-    pub fn size(&self) -> usize {
-        self.tokenizer.get_vocab_size(true)
-    }
-
-    /// Tokens that make the model answer `user`: by the chat template, or as plain text where the model has none.
-    ///
-    /// # Errors
-    /// The template refuses the conversation.
-    pub fn prompt(&self, system: Option<&str>, user: &str) -> Result<Vec<u32>, String> {
-        if self.template.is_none() {
-            return self.text(user);
-        }
-        let system = system.map(|content| Message::new("system", content));
-        let turns: Vec<Message> = system.into_iter().chain([Message::new("user", user)]).collect();
-        self.conversation(&turns)
-    }
-
-    /// Tokens that make the model say the next turn.
-    ///
-    /// # Errors
-    /// There is no template, or it refuses the conversation.
-    pub fn conversation(&self, turns: &[Message]) -> Result<Vec<u32>, String> {
-        let template = self.template.as_ref().ok_or("the model has no chat template: it can't hold a conversation")?;
-        self.rendered(&template.prompt(turns)?).map(|(tokens, _)| tokens)
-    }
-
-    /// Tokens of a plain text, with what the tokenizer puts before texts, but no end token.
-    ///
-    /// # Errors
-    /// The tokenizer fails.
-    pub fn text(&self, text: &str) -> Result<Vec<u32>, String> {
-        let encoding = self.tokenizer.encode(text, true).map_err(tokenizer_failed)?;
-        let mut tokens = encoding.get_ids().to_vec();
-        while tokens.last() == Some(&self.eos) {
-            tokens.pop();
-        }
-        // A text that begins with the token that the tokenizer puts there as well.
-        if tokens.len() > 1 && tokens[0] == tokens[1] && encoding.get_special_tokens_mask()[0] == 1 {
-            tokens.remove(0);
-        }
-        Ok(tokens)
-    }
-
-    /// The text of tokens, without special ones.
-    ///
-    /// # Errors
-    /// The tokenizer fails.
-    pub fn decode(&self, tokens: &[u32]) -> Result<String, String> {
-        self.tokenizer.decode(tokens, true).map_err(tokenizer_failed)
-    }
-
-    /// The text of tokens, with special ones.
-    ///
-    /// # Errors
-    /// The tokenizer fails.
-    pub fn decode_with_specials(&self, tokens: &[u32]) -> Result<String, String> {
-        self.tokenizer.decode(tokens, false).map_err(tokenizer_failed)
-    }
-
-    /// Tokens of a rendered template, which holds its special tokens already, and the bytes that each stands for.
-    fn rendered(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), String> {
-        let encoding = self.tokenizer.encode(text, false).map_err(tokenizer_failed)?;
-        let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
-        Ok((encoding.get_ids().to_vec(), offsets))
-    }
-}
-
-fn tokenizer_failed(error: tokenizers::Error) -> String {
-    format!("the tokenizer fails: {error}")
-}
 
 /// Turns rows into examples.
 pub struct Encoder {
@@ -159,9 +34,31 @@ struct Tokens {
 }
 
 impl Tokens {
-    fn extend(&mut self, ids: &[u32], trained: bool) {
-        self.ids.extend(ids);
-        self.trained.resize(self.ids.len(), trained);
+    /// Tokens of a text, of which those are trained that stand for any byte of the spans: as transformers has it, a token
+    /// that begins before a span belongs to it.
+    fn of_spans((ids, places): Placed, spans: &[Range<usize>], notes: &mut Notes) -> Self {
+        let mut trained = vec![false; ids.len()];
+        let mut reaches_over = false;
+        for span in spans {
+            let overlaps = |place: &Range<usize>| place.start < span.end && span.start < place.end;
+            let Some(first) = places.iter().position(overlaps) else { continue };
+            let last = places.iter().rposition(overlaps).unwrap_or(first);
+            trained[first..=last].fill(true);
+            reaches_over |= places[first].start < span.start;
+        }
+        if reaches_over {
+            notes.add("the first token of an answer holds the end of what stands before it as well, and is trained");
+        }
+        Self { ids, trained }
+    }
+
+    fn all(ids: Vec<u32>) -> Self {
+        Self { trained: vec![true; ids.len()], ids }
+    }
+
+    fn push(&mut self, id: u32) {
+        self.ids.push(id);
+        self.trained.push(true);
     }
 }
 
@@ -171,79 +68,111 @@ impl Encoder {
     /// # Errors
     /// The template refuses the row, or it leaves nothing to train on; the message names the field.
     pub fn encode(&self, row: &Row, notes: &mut Notes) -> Result<Option<Example>, String> {
-        let _ = notes;
-        let mut tokens = Tokens::default();
-        match row {
-            Row::Conversation(conversation) => self.conversation(conversation, &mut tokens)?,
-            Row::PromptCompletion { prompt, completion } => self.completion(prompt, completion, &mut tokens)?,
+        let tokens = match row {
+            Row::Conversation(conversation) => self.conversation(conversation, notes)?,
+            Row::PromptCompletion { prompt, completion } => self.completion(prompt, completion, notes)?,
             Row::Alpaca(task) => match &self.vocabulary.template {
-                Some(_) => self.conversation(&alpaca_turns(task), &mut tokens)?,
-                None => self.completion(&alpaca_prompt(&task.instruction, &task.input), &task.output, &mut tokens)?,
+                Some(_) => self.conversation(&alpaca_turns(task), notes)?,
+                None => self.completion(&alpaca_prompt(task)?, &task.output, notes)?,
             },
-            Row::Text(text) => tokens.extend(&self.vocabulary.text(text)?, true),
-        }
-        let last = match row {
-            Row::Conversation(conversation) => conversation.turns.last(),
-            _ => None,
+            Row::Text(text) => self.ended(Tokens::all(self.vocabulary.text(text)?)),
         };
-        // After a turn that is not the assistant's there is nothing to end.
-        if last.is_none_or(|last| last.role() == "assistant") && !self.last_turn_has_eos(&tokens) {
-            tokens.extend(&[self.vocabulary.eos], true);
-        }
         self.example(tokens)
     }
 
-    /// A text after another. Apart, as the prompt will stand alone when the model is asked.
-    fn completion(&self, prompt: &str, completion: &str, tokens: &mut Tokens) -> Result<(), String> {
-        tokens.extend(&self.vocabulary.text(prompt)?, !self.assistant_only);
-        tokens.extend(&self.vocabulary.rendered(completion)?.0, true);
-        Ok(())
+    /// A text after another. They are tokenized together, as the model reads them; the prompt alone, as the model is
+    /// asked, tells where the completion begins.
+    fn completion(&self, prompt: &str, completion: &str, notes: &mut Notes) -> Result<Tokens, String> {
+        let text = format!("{prompt}{completion}");
+        let placed = self.vocabulary.placed_text(&text)?;
+        if !self.assistant_only {
+            return Ok(self.ended(Tokens::all(placed.0)));
+        }
+        let asked = self.vocabulary.text(prompt)?;
+        if placed.0.starts_with(&asked) {
+            let trained = (0..placed.0.len()).map(|i| i >= asked.len()).collect();
+            return Ok(self.ended(Tokens { ids: placed.0, trained }));
+        }
+        notes.add(
+            "the prompt's tokens are other ones once the completion follows: the first trained token begins in the prompt \
+             (end the prompt before a space, not behind it)",
+        );
+        let span = prompt.len()..text.len();
+        Ok(self.ended(Tokens::of_spans(placed, std::slice::from_ref(&span), &mut Notes::default())))
     }
 
-    /// A conversation, of which the first `given` turns are not trained.
-    fn conversation(&self, conversation: &Conversation, tokens: &mut Tokens) -> Result<(), String> {
-        let (messages, given) = (&conversation.turns, conversation.given);
+    /// The same tokens with the end token behind them, if it is not there.
+    fn ended(&self, mut tokens: Tokens) -> Tokens {
+        if tokens.ids.last() != Some(&self.vocabulary.eos()) {
+            tokens.push(self.vocabulary.eos());
+        }
+        tokens
+    }
+
+    fn conversation(&self, conversation: &Conversation, notes: &mut Notes) -> Result<Tokens, String> {
         let template = self.vocabulary.template.as_ref().ok_or(
             "the base model has no chat template; use an instruct model, give dataset.chatTemplate, or use rows of prompt and \
              completion, or text",
         )?;
+        let Some(last) = conversation.turns.last() else { return Err("no turn, nothing to train on".into()) };
         if !self.assistant_only {
-            let (ids, _) = self.vocabulary.rendered(&template.text(messages)?)?;
-            tokens.extend(&ids, true);
-            return Ok(());
+            let (text, excluded) = template.whole_conversation(conversation, notes)?;
+            let placed = self.vocabulary.rendered(&text)?;
+            let left_out = Tokens::of_spans(placed, &excluded, &mut Notes::default());
+            let trained = left_out.trained.iter().map(|excluded| !excluded).collect();
+            let mut tokens = Tokens { ids: left_out.ids, trained };
+            if last.is_trained() && !self.has_end(&text, last) {
+                tokens.push(self.vocabulary.eos());
+            }
+            return Ok(tokens);
         }
-        if !messages[given..].iter().any(|message| message.role() == "assistant") {
-            let field = if given == 0 { "messages[].role" } else { "completion[].role" };
+        let is_learned = |(i, turn): (usize, &Message)| i >= conversation.given && turn.is_trained();
+        if !conversation.turns.iter().enumerate().any(is_learned) {
+            let field = if conversation.given == 0 { "messages[].role" } else { "completion[].role" };
             return Err(format!("no assistant turn, nothing to train on ({field})"));
         }
-        let rendered = template.conversation(messages, given)?;
-        let spans: Vec<_> = rendered.assistant.into_iter().map(|span| self.until_eos(&rendered.text, span)).collect();
-        let (ids, offsets) = self.vocabulary.rendered(&rendered.text)?;
-        for (&id, offset) in ids.iter().zip(offsets) {
-            let trained = spans.iter().any(|span| span.contains(&offset.start));
-            tokens.extend(&[id], trained);
+        let Rendered { text, spans } = template.conversation(conversation, notes)?;
+        let learned = conversation.turns.iter().enumerate().filter(|turn| is_learned(*turn));
+        let contents: Vec<&str> = learned.map(|(_, turn)| turn.content().trim()).collect();
+        // A template that marks what is learned may mark several parts of a turn.
+        let content = |i: usize| contents.get(i).copied().filter(|_| contents.len() == spans.len()).unwrap_or_default();
+        let spans: Vec<_> =
+            spans.iter().enumerate().map(|(i, span)| self.until_end(&text, span.clone(), content(i))).collect();
+        let is_ended = spans.last().is_some_and(|span| self.ends_with_end(&text[span.clone()]));
+        let mut tokens = Tokens::of_spans(self.vocabulary.rendered(&text)?, &spans, notes);
+        // After a turn that is not learned there is nothing to end.
+        if last.is_trained() && !is_ended {
+            tokens.push(self.vocabulary.eos());
         }
-        Ok(())
+        Ok(tokens)
     }
 
     /// A turn up to its end token: the line break that templates put after it is never asked for. A template that ends
-    /// `{% generation %}` before the end token leaves it outside, and the model would never learn to stop.
-    fn until_eos(&self, text: &str, span: Range<usize>) -> Range<usize> {
-        match text[span.clone()].rfind(&self.vocabulary.eos_text) {
-            Some(at) => span.start..span.start + at + self.vocabulary.eos_text.len(),
-            None if text[span.end..].starts_with(&self.vocabulary.eos_text) => {
-                span.start..span.end + self.vocabulary.eos_text.len()
+    /// `{% generation %}` before the end token leaves it outside, and the model would never learn to stop. An end token in
+    /// the turn's content is a part of the answer.
+    fn until_end(&self, text: &str, span: Range<usize>, content: &str) -> Range<usize> {
+        let ends = || self.vocabulary.ends.iter().map(|(_, end)| end.as_str());
+        let said = text[span.clone()].trim_end();
+        let (mut rest, mut first_end) = (said, None);
+        while let Some(end) = ends().find(|end| rest.ends_with(end)) {
+            if content.ends_with(end) && rest.ends_with(content) {
+                break;
             }
-            None => span,
+            first_end = Some(span.start + rest.len());
+            rest = rest[..rest.len() - end.len()].trim_end();
         }
+        let behind = || ends().find(|end| text[span.end..].starts_with(end)).map(|end| span.end + end.len());
+        span.start..first_end.or_else(behind).unwrap_or(span.end)
     }
 
-    /// Whether the last trained run of tokens ends with the end token.
-    fn last_turn_has_eos(&self, tokens: &Tokens) -> bool {
-        let pairs = tokens.ids.iter().zip(&tokens.trained).rev();
-        // When every token is trained, the white space after the end token is too.
-        let trained: Vec<u32> = pairs.filter(|(_, trained)| **trained).map(|(&id, _)| id).take(2).collect();
-        trained.contains(&self.vocabulary.eos)
+    fn ends_with_end(&self, text: &str) -> bool {
+        self.vocabulary.ends.iter().any(|(_, end)| text.ends_with(end.as_str()))
+    }
+
+    /// Whether the text has an end token behind the content of its last turn.
+    fn has_end(&self, text: &str, last: &Message) -> bool {
+        let (text, content) = (text.trim_end(), last.content().trim());
+        self.ends_with_end(text) && (content.is_empty() || !text.ends_with(content))
     }
 
     fn example(&self, Tokens { mut ids, mut trained }: Tokens) -> Result<Option<Example>, String> {
@@ -294,8 +223,14 @@ fn alpaca_turns(Alpaca { system, history, instruction, input, output }: &Alpaca)
 }
 
 /// A task in the words of Stanford Alpaca (Taori et al., 2023), as the `text` column of its data set has them.
-fn alpaca_prompt(instruction: &str, input: &str) -> String {
-    match input {
+fn alpaca_prompt(Alpaca { system, history, instruction, input, .. }: &Alpaca) -> Result<String, String> {
+    if !system.is_empty() || !history.is_empty() {
+        let field = if history.is_empty() { "system" } else { "history" };
+        return Err(format!(
+            "{field} needs a chat template, which the base model has not: use an instruct model, or give dataset.chatTemplate"
+        ));
+    }
+    Ok(match input.as_str() {
         "" => format!(
             "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n\
              ### Instruction:\n{instruction}\n\n### Response:\n"
@@ -305,5 +240,5 @@ fn alpaca_prompt(instruction: &str, input: &str) -> String {
              response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n\
              ### Response:\n"
         ),
-    }
+    })
 }

@@ -2,7 +2,6 @@
 //! training.
 
 pub mod batches;
-pub mod chat;
 mod container;
 pub mod conversation;
 pub mod encode;
@@ -15,9 +14,11 @@ mod parquet;
 pub mod probe;
 pub mod rows;
 pub mod shuffle;
+pub mod template;
 #[cfg(test)]
 mod tests;
 mod token_file;
+pub mod vocabulary;
 
 use std::{path::Path, sync::Arc};
 
@@ -26,10 +27,11 @@ use tunesmith_engine::IGNORE;
 
 use self::token_file::{Entry, TokenFile, Writer};
 pub use self::{
-    chat::ChatTemplate,
     encode::Encoder,
     overview::Overview,
     rows::{DataError, DataFile},
+    template::ChatTemplate,
+    vocabulary::Vocabulary,
 };
 
 /// One row as the model sees it.

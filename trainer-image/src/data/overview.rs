@@ -5,7 +5,7 @@ use std::{ffi::OsStr, fmt::Write, io::IsTerminal};
 
 use tunesmith_engine::IGNORE;
 
-use super::{DataError, Example, Rows, encode::Vocabulary};
+use super::{DataError, Example, Rows, vocabulary::Vocabulary};
 
 /// Rows and tokens of the training or the evaluation data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

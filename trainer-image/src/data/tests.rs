@@ -1,6 +1,8 @@
 //! Encoding, tried with a real tokenizer: which tokens are trained is what a chat model lives or dies by.
 
 mod loading;
+mod merges;
+mod vocabulary;
 
 use std::path::Path;
 
@@ -12,9 +14,9 @@ use tunesmith_engine::IGNORE;
 use super::{
     Encoder, Example,
     conversation::{Conversation, Message},
-    encode::Vocabulary,
     formats::{Alpaca, Row},
     notes::Notes,
+    vocabulary::Vocabulary,
 };
 use crate::tiny_model;
 
