@@ -17,8 +17,8 @@ use super::table::{Batches, guarded};
 
 /// First and last bytes of a file.
 const FILE_MAGIC: &[u8] = b"ARROW1";
-/// Bytes before a file's stream: the mark, and two of padding.
-const FILE_START: u64 = 8;
+/// Bytes in which a file's mark is padded, once or more.
+const PADDING: u64 = 8;
 /// Stands before every message.
 const CONTINUATION: [u8; 4] = [0xff; 4];
 /// Bytes that a buffer may claim to decompress to.
@@ -55,7 +55,7 @@ impl Stream {
             if end != FILE_MAGIC {
                 return Err("it is not a whole Arrow file; upload it again".into());
             }
-            file.seek(SeekFrom::Start(FILE_START)).map_err(io)?;
+            skip_padding(&mut file).map_err(io)?;
         } else {
             file.rewind().map_err(io)?;
         }
@@ -108,6 +108,17 @@ impl Stream {
         }
         Ok(())
     }
+}
+
+/// Goes to the stream of a file, behind its mark and the zeros after it.
+fn skip_padding(file: &mut File) -> std::io::Result<()> {
+    let mut start = PADDING;
+    file.seek(SeekFrom::Start(start))?;
+    let mut word = [0; PADDING as usize];
+    while file.read_exact(&mut word).is_ok() && word == [0; PADDING as usize] {
+        start += PADDING;
+    }
+    file.seek(SeekFrom::Start(start)).map(|_| ())
 }
 
 /// Whether every compressed buffer says how long it is, within reason: the decoder would make room for any length.

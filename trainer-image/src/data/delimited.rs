@@ -6,13 +6,11 @@ use std::{
     rc::Rc,
 };
 
-use csv::{ByteRecord, ReaderBuilder};
-use serde_json::Value;
-
 use super::{
     container::{BadRow, Columns, Wanted},
     lines::MAX_ROW_BYTES,
 };
+use csv::{ByteRecord, ReaderBuilder, Terminator};
 
 /// Stands after the last row. Read as a row of its own, it shows that every quote was closed.
 const END: &str = "\u{fdd0}";
@@ -63,7 +61,9 @@ impl Delimited {
         let left = Rc::new(Cell::new(MAX_ROW_BYTES));
         let end = Cursor::new(format!("\n{END}\n").into_bytes());
         let reader = Limited { inner: (Box::new(reader) as Box<dyn Read>).chain(end), left: Rc::clone(&left) };
-        let mut reader = ReaderBuilder::new().delimiter(delimiter).from_reader(reader);
+        // A carriage return before the line break is taken off below: the reader would not count the line at it.
+        let lines = Terminator::Any(b'\n');
+        let mut reader = ReaderBuilder::new().delimiter(delimiter).terminator(lines).from_reader(reader);
         let names = reader.headers().map_err(|error| problem(&error))?;
         let header: Vec<String> =
             names.iter().map(|name| name.trim_start_matches('\u{feff}').trim().to_owned()).collect();
@@ -85,36 +85,53 @@ impl Delimited {
         if self.has_ended {
             return Ok(None);
         }
-        self.left.set(MAX_ROW_BYTES);
-        let read = self.reader.read_byte_record(&mut self.record);
-        let line = self.first_line();
-        match read {
-            Ok(false) => return Ok(None),
-            Err(error) if matches!(error.kind(), csv::ErrorKind::Io(_)) => {
-                return Err(BadRow::fatal(line, problem(&error)));
+        loop {
+            self.left.set(MAX_ROW_BYTES);
+            let read = self.reader.read_byte_record(&mut self.record);
+            match read {
+                Ok(false) => return Ok(None),
+                Err(error) if matches!(error.kind(), csv::ErrorKind::Io(_)) => {
+                    return Err(BadRow::fatal(self.first_line(0), problem(&error)));
+                }
+                _ if self.record.len() == 1 && self.record.get(0) == Some(b"\r") => {}
+                _ if self.record.len() == 1 && self.record.get(0) == Some(END.as_bytes()) => {
+                    self.has_ended = true;
+                    return Ok(None);
+                }
+                _ if self
+                    .record
+                    .iter()
+                    .last()
+                    .is_some_and(|field| field.trim_ascii_end().ends_with(END.as_bytes())) =>
+                {
+                    let problem = "a quote is never closed, so that the rest of the file is one field";
+                    return Err(BadRow::fatal(self.first_line(0), problem));
+                }
+                Err(error) => return Err(BadRow::alone(self.first_line(1), problem(&error))),
+                Ok(true) => return self.columns(self.first_line(1)).map(Some),
             }
-            _ if self.record.len() == 1 && self.record.get(0) == Some(END.as_bytes()) => {
-                self.has_ended = true;
-                return Ok(None);
-            }
-            _ if self.record.iter().last().is_some_and(|field| field.trim_ascii_end().ends_with(END.as_bytes())) => {
-                return Err(BadRow::fatal(line, "a quote is never closed, so that the rest of the file is one field"));
-            }
-            Err(error) => return Err(BadRow::alone(line, problem(&error))),
-            Ok(true) => {}
         }
-        let fields = self.header.iter().zip(&self.record).filter(|(_, field)| !field.is_empty());
-        let text = |(name, field): (&String, &[u8])| match std::str::from_utf8(field) {
-            Ok(text) => Ok((name.clone(), Value::from(text))),
-            Err(_) => Err(BadRow::alone(line, format!("{name} is not UTF-8; save the file as UTF-8"))),
-        };
-        fields.map(text).collect::<Result<Columns, _>>().map(|columns| Some((line, columns)))
     }
 
-    /// The line on which the row that was read last begins, blank lines before it left out.
-    fn first_line(&self) -> u64 {
+    /// The columns of the row that was read last, which begins on this line.
+    fn columns(&self, line: u64) -> Result<(u64, Columns), BadRow> {
+        let last = self.header.len().saturating_sub(1);
+        let mut columns = Columns::new();
+        for (i, (name, field)) in self.header.iter().zip(&self.record).enumerate() {
+            let field = if i == last { field.strip_suffix(b"\r").unwrap_or(field) } else { field };
+            let text = std::str::from_utf8(field)
+                .map_err(|_| BadRow::alone(line, format!("{name} is not UTF-8; save the file as UTF-8")))?;
+            if !text.is_empty() {
+                columns.insert(name.clone(), text.into());
+            }
+        }
+        Ok((line, columns))
+    }
+
+    /// The line on which the row that was read last begins: it ends with so many line breaks, and may hold others.
+    fn first_line(&self, ends_with: u64) -> u64 {
         let breaks: usize = self.record.iter().map(|field| field.iter().filter(|&&byte| byte == b'\n').count()).sum();
-        self.reader.position().line().saturating_sub(1 + breaks as u64)
+        self.reader.position().line().saturating_sub(ends_with + breaks as u64)
     }
 }
 
@@ -174,8 +191,8 @@ mod tests {
         let content = "\u{feff}prompt,completion\r\na,\"b\n\"\"c\"\"\"\n\nd, e\n\"f,\",g";
         let rows = read(content.as_bytes()).unwrap();
         assert_eq!(rows, [row(2, "a", "b\n\"c\""), row(5, "d", " e"), row(6, "f,", "g")]);
-        let rows = read(content.replace('\n', "\r\n").replace("\r\r", "\r").as_bytes()).unwrap();
-        assert_eq!(rows.iter().map(|(line, _)| *line).collect::<Vec<_>>(), [2, 5, 6]);
+        let rows = read(content.replace("\r\n", "\n").replace('\n', "\r\n").as_bytes()).unwrap();
+        assert_eq!(rows, [row(2, "a", "b\r\n\"c\""), row(5, "d", " e"), row(6, "f,", "g")]);
         for delimiter in ["\t", ";"] {
             let rows = read(format!("prompt{delimiter}completion\na, x{delimiter}b\n").as_bytes()).unwrap();
             assert_eq!(rows, [row(2, "a, x", "b")]);
