@@ -10,7 +10,7 @@ use tunesmith_engine::Quantization;
 
 use crate::{
     data::{
-        DataFile, Encoder, Overview, Rows,
+        DataFile, Encoder, Overview, RowOptions, Rows,
         batches::Batches,
         probe::constant_system,
         vocabulary::{Vocabulary, VocabularyError},
@@ -58,6 +58,7 @@ impl Inputs {
         }
         check_method(spec.method.as_ref(), model.config.stored_as)?;
         let dataset = &spec.dataset;
+        let options = RowOptions::new(dataset).map_err(Error::Spec)?;
         let vocabulary = Vocabulary::load(&model.folder, dataset.chat_template.as_deref());
         let vocabulary = vocabulary.map_err(|error| match error {
             VocabularyError::Template(_) => Error::Spec(error.to_string()),
@@ -71,7 +72,7 @@ impl Inputs {
         };
         let load = |uri: &Uri, purpose: &str| -> Result<_, Error> {
             let (files, digests) = fetch(stores, uri, &work.join("data").join(purpose), purpose)?;
-            Ok((Rows::load(&files, dataset.format, &encoder, work)?, files, digests))
+            Ok((Rows::load(&files, &options, &encoder, work)?, files, digests))
         };
         let (rows, train_files, mut files) = load(&dataset.train.uri, "train")?;
         let (train, eval) = match (&dataset.eval, dataset.eval_fraction) {
@@ -87,7 +88,7 @@ impl Inputs {
         overview.log();
         let (rows, tokens) = (overview.train.rows, overview.train.tokens);
         let voice = Voice::new(encoder.vocabulary);
-        let exam = load_exam(spec, stores, work, &train_files, (&model, voice))?;
+        let exam = load_exam(spec, stores, work, (&train_files, &options), (&model, voice))?;
         Ok(Self {
             batches: Batches::new(train.lengths(), &spec.training),
             dataset: DatasetRecord { digest: digest::of_files(&files), rows, tokens },
@@ -100,19 +101,19 @@ impl Inputs {
     }
 }
 
-/// The probe, asked as its gate says; `train` are the files of training rows.
+/// The probe, asked as its gate says; `train` are the files of training rows, and how they are read.
 fn load_exam(
     spec: &RunSpec,
     stores: &Stores,
     work: &Path,
-    train: &[DataFile],
+    (train, options): (&[DataFile], &RowOptions),
     (model, voice): (&ModelFolder, Voice),
 ) -> Result<Option<Exam>, Error> {
     let Some(probe) = spec.evaluation.probe() else { return Ok(None) };
     let (probe_file, digest) = fetch_probe(stores, &probe.uri, work)?;
     let system = match &probe.system {
         Some(system) => Some(system.clone()),
-        None => constant_system(train, spec.dataset.format)?,
+        None => constant_system(train, options)?,
     };
     let context = model.config.max_position_embeddings;
     let settings = Settings { system: system.as_deref(), max_new_tokens: probe.max_new_tokens, context };

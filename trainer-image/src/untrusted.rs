@@ -3,12 +3,12 @@
 
 use std::{fs, path::Path};
 
-use tunesmith_crds::{RunSpec, fine_tune_job::DataFormat};
+use tunesmith_crds::RunSpec;
 use tunesmith_engine::{Model, ModelConfig};
 
 use crate::{
     convert::convert,
-    data::{DataFile, probe, rows::Reader},
+    data::{DataFile, RowOptions, notes::Notes, probe, rows::Reader},
     model::read_header,
     pod::parse_spec,
 };
@@ -36,7 +36,7 @@ pub fn gguf(bytes: &[u8]) {
     let _ = convert(&file, &folder.path().join("out"));
 }
 
-/// A data file: JSON Lines, plain or compressed, or Parquet.
+/// A data file: JSON, plain or compressed, CSV, Parquet or Arrow.
 ///
 /// # Panics
 /// There is no room for temporary files.
@@ -45,8 +45,9 @@ pub fn data_rows(bytes: &[u8]) {
     let file = folder.path().join("rows");
     fs::write(&file, bytes).expect("room for the file");
     let file = DataFile::new(&file);
-    if let Ok(mut rows) = Reader::open(&file, DataFormat::Auto) {
-        while let Ok(Some(_)) = rows.next_row() {}
+    let (options, mut notes) = (RowOptions::default(), Notes::default());
+    if let Ok(mut rows) = Reader::open(&file, &options) {
+        while let Ok(Some(_)) = rows.next_row(&mut notes) {}
     }
 }
 

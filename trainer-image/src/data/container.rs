@@ -1,80 +1,169 @@
-//! What a data file is, by its first bytes: lines of JSON, plain or compressed, or Parquet. Names may lie.
+//! What a data file is, by its first bytes: lines or a list of JSON, plain or compressed, CSV, Parquet or Arrow. Names may
+//! lie.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs::File,
-    io::{BufReader, Read, Seek},
-    path::Path,
+    io::{self, BufReader, Cursor, Read, Seek},
+    rc::Rc,
 };
 
 use flate2::read::MultiGzDecoder;
 use serde_json::{Map, Value};
 
-use super::{lines::Lines, parquet::Table};
+use super::{
+    DataFile,
+    arrow_stream::{self, Stream},
+    delimited::{self, Delimited},
+    json_list::JsonList,
+    kinds::{HEAD_BYTES, refused},
+    lines::Lines,
+    parquet,
+    table::Table,
+};
 
 /// A row before anyone looked at what it holds: its columns.
 pub(super) type Columns = Map<String, Value>;
+/// Names of the columns that are to be read. Of tables, others are left alone.
+pub(super) type Wanted = BTreeSet<String>;
+
+/// A row as its file has it.
+#[derive(Debug, Default)]
+pub(super) struct RawRow {
+    /// Its number, from 1: of its line, or of the row in a table or a list.
+    pub number: u64,
+    /// Its columns; none of a table is null.
+    pub columns: Columns,
+    /// Columns of a table whose values JSON can't hold, and why.
+    pub unreadable: BTreeMap<String, String>,
+    /// Columns of a table that were not read.
+    pub unread: Rc<[String]>,
+}
 
 /// A row that can't be read.
 #[derive(Debug)]
 pub(super) struct BadRow {
-    /// Its number, from 1: of its line, or of the row in a table.
+    /// Its number.
     pub row: u64,
     /// What is wrong with it.
     pub problem: String,
+    /// Whether nothing can be read after it.
+    pub is_fatal: bool,
+}
+
+impl BadRow {
+    /// A row that can't be read, and others after it can.
+    pub fn alone(row: u64, problem: impl Into<String>) -> Self {
+        Self { row, problem: problem.into(), is_fatal: false }
+    }
+
+    /// A row after which nothing can be read.
+    pub fn fatal(row: u64, problem: impl Into<String>) -> Self {
+        Self { row, problem: problem.into(), is_fatal: true }
+    }
 }
 
 /// An open data file.
 pub(super) enum Container {
     /// JSON Lines.
     Lines(Lines),
-    /// Parquet.
+    /// A JSON list of objects.
+    List(JsonList),
+    /// CSV or TSV.
+    Delimited(Box<Delimited>),
+    /// Parquet or Arrow.
     Table(Table),
 }
-
-/// Kinds of files that hold rows elsewhere, by their first bytes.
-const REFUSED: [(&[u8], &str); 5] = [
-    (b"PK\x03\x04", "a zip archive"),
-    (b"BZh", "a bzip2 file"),
-    (b"\xfd7zXZ", "an xz file"),
-    (b"ARROW1", "an Arrow file"),
-    (b"PARE", "an encrypted Parquet file"),
-];
 
 impl Container {
     /// Opens a file.
     ///
     /// # Errors
     /// It can't be read, or is of another kind.
-    pub fn open(path: &Path) -> Result<Self, String> {
-        let io = |error: std::io::Error| error.to_string();
-        let mut file = File::open(path).map_err(io)?;
-        let mut start = Vec::new();
-        (&mut file).take(8).read_to_end(&mut start).map_err(io)?;
-        file.rewind().map_err(io)?;
-        if let Some((_, kind)) = REFUSED.iter().find(|(magic, _)| start.starts_with(magic)) {
-            return Err(format!("it is {kind}; use JSON Lines (plain, gzip or zstd) or Parquet"));
+    pub fn open(file: &DataFile, wanted: &Wanted) -> Result<Self, String> {
+        let mut source = File::open(&file.path).map_err(|error| error.to_string())?;
+        let (head, failure) = head_of(&mut source);
+        if let Some(error) = failure {
+            return Err(error.to_string());
         }
-        let is = |magic: &[u8]| start.starts_with(magic);
-        if is(b"PAR1") {
-            return Table::open(file).map(Self::Table);
+        source.rewind().map_err(|error| error.to_string())?;
+        if let Some(refusal) = refused(&head) {
+            return Err(refusal);
         }
-        Ok(Self::Lines(if is(b"\x1f\x8b") {
-            Lines::new(MultiGzDecoder::new(BufReader::new(file)))
-        } else if is(b"\x28\xb5\x2f\xfd") {
-            Lines::new(zstd::Decoder::new(file).map_err(io)?)
-        } else {
-            Lines::new(file)
-        }))
+        let is = |magic: &[u8]| head.starts_with(magic);
+        if is(parquet::MAGIC) {
+            return parquet::open(source, wanted).map(Self::Table);
+        }
+        if arrow_stream::is(&head) {
+            return Ok(Self::Table(Table::new(Stream::open(source)?, wanted)));
+        }
+        if is(b"\x1f\x8b") {
+            return Self::decompressed(MultiGzDecoder::new(BufReader::new(source)), file, wanted);
+        }
+        if is(b"\x28\xb5\x2f\xfd") {
+            let decoder = zstd::Decoder::new(source).map_err(|error| error.to_string())?;
+            return Self::decompressed(decoder, file, wanted);
+        }
+        Self::text(source, &head, file, wanted)
     }
 
-    /// The next row's number and columns.
+    fn decompressed(mut reader: impl Read + 'static, file: &DataFile, wanted: &Wanted) -> Result<Self, String> {
+        let (head, failure) = head_of(&mut reader);
+        let is_table = head.starts_with(parquet::MAGIC) || arrow_stream::is(&head);
+        let refusal = is_table.then(|| "it is a compressed Parquet or Arrow file; decompress it".to_owned());
+        match refusal.or_else(|| refused(&head)) {
+            Some(refusal) => Err(refusal),
+            None => {
+                let rest: Box<dyn Read> = match failure {
+                    Some(error) => Box::new(Broken(error)),
+                    None => Box::new(reader),
+                };
+                Self::text(Cursor::new(head.clone()).chain(rest), &head, file, wanted)
+            }
+        }
+    }
+
+    /// Rows as text: of `reader`, which begins with `head`.
+    fn text(reader: impl Read + 'static, head: &[u8], file: &DataFile, wanted: &Wanted) -> Result<Self, String> {
+        let start = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head).trim_ascii_start();
+        Ok(match start.first() {
+            Some(b'[') => Self::List(JsonList::new(reader)),
+            Some(b'{') | None => Self::Lines(Lines::new(reader)),
+            Some(_) => match delimited::delimiter(start, &file.name, wanted) {
+                Some(delimiter) => Self::Delimited(Box::new(Delimited::new(reader, delimiter)?)),
+                None => Self::Lines(Lines::new(reader)),
+            },
+        })
+    }
+
+    /// The next row.
     ///
     /// # Errors
     /// It can't be read.
-    pub fn next_row(&mut self) -> Result<Option<(u64, Columns)>, BadRow> {
+    pub fn next_row(&mut self) -> Result<Option<RawRow>, BadRow> {
+        let of_text =
+            |row: Option<(u64, Columns)>| row.map(|(number, columns)| RawRow { number, columns, ..RawRow::default() });
         match self {
-            Self::Lines(lines) => lines.next_row(),
+            Self::Lines(lines) => lines.next_row().map(of_text),
+            Self::List(list) => list.next_row().map(of_text),
+            Self::Delimited(rows) => rows.next_row().map(of_text),
             Self::Table(table) => table.next_row(),
         }
+    }
+}
+
+/// The beginning of a file, and why there is no more of it if it breaks off.
+fn head_of(reader: &mut impl Read) -> (Vec<u8>, Option<io::Error>) {
+    let mut head = Vec::new();
+    let failure = reader.take(HEAD_BYTES).read_to_end(&mut head).err();
+    (head, failure)
+}
+
+/// The place where a file breaks off.
+struct Broken(io::Error);
+
+impl Read for Broken {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::Error::new(self.0.kind(), self.0.to_string()))
     }
 }

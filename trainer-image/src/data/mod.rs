@@ -1,11 +1,17 @@
 //! From data files to micro-batches: containers, formats, the chat template, tokens and masks, packing, and the order of
 //! training.
 
+mod arrow_stream;
+pub mod bad_rows;
 pub mod batches;
+mod cells;
 mod container;
 pub mod conversation;
+mod delimited;
 pub mod encode;
 pub mod formats;
+mod json_list;
+mod kinds;
 mod lines;
 pub mod notes;
 pub mod overview;
@@ -14,22 +20,27 @@ mod parquet;
 pub mod probe;
 pub mod rows;
 pub mod shuffle;
+mod table;
 pub mod template;
 #[cfg(test)]
 mod tests;
 mod token_file;
 pub mod vocabulary;
 
-use std::{path::Path, sync::Arc};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
-use tunesmith_crds::fine_tune_job::DataFormat;
 use tunesmith_engine::IGNORE;
 
-use self::token_file::{Entry, TokenFile, Writer};
+use self::{
+    bad_rows::{Bad, BadRows},
+    notes::Notes,
+    rows::{Next, Reader},
+    token_file::{Entry, TokenFile, Writer},
+};
 pub use self::{
     encode::Encoder,
     overview::Overview,
-    rows::{DataError, DataFile},
+    rows::{DataError, DataFile, RowOptions},
     template::ChatTemplate,
     vocabulary::Vocabulary,
 };
@@ -60,6 +71,8 @@ pub struct Rows {
     lengths: Vec<u32>,
     names: Arc<[String]>,
     dropped: u64,
+    skipped: u64,
+    notes: Notes,
 }
 
 impl Rows {
@@ -67,28 +80,44 @@ impl Rows {
     ///
     /// # Errors
     /// A row can't be used; the message names file, row and field. Or the folder can't be written.
-    pub fn load(files: &[DataFile], format: DataFormat, encoder: &Encoder, work: &Path) -> Result<Self, DataError> {
+    pub fn load(files: &[DataFile], options: &RowOptions, encoder: &Encoder, work: &Path) -> Result<Self, DataError> {
         let names: Arc<[String]> = files.iter().map(|file| file.name.clone()).collect();
         let mut writer = Writer::create(work)?;
-        let (mut dropped, mut notes) = (0, notes::Notes::default());
+        let (mut dropped, mut bad, mut notes) = (0, BadRows::default(), Notes::default());
+        let mut found = BTreeSet::new();
         for (file, number) in files.iter().zip(0..) {
-            let mut reader = rows::Reader::open(file, format)?;
-            while let Some((row, content)) = reader.next_row()? {
-                match encoder.encode(&content, &mut notes).map_err(|problem| reader.error(row, problem))? {
-                    Some(example) => writer.push(number, row, &example)?,
-                    None => dropped += 1,
+            let mut reader = Reader::open(file, options)?;
+            while let Some(next) = reader.next_row(&mut notes)? {
+                let mut of_row = Notes::default();
+                let (row, encoded) = match next {
+                    Next::Row(row, content) => (row, encoder.encode(&content, &mut of_row)),
+                    Next::Bad(row, problem) => (row, Err(problem)),
+                };
+                if encoded.is_ok() {
+                    notes.extend(of_row);
+                }
+                match encoded {
+                    Ok(Some(example)) => writer.push(number, row, &example)?,
+                    Ok(None) => dropped += 1,
+                    Err(problem) => bad.add(Bad { file: file.name.clone(), row, problem }),
                 }
             }
-            tracing::info!(file = %file.name, rows = writer.len(), dropped, "encoded");
+            found.extend(reader.found().iter().cloned());
+            tracing::info!(file = %file.name, rows = writer.len(), dropped, skipped = bad.count(), "encoded");
         }
         let (file, lengths) = writer.finish()?;
-        match (lengths.is_empty(), dropped) {
-            (true, 0) => Err(DataError::Empty { file: name_of_all(&names) }),
-            (true, rows) => {
-                Err(DataError::AllDropped { file: name_of_all(&names), rows, max_length: encoder.max_length })
-            }
-            (false, _) => Ok(Self { file: Arc::new(file), picked: None, lengths, names, dropped }),
+        if lengths.is_empty() && dropped == 0 && bad.count() == 0 {
+            return Err(DataError::Empty { file: name_of_all(&names) });
         }
+        if let Some((name, column)) = options.columns.iter().find(|(name, _)| !found.contains(*name)) {
+            return Err(DataError::NoColumn { file: name_of_all(&names), name: name.clone(), column: column.clone() });
+        }
+        let skipped = bad.skipped(options.on_bad_row, !lengths.is_empty() || dropped > 0)?;
+        if lengths.is_empty() {
+            let (file, max_length) = (name_of_all(&names), encoder.max_length);
+            return Err(DataError::AllDropped { file, rows: dropped, max_length });
+        }
+        Ok(Self { file: Arc::new(file), picked: None, lengths, names, dropped, skipped, notes })
     }
 
     /// Number of rows.
@@ -109,6 +138,16 @@ impl Rows {
     /// Rows that were longer than maxLength and are not among these.
     pub fn dropped(&self) -> u64 {
         self.dropped
+    }
+
+    /// Rows that can't be used and are not among these.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// What of the rows was not used as it stands.
+    pub fn notes(&self) -> &Notes {
+        &self.notes
     }
 
     /// The largest token of the files that these rows are from.
@@ -152,14 +191,16 @@ impl Rows {
         let split = batches::hold_out(self.len(), fraction, seed);
         let too_few = || DataError::NothingToHoldOut { file: name_of_all(&self.names), rows: self.len() };
         let (train, eval) = split.ok_or_else(too_few)?;
-        let pick = |rows: Vec<u32>, dropped: u64| Self {
+        let pick = |rows: Vec<u32>, (dropped, skipped): (u64, u64), notes: &Notes| Self {
             file: Arc::clone(&self.file),
             lengths: rows.iter().map(|&row| self.lengths[row as usize]).collect(),
             picked: Some(rows),
             names: Arc::clone(&self.names),
             dropped,
+            skipped,
+            notes: notes.clone(),
         };
-        Ok((pick(train, self.dropped), pick(eval, 0)))
+        Ok((pick(train, (self.dropped, self.skipped), &self.notes), pick(eval, (0, 0), &Notes::default())))
     }
 
     fn index_in_file(&self, index: usize) -> usize {

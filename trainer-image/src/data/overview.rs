@@ -5,7 +5,7 @@ use std::{ffi::OsStr, fmt::Write, io::IsTerminal};
 
 use tunesmith_engine::IGNORE;
 
-use super::{DataError, Example, Rows, vocabulary::Vocabulary};
+use super::{DataError, Example, Rows, notes::Notes, vocabulary::Vocabulary};
 
 /// Rows and tokens of the training or the evaluation data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,13 +18,15 @@ pub struct Totals {
     pub trained_tokens: u64,
     /// Rows that have lost their end.
     pub truncated_rows: u64,
-    /// Rows that were left out.
+    /// Rows that are too long and were left out.
     pub dropped_rows: u64,
+    /// Rows that can't be used and were left out.
+    pub skipped_rows: u64,
 }
 
 impl Totals {
     fn of(rows: &Rows) -> Result<Self, DataError> {
-        let mut totals = Self { dropped_rows: rows.dropped(), ..Self::default() };
+        let mut totals = Self { dropped_rows: rows.dropped(), skipped_rows: rows.skipped(), ..Self::default() };
         for entry in rows.entries() {
             let entry = entry?;
             totals.rows += 1;
@@ -49,6 +51,8 @@ pub struct Overview {
     pub train: Totals,
     /// Rows to evaluate on.
     pub eval: Totals,
+    /// What of both was not used as it stands.
+    pub notes: Notes,
     histogram: Histogram,
     first: Vec<Piece>,
     first_name: String,
@@ -60,7 +64,11 @@ impl Overview {
     /// # Errors
     /// The disk that the rows are on fails.
     pub fn new(train: &Rows, eval: &Rows, vocabulary: &Vocabulary) -> Result<Self, DataError> {
+        let mut notes = train.notes().clone();
+        notes.extend(eval.notes().clone());
+        vocabulary.warnings().into_iter().for_each(|warning| notes.remark(warning));
         Ok(Self {
+            notes,
             train: Totals::of(train)?,
             eval: Totals::of(eval)?,
             histogram: Histogram::new(train.lengths()),
@@ -72,22 +80,38 @@ impl Overview {
     /// Writes the totals to the log.
     pub fn log(&self) {
         for (data, totals) in [("train", self.train), ("eval", self.eval)] {
-            let Totals { rows, tokens, trained_tokens, truncated_rows, dropped_rows } = totals;
-            tracing::info!(data, rows, tokens, trained_tokens, truncated_rows, dropped_rows, "encoded all rows");
+            let Totals { rows, tokens, trained_tokens, truncated_rows, dropped_rows, skipped_rows } = totals;
+            tracing::info!(
+                data,
+                rows,
+                tokens,
+                trained_tokens,
+                truncated_rows,
+                dropped_rows,
+                skipped_rows,
+                "encoded all rows"
+            );
         }
+        self.notes.lines().iter().for_each(|note| tracing::warn!("{note}"));
     }
 
     /// A page for people.
     pub fn page(&self, marking: Marking) -> String {
+        let [rows, tokens, trained, truncated, dropped, skipped] =
+            ["rows", "tokens", "trained", "truncated", "dropped", "skipped"];
         let mut page =
-            format!("{:8}{:>12}{:>14}{:>14}{:>12}{:>12}\n", "", "rows", "tokens", "trained", "truncated", "dropped");
+            format!("{:8}{rows:>12}{tokens:>14}{trained:>14}{truncated:>12}{dropped:>12}{skipped:>12}\n", "");
         for (name, totals) in [("train", self.train), ("eval", self.eval)] {
-            let Totals { rows, tokens, trained_tokens, truncated_rows, dropped_rows } = totals;
+            let Totals { rows, tokens, trained_tokens, truncated_rows, dropped_rows, skipped_rows } = totals;
             // Writing to a string can't fail.
             let _ = writeln!(
                 page,
-                "{name:8}{rows:>12}{tokens:>14}{trained_tokens:>14}{truncated_rows:>12}{dropped_rows:>12}"
+                "{name:8}{rows:>12}{tokens:>14}{trained_tokens:>14}{truncated_rows:>12}{dropped_rows:>12}{skipped_rows:>12}"
             );
+        }
+        if !self.notes.is_empty() {
+            let _ = write!(page, "\nnot used as it stands\n");
+            self.notes.lines().iter().for_each(|note| page.push_str(&format!("  {}\n", shorten(note))));
         }
         let _ = write!(page, "\ntokens of a training row\n{}", self.histogram.bars());
         let _ = write!(page, "\n{}, {}:\n{}", self.first_name, marking.legend(), marking.mark(&self.first));

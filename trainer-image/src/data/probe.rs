@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 
 use serde_json::{Map, Value};
-use tunesmith_crds::fine_tune_job::DataFormat;
+use tunesmith_crds::fine_tune_job::OnBadRow;
 
 use super::{
-    DataError, DataFile,
-    container::{BadRow, Columns, Container},
-    formats::Row,
-    rows::Reader,
+    DataError, DataFile, RowOptions,
+    container::{BadRow, Columns, Container, RawRow, Wanted},
+    formats::{Row, unused},
+    notes::Notes,
+    rows::{Next, Reader},
 };
 
 /// A question with what a right answer holds.
@@ -33,6 +34,9 @@ impl Question {
     }
 }
 
+/// Columns of a question.
+const COLUMNS: [&str; 3] = ["id", "question", "must_contain"];
+
 /// Reads the questions of a file.
 ///
 /// # Errors
@@ -40,15 +44,23 @@ impl Question {
 pub fn load(file: &DataFile) -> Result<Vec<Question>, DataError> {
     let bad = |row, problem| DataError::Row { file: file.name.clone(), row, problem };
     let unreadable = |problem| DataError::Unreadable { file: file.name.clone(), problem };
-    let mut container = Container::open(&file.path).map_err(unreadable)?;
-    let (mut questions, mut ids) = (Vec::new(), HashSet::new());
-    while let Some((row, columns)) = container.next_row().map_err(|BadRow { row, problem }| bad(row, problem))? {
+    let wanted = Wanted::from(COLUMNS.map(str::to_owned));
+    let mut container = Container::open(file, &wanted).map_err(unreadable)?;
+    let (mut questions, mut ids, mut notes) = (Vec::new(), HashSet::new(), Notes::default());
+    while let Some(raw) = container.next_row().map_err(|BadRow { row, problem, .. }| bad(row, problem))? {
+        let RawRow { number: row, columns, unreadable, unread } = raw;
+        if let Some(problem) = unreadable.into_values().next() {
+            return Err(bad(row, problem));
+        }
         let question = parse(row, &columns).and_then(|question| match ids.insert(question.id.clone()) {
             true => Ok(question),
             false => Err(format!("id \"{}\" is another row's too; give each question its own", question.id)),
         });
         questions.push(question.map_err(|problem| bad(row, problem))?);
+        let others = columns.keys().filter(|name| !wanted.contains(*name));
+        others.chain(unread.iter()).for_each(|name| notes.add(unused(name)));
     }
+    notes.lines().iter().for_each(|note| tracing::warn!(file = %file.name, "{note}"));
     match questions.is_empty() {
         true => Err(DataError::Empty { file: file.name.clone() }),
         false => Ok(questions),
@@ -65,7 +77,12 @@ fn parse(row: u64, columns: &Columns) -> Result<Question, String> {
 }
 
 fn must_contain(columns: &Map<String, Value>) -> Result<Vec<String>, String> {
-    match columns.get("must_contain") {
+    let parsed = match columns.get("must_contain") {
+        // CSV has no lists, but their JSON text.
+        Some(Value::String(text)) if text.trim_start().starts_with('[') => serde_json::from_str(text).ok(),
+        _ => None,
+    };
+    match parsed.as_ref().or(columns.get("must_contain")) {
         // Every answer would be right.
         Some(Value::Array(texts)) if texts.is_empty() => {
             Err("must_contain is empty; list what a right answer holds".into())
@@ -90,19 +107,21 @@ fn text(value: Option<&Value>, name: &str) -> Result<String, String> {
 /// The system turn that every conversation of some files of training rows begins with, if there is one.
 ///
 /// # Errors
-/// A row can't be used.
-pub fn constant_system(files: &[DataFile], format: DataFormat) -> Result<Option<String>, DataError> {
+/// A row can't be used, and may not be skipped.
+pub fn constant_system(files: &[DataFile], options: &RowOptions) -> Result<Option<String>, DataError> {
     let mut constant = None;
+    let mut notes = Notes::default();
     for file in files {
-        let mut reader = Reader::open(file, format)?;
-        while let Some((_, row)) = reader.next_row()? {
+        let mut reader = Reader::open(file, options)?;
+        while let Some(next) = reader.next_row(&mut notes)? {
+            let row = match next {
+                Next::Row(_, row) => row,
+                Next::Bad(..) if options.on_bad_row == OnBadRow::Skip => continue,
+                Next::Bad(row, problem) => return Err(DataError::Row { file: file.name.clone(), row, problem }),
+            };
             let Row::Conversation(conversation) = row else { return Ok(None) };
-            let first = conversation
-                .turns
-                .first()
-                .filter(|message| message.role() == "system")
-                .map(|message| message.content());
-            match (first, &constant) {
+            let first = conversation.turns.first().filter(|message| message.role() == "system");
+            match (first.map(|message| message.content()), &constant) {
                 (Some(system), None) => constant = Some(system.to_owned()),
                 (Some(system), Some(constant)) if system == constant => {}
                 _ => return Ok(None),
@@ -168,7 +187,7 @@ mod tests {
         };
         let of = |rows: &[&str]| {
             let rows: String = rows.iter().map(|system| row(system)).collect();
-            with_file(&rows, |file| constant_system(std::slice::from_ref(file), DataFormat::Auto)).unwrap()
+            with_file(&rows, |file| constant_system(std::slice::from_ref(file), &RowOptions::default())).unwrap()
         };
         assert_eq!(of(&["be kind", "be kind"]).as_deref(), Some("be kind"));
         assert_eq!(of(&["be kind", "be brief"]), None);
@@ -176,15 +195,20 @@ mod tests {
         assert_eq!(of(&["", "be kind"]), None);
         let of_two = |first: &str, second: &str| {
             with_file(&row(first), |first| {
-                with_file(&row(second), |second| constant_system(&[first.clone(), second.clone()], DataFormat::Auto))
+                with_file(&row(second), |second| {
+                    constant_system(&[first.clone(), second.clone()], &RowOptions::default())
+                })
             })
             .unwrap()
         };
         assert_eq!(of_two("be kind", "be kind").as_deref(), Some("be kind"));
         assert_eq!(of_two("be kind", "be brief"), None, "another file's rows count as well");
         assert_eq!(
-            with_file("{\"text\": \"a\"}\n", |file| constant_system(std::slice::from_ref(file), DataFormat::Auto))
-                .unwrap(),
+            with_file("{\"text\": \"a\"}\n", |file| constant_system(
+                std::slice::from_ref(file),
+                &RowOptions::default()
+            ))
+            .unwrap(),
             None
         );
     }

@@ -3,12 +3,12 @@
 use std::{fs, path::PathBuf};
 
 use proptest::prelude::*;
-use tunesmith_crds::fine_tune_job::{DataFormat, Overflow, Training};
+use tunesmith_crds::fine_tune_job::{Overflow, Training};
 use tunesmith_engine::IGNORE;
 
 use super::{encode, encoder};
 use crate::data::{
-    DataError, DataFile, Encoder, Example, Overview, Rows,
+    DataError, DataFile, Encoder, Example, Overview, RowOptions, Rows,
     batches::{Batches, micro_batch},
     formats::Row,
     overview::{Marking, Totals},
@@ -24,7 +24,7 @@ fn load(files: &[&[&str]], encoder: &Encoder) -> Result<Rows, DataError> {
         DataFile::new(&path)
     };
     let files: Vec<DataFile> = files.iter().enumerate().map(write).collect();
-    Rows::load(&files, DataFormat::Auto, encoder, &folder.path().join("work"))
+    Rows::load(&files, &RowOptions::default(), encoder, &folder.path().join("work"))
 }
 
 fn examples(rows: &Rows) -> Vec<Example> {
@@ -83,8 +83,13 @@ fn totals_are_those_of_the_rows_that_were_picked() {
     let totals = |rows: &Rows, other: &Rows| Overview::new(rows, other, &encoder.vocabulary).unwrap();
     let rows = load(&[&texts], &encoder).unwrap();
     // An end token each but for the truncated one; the first token of a row is not predicted.
-    let expected =
-        Totals { rows: 4, tokens: 3 + 8 + 4 + 5, trained_tokens: 2 + 7 + 3 + 4, truncated_rows: 1, dropped_rows: 0 };
+    let expected = Totals {
+        rows: 4,
+        tokens: 3 + 8 + 4 + 5,
+        trained_tokens: 2 + 7 + 3 + 4,
+        truncated_rows: 1,
+        ..Totals::default()
+    };
     assert_eq!(totals(&rows, &rows).train, expected);
     let (train, eval) = rows.hold_out(0.25, 1).unwrap();
     let Overview { train: of_train, eval: of_eval, .. } = totals(&train, &eval);
@@ -102,9 +107,12 @@ fn the_overview_shows_the_first_row_with_its_mask() {
     let turns = r#"[{"role": "user", "content": "hé?"}, {"role": "assistant", "content": "yes ☕"}]"#;
     fs::write(&path, format!("{{\"messages\": {turns}}}\n")).unwrap();
     let encoder = encoder(1024);
-    let rows = Rows::load(&[DataFile::new(&path)], DataFormat::Auto, &encoder, folder.path()).unwrap();
+    let rows = Rows::load(&[DataFile::new(&path)], &RowOptions::default(), &encoder, folder.path()).unwrap();
     let page = Overview::new(&rows, &rows, &encoder.vocabulary).unwrap().page(Marking::Brackets);
-    assert!(page.starts_with("                rows        tokens       trained   truncated     dropped\n"), "{page}");
+    assert!(
+        page.starts_with("                rows        tokens       trained   truncated     dropped     skipped\n"),
+        "{page}"
+    );
     let example = "row 1 of train.jsonl, what is trained between ⟦ and ⟧:\n<|im_start|>user\nhé?<|im_end|>\n\
         <|im_start|>assistant\n⟦yes ☕<|im_end|>⟧\n";
     assert!(page.ends_with(example), "{page}");
