@@ -19,8 +19,9 @@ use crate::{
     error::Error,
     exam::{Exam, Settings},
     generate::Voice,
+    hub,
     model::ModelFolder,
-    store::{Object, Role, StoreError, Stores},
+    store::{Object, Role, Stores},
     train::engine_quantization,
 };
 
@@ -71,7 +72,7 @@ impl Inputs {
             assistant_only: dataset.assistant_only_loss,
         };
         let load = |uri: &Uri, purpose: &str| -> Result<_, Error> {
-            let (files, digests) = fetch(stores, uri, &work.join("data").join(purpose), purpose)?;
+            let (files, digests) = fetch(stores, uri, &work.join("data"), purpose)?;
             Ok((Rows::load(&files, &options, &encoder, work)?, files, digests))
         };
         let (rows, train_files, mut files) = load(&dataset.train.uri, "train")?;
@@ -123,18 +124,27 @@ fn load_exam(
 /// Brings a probe here. It is one file.
 pub(crate) fn fetch_probe(stores: &Stores, uri: &Uri, work: &Path) -> Result<(DataFile, ArtifactFile), Error> {
     let object = Object { location: stores.open(Role::Dataset, uri)?, name: uri.file_name().to_owned() };
-    fetch_object(object, &work.join("data/probe"), "probe".into())
+    fetch_object(object, &work.join("data"), "probe".into())
 }
 
 /// Brings the files of a URI here. Their digests go by what they are for and their order, so that renaming changes
 /// nothing.
 fn fetch(stores: &Stores, uri: &Uri, work: &Path, purpose: &str) -> Result<(Vec<DataFile>, Vec<ArtifactFile>), Error> {
-    let objects = stores.expand(Role::Dataset, uri)?;
-    let known_as = |number: usize| match objects.len() {
+    let known_as = |number: usize, all: usize| match all {
         1 => purpose.to_owned(),
         _ => format!("{purpose}/{number:08}"),
     };
-    let names: Vec<String> = (0..objects.len()).map(known_as).collect();
+    if matches!(uri, Uri::HubDataset { .. }) {
+        let files = hub::dataset::fetch(uri, stores, work)?;
+        let all = files.len();
+        let renamed = files
+            .into_iter()
+            .enumerate()
+            .map(|(number, (file, digest))| (file, ArtifactFile { path: known_as(number, all), ..digest }));
+        return Ok(renamed.collect());
+    }
+    let objects = stores.expand(Role::Dataset, uri)?;
+    let names: Vec<String> = (0..objects.len()).map(|number| known_as(number, objects.len())).collect();
     objects.into_iter().zip(names).map(|(object, known_as)| fetch_object(object, work, known_as)).collect()
 }
 
@@ -142,15 +152,10 @@ fn fetch(stores: &Stores, uri: &Uri, work: &Path, purpose: &str) -> Result<(Vec<
 fn fetch_object(object: Object, work: &Path, known_as: String) -> Result<(DataFile, ArtifactFile), Error> {
     let Object { location, name } = object;
     let (path, file) = match location.on_disk() {
-        Some(path) if !path.exists() => {
-            return Err(StoreError::Missing { role: Role::Dataset, uri: location.uri().clone() }.into());
-        }
-        Some(path) => {
-            let file = digest::file_on_disk(path, &name);
-            (path.to_owned(), file.map_err(|source| StoreError::Disk { path: path.to_owned(), source })?)
-        }
+        Some(path) => (path.to_owned(), location.digest_on_disk(path, &name)?),
         None => {
-            let path = work.join(&name);
+            // Not by its name, which a disk may be unable to hold.
+            let path = work.join(format!("{}.rows", known_as.replace('/', "-")));
             let file = location.download(&path)?;
             (path, file)
         }

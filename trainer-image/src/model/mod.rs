@@ -1,7 +1,6 @@
 //! The base model's folder: which of its files are used, their digest, and whether they fit together. A GGUF file becomes
 //! such a folder first.
 
-mod hub;
 mod source;
 
 use std::{

@@ -8,9 +8,10 @@ use std::{
 
 use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
 
-use super::{INDEX, ModelError, OPTIONAL, WEIGHTS, hub::Repository};
+use super::{INDEX, ModelError, OPTIONAL, WEIGHTS};
 use crate::{
     digest,
+    hub::Repository,
     store::{Location, Role, StoreError, Stores},
 };
 
@@ -33,12 +34,12 @@ pub(super) struct Place {
 impl Source {
     /// Opens a model's folder. What has to be downloaded will go under `work`.
     pub(super) fn open(uri: &Uri, stores: &Stores, work: &Path) -> Result<Self, ModelError> {
-        if let Uri::Hub { repo, revision, path } = uri {
+        if let Uri::Hub { path, .. } = uri {
             if !path.is_empty() {
                 let problem = "name the whole repository, hf://owner/name, or one of its .gguf files".into();
                 return Err(ModelError::Unusable { uri: uri.clone(), problem });
             }
-            return Ok(Self::Hub(Box::new(Repository::open(uri, repo, revision.as_deref(), stores, work)?)));
+            return Ok(Self::Hub(Box::new(Repository::open(uri, Role::Model, stores, work)?)));
         }
         let location = stores.open(Role::Model, uri)?;
         let files = location.list()?.into_iter().collect();
@@ -76,7 +77,7 @@ impl Source {
     pub(super) fn fetch(&self, name: &str) -> Result<ArtifactFile, ModelError> {
         match self {
             Self::Place(place) => Ok(place.fetch(name)?),
-            Self::Hub(repository) => repository.fetch(name),
+            Self::Hub(repository) => Ok(repository.fetch(name)?),
         }
     }
 }
@@ -103,8 +104,8 @@ pub(super) struct Fetched {
 
 /// Brings a model that is one file here, under `work` unless it is on a disk already. Its digest goes by `name`.
 pub(super) fn fetch_file(uri: &Uri, stores: &Stores, work: &Path, name: &str) -> Result<Fetched, ModelError> {
-    if let Uri::Hub { repo, revision, path } = uri {
-        let repository = Repository::open(uri, repo, revision.as_deref(), stores, work)?;
+    if let Uri::Hub { path, .. } = uri {
+        let repository = Repository::open(uri, Role::Model, stores, work)?;
         let file = repository.fetch(path)?;
         let path = repository.folder().join(path);
         return Ok(Fetched { path, file: ArtifactFile { path: name.into(), ..file }, is_copy: false });

@@ -2,22 +2,28 @@
 //!
 //! Calls block: the trainer's work is one thread, and neither a signal nor an HTTP request waits for it.
 
+mod disk;
 mod error;
 mod glob;
+mod listing;
 mod location;
 mod s3;
+mod settings;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::BTreeMap,
-    fmt,
-    path::{Path as FilePath, PathBuf, absolute},
+    fmt, fs, io,
+    path::{Component, Path as FilePath, PathBuf, absolute},
     sync::Arc,
 };
 
 pub use error::StoreError;
-pub use glob::Object;
+pub use glob::{Object, Pattern};
 pub use location::{Created, Location};
 use object_store::{ObjectStore, local::LocalFileSystem, path::Path};
+pub use settings::HubSettings;
 use tokio::runtime::Handle;
 use tunesmith_crds::{
     Uri,
@@ -46,7 +52,7 @@ impl Role {
     }
 
     /// The field of the job that names this role's Secret.
-    fn secret_field(self) -> &'static str {
+    pub fn secret_field(self) -> &'static str {
         match self {
             Self::Model => "baseModel.secretRef (or else output.secretRef)",
             Self::Dataset => "dataset.secretRef (or else output.secretRef)",
@@ -80,9 +86,9 @@ pub struct Stores {
 impl Stores {
     /// Stores as the environment says: what a pod uses.
     pub fn from_environment(runtime: Handle) -> Self {
-        // A variable that is not UTF-8 is none of ours.
+        // A value that is not UTF-8 is kept, to be refused by name if it is needed.
         let environment = std::env::vars_os()
-            .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
+            .filter_map(|(key, value)| Some((key.into_string().ok()?, value.to_string_lossy().into_owned())))
             .collect();
         Self { runtime, environment: Arc::new(environment), local: None }
     }
@@ -96,7 +102,10 @@ impl Stores {
     /// The same; but where the environment has neither credentials nor an endpoint, `s3://bucket/key` is
     /// `<folder>/bucket/key`.
     pub fn or_local(self, folder: &FilePath) -> Self {
-        let local = (!s3::is_configured(&self.environment)).then(|| folder.to_owned());
+        let local = (!settings::is_configured(&self.environment)).then(|| folder.to_owned());
+        if let (Some(name), Some(_)) = (settings::profile(&self.environment), &local) {
+            tracing::warn!("{name} is not read here: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to use S3");
+        }
         Self { local, ..self }
     }
 
@@ -113,33 +122,41 @@ impl Stores {
         self.connect(role, uri).map_err(|problem| StoreError::Settings { role, uri: uri.clone(), problem })
     }
 
-    /// A setting of the Hugging Face Hub's clients (`HF_…`), for reading models.
-    pub fn hub_setting(&self, name: &str) -> Option<String> {
-        let names = [format!("{}{name}", env_prefix::MODEL), name.to_owned()];
-        let set = |name: &String| Some(self.environment.get(name)?.trim().to_owned()).filter(|value| !value.is_empty());
-        names.iter().find_map(set)
+    /// The settings of the Hugging Face Hub's clients (`HF_…`) for a role.
+    ///
+    /// # Errors
+    /// One of them can't be used.
+    pub fn hub_settings(&self, role: Role, uri: &Uri) -> Result<HubSettings, StoreError> {
+        HubSettings::of_role(&self.environment, role).map_err(|problem| StoreError::Settings {
+            role,
+            uri: uri.clone(),
+            problem,
+        })
     }
 
     /// Text without this process's credentials.
     pub fn redact(&self, text: &str) -> String {
-        s3::secrets(&self.environment).iter().fold(text.to_owned(), |text, secret| text.replace(secret, "[redacted]"))
+        settings::secrets(&self.environment)
+            .iter()
+            .fold(text.to_owned(), |text, secret| text.replace(secret, "[redacted]"))
     }
 
     fn connect(&self, role: Role, uri: &Uri) -> Result<Location, String> {
         let on_disk = match (uri, &self.local) {
-            (Uri::File { path }, _) => absolute(path),
+            (Uri::File { path }, _) => resolved(path),
             (Uri::Claim { claim, path }, _) => {
                 let volume = FilePath::new(CLAIMS_DIR).join(claim);
                 if !volume.exists() {
                     return Err("no such claim is mounted here: pvc:// is read in a cluster's pods".into());
                 }
-                absolute(volume.join(path))
+                resolved(volume.join(path))
             }
-            (Uri::Hub { .. }, _) => return Err("hf:// names a whole base model, nothing else".into()),
-            (Uri::S3 { bucket, key }, Some(folder)) => absolute(folder.join(bucket).join(key)),
+            (Uri::Hub { .. }, _) => return Err("hf://owner/name is a base model, nothing else".into()),
+            (Uri::HubDataset { .. }, _) => return Err("hf://datasets/ holds rows for training, nothing else".into()),
+            (Uri::S3 { bucket, key }, Some(folder)) => resolved(folder.join(bucket).join(key)),
             (Uri::S3 { bucket, key }, None) => {
                 let store: Arc<dyn ObjectStore> = Arc::new(s3::connect(&self.environment, role, bucket)?);
-                let path = Path::parse(key).map_err(|error| error.to_string())?;
+                let path = listing::path_of_key(key)?;
                 return Ok(self.location(role, uri, store, path, None));
             }
         };
@@ -156,7 +173,22 @@ impl Stores {
         path: Path,
         on_disk: Option<PathBuf>,
     ) -> Location {
-        let secrets = s3::secrets(&self.environment).into();
+        let secrets = settings::secrets(&self.environment).into();
         Location { runtime: self.runtime.clone(), store, path, uri: uri.clone(), role, on_disk, secrets }
     }
+}
+
+/// An absolute path without `..`, where a link's parent is that of what it points to.
+fn resolved(path: impl AsRef<FilePath>) -> io::Result<PathBuf> {
+    let mut resolved = PathBuf::new();
+    for part in absolute(path)?.components() {
+        match part {
+            Component::ParentDir => {
+                resolved = fs::canonicalize(&resolved).unwrap_or(resolved);
+                resolved.pop();
+            }
+            part => resolved.push(part),
+        }
+    }
+    Ok(resolved)
 }
