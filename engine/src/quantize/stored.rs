@@ -18,6 +18,17 @@ pub enum StoredWeight {
     EightBit(EightBit),
 }
 
+impl StoredWeight {
+    /// Whether its codes are those of this kind.
+    pub(crate) fn is_of(&self, quantization: Quantization) -> bool {
+        match (self, quantization) {
+            (StoredWeight::FourBit(weight), Quantization::FourBit { code, .. }) => weight.code == code,
+            (StoredWeight::EightBit(_), Quantization::Int8) => true,
+            _ => false,
+        }
+    }
+}
+
 /// What the text beside a weight in 4 bits says.
 #[derive(Deserialize)]
 struct QuantState {
