@@ -86,7 +86,9 @@ pub struct FineTuneJobSpec {
 }
 
 /// The model to start from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("!self.uri.startsWith('hf://datasets/')")
+    .message("a base model is hf://owner/name; hf://datasets/ holds data").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
 pub struct BaseModel {
     /// A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json, tokenizer_config.json. Or a
@@ -152,19 +154,21 @@ pub struct Dataset {
     /// trains on every token. Text rows are always trained whole.
     #[serde(default = "defaults::yes")]
     pub assistant_only_loss: bool,
-    /// Secret with the store's credentials. Default: output.secretRef.
+    /// Secret with the store's credentials; for hf://datasets/, with HF_TOKEN where the data set is private or gated, and
+    /// HF_ENDPOINT for a mirror. Default: output.secretRef.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
 }
 
 /// Files of rows.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[x_kube(validation = Rule::new("!self.uri.startsWith('hf://')")
-    .message("data is read from s3://, pvc:// or file://").field_path(".uri"))]
+#[x_kube(validation = Rule::new("!self.uri.startsWith('hf://') || self.uri.startsWith('hf://datasets/')")
+    .message("data is read from s3://, pvc://, file:// or hf://datasets/owner/name").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
 pub struct DataSource {
-    /// Where the file is. `*` stands for any characters of one part of the path: `s3://datasets/support/part-*.jsonl` is
-    /// every such file, in the order of their names.
+    /// Where the file is. `*` stands for any characters of one part of the path, and `**` for any folders:
+    /// `s3://datasets/support/part-*.jsonl` is every such file, in the order of their names. `hf://datasets/owner/name`
+    /// is the train split of a data set on the Hugging Face Hub, `hf://datasets/owner/name@revision/path` its files.
     pub uri: Uri,
 }
 

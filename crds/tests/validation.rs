@@ -51,6 +51,14 @@ fn a_sound_job_passes_every_rule() {
     for uri in ["hf://HuggingFaceTB/SmolLM2-135M-Instruct", "hf://owner/name@v1/m.gguf", "pvc://models/llama"] {
         assert_eq!(refusals(with(job(), &[("/spec/baseModel/uri", json!(uri))])), "");
     }
+    for uri in [
+        "hf://datasets/owner/name",
+        "hf://datasets/owner/name@v1/data/train-*.parquet",
+        "s3://datasets/my rows/part 1?#.jsonl",
+        "pvc://rows/50% off.jsonl",
+    ] {
+        assert_eq!(refusals(with(job(), &[("/spec/dataset/train/uri", json!(uri))])), "");
+    }
     for training in [
         json!({"evalSteps": 10, "earlyStoppingPatience": 3, "earlyStoppingThreshold": 0.01, "loadBestModelAtEnd": true}),
         json!({"lrSchedulerType": "cosine_with_restarts", "lrSchedulerKwargs": {"numCycles": 2}}),
@@ -112,8 +120,10 @@ fn each_rule_refuses_the_manifest_that_breaks_it_and_says_what_to_do() {
         (&[("/spec/output/uri", json!("pvc://adapters"))], "versions are published to s3://bucket/folder"),
         (
             &[("/spec/dataset/train/uri", json!("hf://owner/name/t.jsonl"))],
-            "data is read from s3://, pvc:// or file://",
+            "data is read from s3://, pvc://, file:// or hf://datasets/owner/name",
         ),
+        (&[("/spec/baseModel/uri", json!("hf://datasets/owner/name"))], "a base model is hf://owner/name"),
+        (&[("/spec/output/uri", json!("hf://datasets/owner/name"))], "versions are published to s3://bucket/folder"),
         (
             &[("/spec/output/secretRef", json!({"name": "s3"})), ("/spec/output/serviceAccountName", json!("tuner"))],
             "at most one of secretRef and serviceAccountName",

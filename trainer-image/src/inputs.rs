@@ -20,7 +20,7 @@ use crate::{
     exam::{Exam, Settings},
     generate::Voice,
     model::ModelFolder,
-    store::{Object, Role, StoreError, Stores},
+    store::{Object, Role, Stores},
     train::engine_quantization,
 };
 
@@ -70,7 +70,7 @@ impl Inputs {
             assistant_only: dataset.assistant_only_loss,
         };
         let load = |uri: &Uri, purpose: &str| -> Result<_, Error> {
-            let (files, digests) = fetch(stores, uri, &work.join("data").join(purpose), purpose)?;
+            let (files, digests) = fetch(stores, uri, &work.join("data"), purpose)?;
             Ok((Rows::load(&files, dataset.format, &encoder, work)?, files, digests))
         };
         let (rows, train_files, mut files) = load(&dataset.train.uri, "train")?;
@@ -122,7 +122,7 @@ fn load_exam(
 /// Brings a probe here. It is one file.
 pub(crate) fn fetch_probe(stores: &Stores, uri: &Uri, work: &Path) -> Result<(DataFile, ArtifactFile), Error> {
     let object = Object { location: stores.open(Role::Dataset, uri)?, name: uri.file_name().to_owned() };
-    fetch_object(object, &work.join("data/probe"), "probe".into())
+    fetch_object(object, &work.join("data"), "probe".into())
 }
 
 /// Brings the files of a URI here. Their digests go by what they are for and their order, so that renaming changes
@@ -141,15 +141,10 @@ fn fetch(stores: &Stores, uri: &Uri, work: &Path, purpose: &str) -> Result<(Vec<
 fn fetch_object(object: Object, work: &Path, known_as: String) -> Result<(DataFile, ArtifactFile), Error> {
     let Object { location, name } = object;
     let (path, file) = match location.on_disk() {
-        Some(path) if !path.exists() => {
-            return Err(StoreError::Missing { role: Role::Dataset, uri: location.uri().clone() }.into());
-        }
-        Some(path) => {
-            let file = digest::file_on_disk(path, &name);
-            (path.to_owned(), file.map_err(|source| StoreError::Disk { path: path.to_owned(), source })?)
-        }
+        Some(path) => (path.to_owned(), location.digest_on_disk(path, &name)?),
         None => {
-            let path = work.join(&name);
+            // Not by its name, which a disk may be unable to hold.
+            let path = work.join(format!("{}.rows", known_as.replace('/', "-")));
             let file = location.download(&path)?;
             (path, file)
         }

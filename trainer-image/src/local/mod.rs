@@ -117,7 +117,7 @@ fn stand_in(job: &mut FineTuneJob, beside: &Path, context: Context<'_>) -> Resul
     let probes = evaluation.gates.iter_mut().filter_map(|gate| Some(&mut gate.probe.as_mut()?.uri));
     let rows = [Some(&mut dataset.train), dataset.eval.as_mut()];
     for uri in rows.into_iter().flatten().map(|source| &mut source.uri).chain(probes) {
-        if is_there(uri, context.stores)? {
+        if matches!(uri, Uri::HubDataset { .. }) || is_there(uri, context.stores)? {
             continue;
         }
         let path = beside.join(uri.file_name());

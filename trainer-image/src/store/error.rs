@@ -4,7 +4,7 @@ use std::{error::Error, path::PathBuf};
 
 use tunesmith_crds::{Uri, names::exit_code};
 
-use super::Role;
+use super::{Role, disk::is_final};
 
 /// Why an object was not read or written.
 #[derive(Debug, thiserror::Error)]
@@ -27,16 +27,38 @@ pub enum StoreError {
         /// What is missing.
         uri: Uri,
     },
+    /// A folder where a file is meant.
+    #[error(
+        "{uri} ({role}) is a folder, not a file: name one of its files, or all of them by a pattern such as {uri}/*"
+    )]
+    Folder {
+        /// What it was opened for.
+        role: Role,
+        /// The folder.
+        uri: Uri,
+    },
+    /// It is there, and can't be used.
+    #[error("{uri} ({role}) can't be used: {problem}")]
+    Unreadable {
+        /// What it was opened for.
+        role: Role,
+        /// What is there.
+        uri: Uri,
+        /// Why, and what to do.
+        problem: String,
+    },
     /// A pattern means nothing.
     #[error(
-        "no object matches {uri} ({role}): `*` stands for any characters of one part of the path; check the pattern, and \
-         that the files were uploaded"
+        "no object matches {uri} ({role}): {found}; `*` stands for any characters of one part of the path, `**` for any \
+         folders, and all other characters for themselves; check the pattern, and that the files were uploaded"
     )]
     NoMatch {
         /// What it was opened for.
         role: Role,
         /// The pattern.
         uri: Uri,
+        /// What is there instead.
+        found: String,
     },
     /// The store does not accept the credentials, or they are not allowed to do this.
     #[error(
@@ -62,8 +84,8 @@ pub enum StoreError {
         /// What happened.
         answer: String,
     },
-    /// A file on this machine can't be written.
-    #[error("{}: {source}; is the disk full?", path.display())]
+    /// A file on this machine can't be read or written.
+    #[error("{}: {source}{}", path.display(), disk_advice(source))]
     Disk {
         /// The file.
         path: PathBuf,
@@ -81,10 +103,17 @@ impl StoreError {
             E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
                 Self::Refused { role, uri, answer: answer(error, secrets) }
             }
-            other => match status(other) {
-                Some(401 | 403) => Self::Refused { role, uri, answer: answer(error, secrets) },
-                Some(404) => Self::Missing { role, uri },
-                _ => Self::Unavailable { role, uri, answer: answer(other, secrets) },
+            other => match (status(other), answer(other, secrets)) {
+                (Some(401 | 403), answer) => Self::Refused { role, uri, answer },
+                (Some(404), _) => Self::Missing { role, uri },
+                (_, answer) if FINAL_CODES.iter().any(|code| answer.starts_with(code)) => {
+                    let problem = format!("{answer}; check AWS_REGION, AWS_ENDPOINT_URL and the URI");
+                    Self::Unreadable { role, uri, problem }
+                }
+                (_, answer) => match on_disk(other).filter(|error| is_final(error)) {
+                    Some(error) => Self::Unreadable { role, uri, problem: error.to_string() },
+                    None => Self::Unavailable { role, uri, answer },
+                },
             },
         }
     }
@@ -93,9 +122,31 @@ impl StoreError {
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Settings { .. } => exit_code::BAD_SPEC,
-            Self::Missing { .. } | Self::NoMatch { .. } | Self::Refused { .. } => exit_code::BAD_INPUT,
+            Self::Missing { .. } | Self::Folder { .. } | Self::Unreadable { .. } => exit_code::BAD_INPUT,
+            Self::NoMatch { .. } | Self::Refused { .. } => exit_code::BAD_INPUT,
+            Self::Disk { source, .. } if is_final(source) => exit_code::BAD_INPUT,
             Self::Unavailable { .. } | Self::Disk { .. } => exit_code::STORAGE,
         }
+    }
+}
+
+/// What S3 says, however often it is asked.
+const FINAL_CODES: [&str; 5] =
+    ["AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidBucketName", "KeyTooLong", "InvalidObjectState"];
+
+/// The error of this machine's disks that lies under another one.
+fn on_disk(error: &object_store::Error) -> Option<&std::io::Error> {
+    let object_store::Error::Generic { store: "LocalFileSystem", source } = error else { return None };
+    let first: &(dyn Error + 'static) = &**source;
+    std::iter::successors(Some(first), |&error| error.source()).find_map(|error| error.downcast_ref())
+}
+
+fn disk_advice(error: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind as K;
+    match error.kind() {
+        K::StorageFull | K::QuotaExceeded | K::FileTooLarge => "; make room for it",
+        K::PermissionDenied => "; this process needs the permission",
+        _ => "",
     }
 }
 
@@ -106,14 +157,19 @@ fn settings_advice(role: Role, uri: &Uri) -> String {
             role.secret_field(),
             role.env_prefix()
         ),
-        _ => String::new(),
+        Uri::Hub { .. } | Uri::HubDataset { .. } => format!(
+            "; correct the HF_… keys of the Secret that {} names, or the environment ({}HF_…, HF_…)",
+            role.secret_field(),
+            role.env_prefix()
+        ),
+        Uri::Claim { .. } | Uri::File { .. } => String::new(),
     }
 }
 
 fn network_settings(uri: &Uri) -> &'static str {
     match uri {
         Uri::S3 { .. } => "AWS_ENDPOINT_URL, AWS_REGION and the network",
-        Uri::Hub { .. } => "HF_ENDPOINT and the network",
+        Uri::Hub { .. } | Uri::HubDataset { .. } => "HF_ENDPOINT and the network",
         Uri::Claim { .. } | Uri::File { .. } => "the disk",
     }
 }
@@ -183,6 +239,36 @@ mod tests {
         assert!(matches!(listing(refused), StoreError::Refused { answer, .. } if answer == "AccessDenied"));
         let no_bucket = "Server returned non-2xx status code: 404 Not Found: ";
         assert!(matches!(listing(no_bucket), StoreError::Missing { .. }));
+    }
+
+    #[test]
+    fn a_disk_error_is_final_if_the_path_has_to_change_and_tried_again_if_the_disk_has() {
+        use std::io::{Error, ErrorKind};
+        let disk = |kind: ErrorKind| StoreError::Disk { path: "/data/x".into(), source: Error::from(kind) };
+        for kind in [
+            ErrorKind::NotFound,
+            ErrorKind::PermissionDenied,
+            ErrorKind::IsADirectory,
+            ErrorKind::NotADirectory,
+            ErrorKind::InvalidFilename,
+            ErrorKind::ReadOnlyFilesystem,
+        ] {
+            assert_eq!(disk(kind).exit_code(), exit_code::BAD_INPUT, "{kind:?}");
+            assert!(!disk(kind).to_string().contains("room"), "{}", disk(kind));
+        }
+        for kind in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::TimedOut, ErrorKind::Other] {
+            assert_eq!(disk(kind).exit_code(), exit_code::STORAGE, "{kind:?}");
+        }
+        assert!(disk(ErrorKind::StorageFull).to_string().contains("make room"));
+    }
+
+    #[test]
+    fn a_wrong_region_is_final() {
+        let body = "<Error><Code>AuthorizationHeaderMalformed</Code><Message>expecting 'eu-west-1'</Message></Error>";
+        let error = object_store::Error::Generic { store: "S3", source: Box::new(Answer(body)) };
+        let error = StoreError::new(Role::Model, &uri(), &error, &[]);
+        assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
+        assert!(error.to_string().contains("AWS_REGION") && error.to_string().contains("eu-west-1"), "{error}");
     }
 
     #[test]

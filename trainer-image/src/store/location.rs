@@ -13,13 +13,17 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{
     Error as ObjectError, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart,
-    buffered::BufWriter as ObjectWriter, path::Path,
+    buffered::BufWriter as ObjectWriter,
+    path::{Path, PathPart},
 };
 use sha2::{Digest, Sha256};
 use tokio::{io::AsyncWriteExt, runtime::Handle};
 use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
 
-use super::{Role, StoreError};
+use super::{
+    Role, StoreError,
+    listing::{decoded_key, path_of_key},
+};
 
 /// Objects above this go up in parts.
 const MULTIPART_BYTES: usize = 16 << 20;
@@ -81,9 +85,36 @@ impl Location {
     /// The object or folder `name` inside this one; `name` may have several parts.
     pub fn join(&self, name: &str) -> Self {
         let parts = name.split('/').filter(|part| !part.is_empty());
-        let path = parts.clone().fold(self.path.clone(), |path, part| path.join(part));
+        // A part that is no file's name is encoded. No name of ours has one.
+        let part = |path: Path, part| match PathPart::parse(part) {
+            Ok(part) => path.join(part),
+            Err(_) => path.join(part),
+        };
+        let path = parts.clone().fold(self.path.clone(), part);
         let on_disk = self.on_disk.as_ref().map(|folder| parts.fold(folder.clone(), |path, part| path.join(part)));
         Self { path, on_disk, uri: self.uri.join(name), ..self.clone() }
+    }
+
+    /// The object of a listing, by its name exactly as it is.
+    ///
+    /// # Errors
+    /// No client can ask for that name.
+    pub(super) fn object(&self, name: &str) -> Result<Self, StoreError> {
+        let uri = self.uri.join(name);
+        let on_disk = self.on_disk.as_ref().map(|folder| folder.join(name));
+        let path = match &on_disk {
+            // It is read by its path on the disk.
+            Some(_) => self.join(name).path,
+            None => {
+                let key = if self.path.is_root() { name.to_owned() } else { format!("{}/{name}", self.path.as_ref()) };
+                path_of_key(&key).map_err(|problem| StoreError::Unreadable {
+                    role: self.role,
+                    uri: uri.clone(),
+                    problem,
+                })?
+            }
+        };
+        Ok(Self { path, on_disk, uri, ..self.clone() })
     }
 
     /// Where this is, as the user knows it.
@@ -121,15 +152,27 @@ impl Location {
     /// The object is missing, or the store or the disk fails.
     pub fn download(&self, to: &FilePath) -> Result<ArtifactFile, StoreError> {
         let disk = |source| StoreError::Disk { path: to.to_owned(), source };
+        if self.path.is_root() {
+            return Err(StoreError::Folder { role: self.role, uri: self.uri.clone() });
+        }
         if let Some(folder) = to.parent() {
             fs::create_dir_all(folder).map_err(disk)?;
         }
         let partial = to.with_added_extension("partial");
         let mut file = BufWriter::new(File::create(&partial).map_err(disk)?);
-        let digest = self.stream(&mut file)?;
+        let digest = self.stream(&mut file).map_err(|error| self.or_folder(error))?;
         file.flush().map_err(disk)?;
         fs::rename(&partial, to).map_err(disk)?;
         Ok(digest)
+    }
+
+    /// The same error, unless the missing object is a folder.
+    fn or_folder(&self, error: StoreError) -> StoreError {
+        let is_folder = || self.run(self.store.list(Some(&self.path)).try_next()).is_ok_and(|first| first.is_some());
+        match error {
+            StoreError::Missing { role, uri } if is_folder() => StoreError::Folder { role, uri },
+            error => error,
+        }
     }
 
     /// Reads an object for its digest alone.
@@ -161,13 +204,26 @@ impl Location {
     /// # Errors
     /// The store fails.
     pub fn list(&self) -> Result<Vec<String>, StoreError> {
+        self.list_to_depth(usize::MAX)
+    }
+
+    /// The same; but a disk is read only down to so many parts of the path.
+    pub(super) fn list_to_depth(&self, depth: usize) -> Result<Vec<String>, StoreError> {
+        match &self.on_disk {
+            Some(folder) => self.list_disk(folder, depth),
+            None => self.list_bucket(),
+        }
+    }
+
+    fn list_bucket(&self) -> Result<Vec<String>, StoreError> {
         let objects: Vec<_> = self.run(self.store.list(Some(&self.path)).try_collect())?;
-        let name = |path: &Path| {
-            let parts: Vec<_> = path.prefix_match(&self.path)?.collect();
-            let parts: Vec<&str> = parts.iter().map(AsRef::as_ref).collect();
-            Some(parts.join("/"))
-        };
-        let mut names: Vec<String> = objects.iter().filter_map(|object| name(&object.location)).collect();
+        let folder = if self.path.is_root() { String::new() } else { format!("{}/", self.path.as_ref()) };
+        // An empty object whose key ends in a slash is how S3's consoles keep a folder.
+        let is_marker = |key: &str, size: u64| size == 0 && key.ends_with('/');
+        let keys = objects.iter().map(|object| (decoded_key(&object.location), object.size));
+        let objects = keys.filter(|(key, size)| !is_marker(key, *size));
+        let mut names: Vec<String> =
+            objects.filter_map(|(key, _)| Some(key.strip_prefix(&folder)?.to_owned())).collect();
         names.sort();
         Ok(names)
     }

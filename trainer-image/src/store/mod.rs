@@ -2,15 +2,18 @@
 //!
 //! Calls block: the trainer's work is one thread, and neither a signal nor an HTTP request waits for it.
 
+mod disk;
 mod error;
 mod glob;
+mod listing;
 mod location;
 mod s3;
+mod settings;
 
 use std::{
     collections::BTreeMap,
-    fmt,
-    path::{Path as FilePath, PathBuf, absolute},
+    fmt, fs, io,
+    path::{Component, Path as FilePath, PathBuf, absolute},
     sync::Arc,
 };
 
@@ -80,9 +83,9 @@ pub struct Stores {
 impl Stores {
     /// Stores as the environment says: what a pod uses.
     pub fn from_environment(runtime: Handle) -> Self {
-        // A variable that is not UTF-8 is none of ours.
+        // A value that is not UTF-8 is kept, to be refused by name if it is needed.
         let environment = std::env::vars_os()
-            .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
+            .filter_map(|(key, value)| Some((key.into_string().ok()?, value.to_string_lossy().into_owned())))
             .collect();
         Self { runtime, environment: Arc::new(environment), local: None }
     }
@@ -96,7 +99,10 @@ impl Stores {
     /// The same; but where the environment has neither credentials nor an endpoint, `s3://bucket/key` is
     /// `<folder>/bucket/key`.
     pub fn or_local(self, folder: &FilePath) -> Self {
-        let local = (!s3::is_configured(&self.environment)).then(|| folder.to_owned());
+        let local = (!settings::is_configured(&self.environment)).then(|| folder.to_owned());
+        if let (Some(name), Some(_)) = (settings::profile(&self.environment), &local) {
+            tracing::warn!("{name} is not read here: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to use S3");
+        }
         Self { local, ..self }
     }
 
@@ -122,24 +128,27 @@ impl Stores {
 
     /// Text without this process's credentials.
     pub fn redact(&self, text: &str) -> String {
-        s3::secrets(&self.environment).iter().fold(text.to_owned(), |text, secret| text.replace(secret, "[redacted]"))
+        settings::secrets(&self.environment)
+            .iter()
+            .fold(text.to_owned(), |text, secret| text.replace(secret, "[redacted]"))
     }
 
     fn connect(&self, role: Role, uri: &Uri) -> Result<Location, String> {
         let on_disk = match (uri, &self.local) {
-            (Uri::File { path }, _) => absolute(path),
+            (Uri::File { path }, _) => resolved(path),
             (Uri::Claim { claim, path }, _) => {
                 let volume = FilePath::new(CLAIMS_DIR).join(claim);
                 if !volume.exists() {
                     return Err("no such claim is mounted here: pvc:// is read in a cluster's pods".into());
                 }
-                absolute(volume.join(path))
+                resolved(volume.join(path))
             }
-            (Uri::Hub { .. }, _) => return Err("hf:// names a whole base model, nothing else".into()),
-            (Uri::S3 { bucket, key }, Some(folder)) => absolute(folder.join(bucket).join(key)),
+            (Uri::Hub { .. }, _) => return Err("hf://owner/name is a base model, nothing else".into()),
+            (Uri::HubDataset { .. }, _) => return Err("hf://datasets/ holds rows for training, nothing else".into()),
+            (Uri::S3 { bucket, key }, Some(folder)) => resolved(folder.join(bucket).join(key)),
             (Uri::S3 { bucket, key }, None) => {
                 let store: Arc<dyn ObjectStore> = Arc::new(s3::connect(&self.environment, role, bucket)?);
-                let path = Path::parse(key).map_err(|error| error.to_string())?;
+                let path = listing::path_of_key(key)?;
                 return Ok(self.location(role, uri, store, path, None));
             }
         };
@@ -156,7 +165,22 @@ impl Stores {
         path: Path,
         on_disk: Option<PathBuf>,
     ) -> Location {
-        let secrets = s3::secrets(&self.environment).into();
+        let secrets = settings::secrets(&self.environment).into();
         Location { runtime: self.runtime.clone(), store, path, uri: uri.clone(), role, on_disk, secrets }
     }
+}
+
+/// An absolute path without `..`, where a link's parent is that of what it points to.
+fn resolved(path: impl AsRef<FilePath>) -> io::Result<PathBuf> {
+    let mut resolved = PathBuf::new();
+    for part in absolute(path)?.components() {
+        match part {
+            Component::ParentDir => {
+                resolved = fs::canonicalize(&resolved).unwrap_or(resolved);
+                resolved.pop();
+            }
+            part => resolved.push(part),
+        }
+    }
+    Ok(resolved)
 }

@@ -1,114 +1,183 @@
 //! S3 clients from environment variables: `AWS_…`, with a role's prefix before them or without.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use object_store::{
-    ClientOptions,
+    Certificate, ClientOptions,
     aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey},
 };
 
-use super::{Environment, Role};
-
-/// Variables that only make sense together: all of them come with the prefix, or none.
-const IDENTITY: [&str; 3] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
+use super::{
+    Environment, Role,
+    listing::KeepKeys,
+    settings::{CA_BUNDLE, Settings, check_aws, check_network, of_role},
+};
 
 /// A client for a bucket.
 pub(super) fn connect(environment: &Environment, role: Role, bucket: &str) -> Result<AmazonS3, String> {
-    let settings = settings(environment, role);
-    let allow_http = settings.iter().any(|(name, value)| name.contains("ENDPOINT") && value.starts_with("http://"));
-    let options = ClientOptions::new()
+    let settings = of_role(environment, role, "AWS_");
+    check_network(environment)?;
+    check_aws(&settings)?;
+    warn_of_unknown(&settings, role);
+    build(&settings, bucket).map_err(|error| name_the_culprit(&settings, bucket).unwrap_or(error))
+}
+
+fn build(settings: &Settings, bucket: &str) -> Result<AmazonS3, String> {
+    let is_http = |(name, value): (&String, &str)| name.contains("ENDPOINT") && scheme_is_http(value);
+    let allow_http = settings.iter().any(|(name, setting)| is_http((name, &setting.value)));
+    let mut options = ClientOptions::new()
         .with_allow_http(allow_http)
         .with_connect_timeout(Duration::from_secs(10))
         // A big object may take long; one that stands still may not.
         .with_timeout_disabled()
         .with_read_timeout(Duration::from_secs(60));
-    let mut builder =
-        AmazonS3Builder::new().with_bucket_name(bucket).with_region("us-east-1").with_client_options(options);
-    for (name, value) in settings {
-        if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>()
-            && key != AmazonS3ConfigKey::Bucket
-        {
-            builder = builder.with_config(key, value);
+    if let Some(file) = settings.get(CA_BUNDLE) {
+        for certificate in certificates(&file.value).map_err(|problem| format!("{} {problem}", file.variable))? {
+            options = options.with_root_certificate(certificate);
         }
+    }
+    let mut builder = AmazonS3Builder::new()
+        .with_bucket_name(bucket)
+        .with_region("us-east-1")
+        .with_client_options(options)
+        .with_http_connector(KeepKeys);
+    for (key, setting) in known(settings) {
+        builder = builder.with_config(key, &setting.value);
     }
     builder.build().map_err(|error| error.to_string())
 }
 
-/// Whether the environment names an S3 store for any role.
-pub(super) fn is_configured(environment: &Environment) -> bool {
-    let decisive = ["AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE"];
-    environment.keys().any(|name| decisive.iter().any(|decisive| name.ends_with(decisive)))
+fn scheme_is_http(url: &str) -> bool {
+    url.split_once("://").is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("http"))
 }
 
-/// Values that no message may show.
-pub(super) fn secrets(environment: &Environment) -> Vec<String> {
-    let secret = |(name, value): (&String, &String)| {
-        let value = value.trim();
-        let is_secret =
-            IDENTITY.iter().chain(&["HF_TOKEN"]).any(|identity| name.ends_with(identity)) && !value.is_empty();
-        is_secret.then(|| value.to_owned())
+fn known(settings: &Settings) -> impl Iterator<Item = (AmazonS3ConfigKey, &super::settings::Setting)> {
+    settings.iter().filter_map(|(name, setting)| {
+        let key = name.to_ascii_lowercase().parse().ok()?;
+        // The bucket comes from the URI.
+        (key != AmazonS3ConfigKey::Bucket).then_some((key, setting))
+    })
+}
+
+/// The PEM certificates of a file.
+fn certificates(file: &str) -> Result<Vec<Certificate>, String> {
+    let pem = fs::read(file).map_err(|error| format!("names {file:?}, which can't be read: {error}"))?;
+    let found = Certificate::from_pem_bundle(&pem).map_err(|error| format!("names {file:?}: {error}"))?;
+    match found.is_empty() {
+        true => Err(format!("names {file:?}, which holds no PEM certificate")),
+        false => Ok(found),
+    }
+}
+
+/// The client's own words name no variable, so each setting is tried alone beside sound ones.
+fn name_the_culprit(settings: &Settings, bucket: &str) -> Option<String> {
+    let sound = || AmazonS3Builder::new().with_bucket_name(bucket).with_access_key_id("k").with_secret_access_key("s");
+    let problem = |(key, setting): (AmazonS3ConfigKey, &super::settings::Setting)| {
+        // Encryption needs several settings at once.
+        let alone = !matches!(key, AmazonS3ConfigKey::Encryption(_));
+        let error = alone.then(|| sound().with_config(key, &setting.value).build().err()).flatten()?;
+        Some(format!("{} can't be used: {error}", setting.variable))
     };
-    environment.iter().filter_map(secret).collect()
+    let problems: Vec<String> = known(settings).filter_map(problem).collect();
+    (!problems.is_empty()).then(|| problems.join("; "))
 }
 
-/// The `AWS_…` variables of a role. Values are trimmed: Secrets made from files end in a newline.
-fn settings(environment: &Environment, role: Role) -> Environment {
-    let own: Environment = environment
-        .iter()
-        .filter_map(|(name, value)| Some((name.strip_prefix(role.env_prefix())?, value.trim())))
-        .filter(|(name, value)| name.starts_with("AWS_") && !value.is_empty())
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .collect();
-    let own_identity = IDENTITY.iter().any(|name| own.contains_key(*name));
-    let mut settings: Environment = environment
-        .iter()
-        .filter(|(name, value)| name.starts_with("AWS_") && !value.trim().is_empty())
-        .filter(|(name, _)| !(own_identity && IDENTITY.contains(&name.as_str())))
-        .map(|(name, value)| (name.clone(), value.trim().to_owned()))
-        .collect();
-    settings.extend(own);
-    settings
+/// A Secret is made for this program, so what of it does nothing may be a slip of the pen.
+fn warn_of_unknown(settings: &Settings, role: Role) {
+    for (name, setting) in settings {
+        let is_known = name == CA_BUNDLE || name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>().is_ok();
+        if !is_known && setting.variable.starts_with(role.env_prefix()) {
+            tracing::warn!(variable = setting.variable, "no such setting: it is ignored");
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn environment(variables: &[(&str, &str)]) -> Environment {
-        variables.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect()
-    }
+    /// An environment in which everything is sound.
+    const SOUND: [(&str, &str); 3] = [
+        ("TUNESMITH_OUTPUT_AWS_ENDPOINT_URL", "http://127.0.0.1:8333"),
+        ("TUNESMITH_OUTPUT_AWS_ACCESS_KEY_ID", "k3y"),
+        ("TUNESMITH_OUTPUT_AWS_SECRET_ACCESS_KEY", "s3cr3t"),
+    ];
 
-    #[test]
-    fn a_role_takes_its_own_variables_and_falls_back_to_the_plain_ones() {
-        let environment = environment(&[
-            ("TUNESMITH_MODEL_AWS_ACCESS_KEY_ID", "model\n"),
-            ("TUNESMITH_MODEL_AWS_SECRET_ACCESS_KEY", "m"),
-            ("AWS_ACCESS_KEY_ID", "plain"),
-            ("AWS_SECRET_ACCESS_KEY", "p"),
-            ("AWS_SESSION_TOKEN", "t"),
-            ("AWS_REGION", "eu-central-1"),
-        ]);
-        let model = settings(&environment, Role::Model);
-        assert_eq!(model["AWS_ACCESS_KEY_ID"], "model");
-        assert_eq!(model["AWS_REGION"], "eu-central-1");
-        assert!(!model.contains_key("AWS_SESSION_TOKEN"), "another key's token would be refused");
-        assert_eq!(settings(&environment, Role::Output)["AWS_ACCESS_KEY_ID"], "plain");
+    fn connect_with(variables: &[(&str, &str)]) -> Result<(), String> {
+        let all = SOUND.iter().chain(variables).map(|(name, value)| ((*name).into(), (*value).into()));
+        connect(&all.collect(), Role::Output, "adapters").map(drop)
     }
 
     #[test]
     fn an_http_endpoint_needs_no_further_setting() {
-        let environment = environment(&[
-            ("TUNESMITH_OUTPUT_AWS_ENDPOINT_URL", "http://127.0.0.1:8333"),
-            ("TUNESMITH_OUTPUT_AWS_ACCESS_KEY_ID", "k"),
-            ("TUNESMITH_OUTPUT_AWS_SECRET_ACCESS_KEY", "s"),
-        ]);
-        assert!(is_configured(&environment));
-        connect(&environment, Role::Output, "adapters").unwrap();
-        assert_eq!(secrets(&environment), ["k", "s"]);
+        connect_with(&[]).unwrap();
+        connect_with(&[("TUNESMITH_OUTPUT_AWS_ENDPOINT_URL", "HTTP://127.0.0.1:8333")]).unwrap();
     }
 
     #[test]
-    fn an_empty_environment_names_no_store() {
-        assert!(!is_configured(&environment(&[("HOME", "/root"), ("AWS_REGION", "eu-central-1")])));
+    fn each_setting_that_can_not_be_used_is_named_and_no_secret_is_shown() {
+        for (name, value) in [
+            ("AWS_ENDPOINT_URL", "host:9000"),
+            ("AWS_ENDPOINT_URL", "http://"),
+            ("AWS_ENDPOINT_URL_S3", "s3.example.com"),
+            ("AWS_ENDPOINT", "//host"),
+            ("AWS_ENDPOINT_URL_STS", "sts"),
+            ("AWS_METADATA_ENDPOINT", "169.254.169.254"),
+            ("AWS_REGION", "eu central 1"),
+            ("AWS_REGION", "eu-central-1\nx"),
+            ("AWS_DEFAULT_REGION", "münchen"),
+            ("AWS_ACCESS_KEY_ID", "k3y\nother"),
+            ("AWS_ACCESS_KEY_ID", "k3y other"),
+            ("AWS_SECRET_ACCESS_KEY", "s3crét"),
+            ("AWS_SESSION_TOKEN", "t0ken\u{fffd}"),
+            ("AWS_SKIP_SIGNATURE", "maybe"),
+            ("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "path"),
+            ("AWS_UNSIGNED_PAYLOAD", "2"),
+            ("AWS_ALLOW_HTTP", "sure"),
+            ("AWS_TIMEOUT", "soon"),
+            ("AWS_CONNECT_TIMEOUT", "10 parsecs"),
+            ("AWS_READ_TIMEOUT", "-1s"),
+            ("AWS_POOL_MAX_IDLE_PER_HOST", "many"),
+            ("AWS_CHECKSUM_ALGORITHM", "md4"),
+            ("AWS_CONDITIONAL_PUT", "sometimes"),
+            ("AWS_USER_AGENT", "a\nb"),
+            ("AWS_DEFAULT_CONTENT_TYPE", "té"),
+            ("AWS_PROXY_URL", "http://"),
+            ("AWS_CA_BUNDLE", "/absent.pem"),
+            ("AWS_WEB_IDENTITY_TOKEN_FILE", "/absent/token"),
+        ] {
+            let variable = format!("TUNESMITH_OUTPUT_{name}");
+            let error = connect_with(&[(&variable, value)]).unwrap_err();
+            assert!(error.contains(&variable), "{name} {value:?}: {error}");
+            assert!(["k3y", "s3cr", "t0ken"].iter().all(|secret| !error.contains(secret)), "{error}");
+        }
+    }
+
+    #[test]
+    fn half_an_identity_is_refused_rather_than_replaced_by_the_machines_own() {
+        let connect = |variables: &[(&str, &str)]| {
+            let all = variables.iter().map(|(name, value)| ((*name).into(), (*value).into()));
+            super::connect(&all.collect(), Role::Dataset, "data").map(drop)
+        };
+        let token = tempfile::NamedTempFile::new().unwrap();
+        let token = token.path().to_str().unwrap();
+        for (variables, missing) in [
+            (&[("AWS_ACCESS_KEY_ID", "k")][..], "AWS_SECRET_ACCESS_KEY is not"),
+            (&[("AWS_SECRET_ACCESS_KEY", "s")], "AWS_ACCESS_KEY_ID is not"),
+            (&[("AWS_SESSION_TOKEN", "t")], "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not"),
+            (&[("AWS_WEB_IDENTITY_TOKEN_FILE", token)], "AWS_ROLE_ARN is not"),
+            (&[("AWS_ROLE_ARN", "arn:aws:iam::1:role/r")], "AWS_WEB_IDENTITY_TOKEN_FILE is not"),
+            (&[("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://169.254.170.23/v1")], "TOKEN_FILE is not"),
+            (&[("AWS_PROFILE", "work"), ("AWS_ENDPOINT_URL", "http://h")], "AWS_PROFILE is not read here"),
+        ] {
+            let error = connect(variables).unwrap_err();
+            assert!(error.contains(missing) && error.contains(variables[0].0), "{error}");
+        }
+        connect(&[("AWS_WEB_IDENTITY_TOKEN_FILE", token), ("AWS_ROLE_ARN", "arn:aws:iam::1:role/r")]).unwrap();
+        // What other tools want is none of ours.
+        let keys = [("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s")];
+        for (name, value) in [("AWS_PROFILE", "work"), ("AWS_PAGER", ""), ("AWS_DEFAULT_OUTPUT", "json")] {
+            connect(&[&keys[..], &[(name, value)]].concat()).unwrap();
+        }
     }
 }
