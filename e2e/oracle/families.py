@@ -62,6 +62,27 @@ FAMILIES = {
         ),
         dict(target_modules="all-linear", use_dora=True, use_rslora=True),
     ),
+    "yarn": (
+        transformers.Qwen2Config,
+        rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4, beta_slow=1),
+        dict(target_modules=["k_proj", "v_proj"]),
+    ),
+    # Rows of the gradients have the short factors, the row of the logits the long ones.
+    "longrope": (
+        transformers.Phi3Config,
+        dict(
+            original_max_position_embeddings=32,
+            pad_token_id=0,
+            tie_word_embeddings=True,
+            **rope(
+                rope_type="longrope",
+                partial_rotary_factor=0.75,
+                short_factor=[1.0, 1.25, 1.5],
+                long_factor=[1.5, 3.0, 6.0],
+            ),
+        ),
+        dict(target_modules=["qkv_proj"]),
+    ),
     "gemma2": (
         transformers.Gemma2Config,
         dict(sliding_window=6, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **GEMMA),

@@ -95,6 +95,10 @@ impl<'m, B: Backend> Generator<'m, B> {
     fn logits(&mut self) -> Vec<f32> {
         self.reserve();
         let Model { backend, blocks, config, .. } = self.model;
+        if config.ropes.iter().any(|rope| rope.changes_between(self.cached, self.tokens.len())) {
+            // Keys that were turned by other frequencies are of no use: all are computed again, as transformers does.
+            self.cached = 0;
+        }
         let new = &self.tokens[self.cached..];
         let rows = backend.rows(&[Row::new(new.len())], self.cached, &config.ropes);
         let mut x = self.model.embed(new);

@@ -119,6 +119,7 @@ impl Model<Cpu> {
             return Err(Error::config(&dir.join("config.json"), message));
         }
         let mut checkpoint = Checkpoint::open(dir)?;
+        checkpoint.check(&config)?;
         let model = Self::build(Cpu::default(), config, quantization, &mut checkpoint)?;
         if quantization.is_some() {
             checkpoint.release();

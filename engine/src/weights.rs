@@ -1,7 +1,7 @@
 //! Reads the weights of a Hugging Face folder: `model.safetensors`, or the shards that
 //! `model.safetensors.index.json` names. Files are mapped, not read, so a weight costs memory once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +11,9 @@ use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::projection::Projection;
 use crate::quantize::{StoredWeight, read_stored};
 
 /// A tensor on the host, as a checkpoint stores it.
@@ -179,11 +181,49 @@ fn unsupported(name: &str, dtype: Dtype) -> String {
 }
 
 struct Entry {
+    file: Arc<str>,
     map: Arc<Mmap>,
     start: usize,
     len: usize,
     dtype: Dtype,
     shape: Vec<usize>,
+}
+
+impl Entry {
+    fn is_in(&self, file: &str) -> bool {
+        &*self.file == file
+    }
+}
+
+/// Maps a file and adds its tensors, whatever their types: which are used shows later.
+fn add_file(tensors: &mut HashMap<String, Entry>, path: &Path) -> Result<()> {
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    // SAFETY: model files are not changed while a process uses them; a writer would have to replace them.
+    let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?);
+    let parsed = SafeTensors::deserialize(&map)
+        .map_err(|e| Error::weights(path, format!("not a whole safetensors file: {e}")))?;
+    let file: Arc<str> = path.file_name().unwrap_or_default().to_string_lossy().into();
+    for (name, view) in parsed.iter() {
+        let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
+        let len = view.data().len();
+        let shape = view.shape().to_vec();
+        let entry = Entry { file: file.clone(), map: map.clone(), start, len, dtype: view.dtype(), shape };
+        if let Some(other) = tensors.insert(name.to_owned(), entry) {
+            return Err(Error::weights(path, format!("{name} is in two shards, in {} too", other.file)));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that a folder holds every tensor that a model of this configuration uses, as loading it does.
+///
+/// # Errors
+/// A file is missing or damaged, a tensor is missing, of another shape or stored in another way; the message names it.
+pub fn check(dir: &Path, config: &ModelConfig) -> Result<()> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let checked = checkpoint.check(config);
+    checkpoint.release();
+    checked
 }
 
 #[derive(Deserialize)]
@@ -209,18 +249,50 @@ impl Checkpoint {
         let map = serde_json::from_str::<Index>(&text)
             .map_err(|e| Error::weights(&index, format!("not a safetensors index: {e}")))?
             .weight_map;
-        let mut names: Vec<&String> = map.values().collect();
-        names.sort();
-        names.dedup();
-        if let Some(name) = names.iter().find(|n| Path::new(n).components().count() != 1 || **n == "..") {
+        let mut shards: Vec<&String> = map.values().collect();
+        shards.sort();
+        shards.dedup();
+        if let Some(name) = shards.iter().find(|n| Path::new(n).components().count() != 1 || **n == "..") {
             return Err(Error::weights(&index, format!("shard {name:?} is not a file of this folder")));
         }
-        let files: Vec<PathBuf> = names.iter().map(|name| dir.join(name)).collect();
-        let checkpoint = Self::open_files(dir, &files)?;
-        if let Some(name) = map.keys().find(|name| !checkpoint.tensors.contains_key(*name)) {
-            return Err(Error::weights(&index, format!("{name} is in none of the shards")));
+        let mut tensors = HashMap::new();
+        for shard in shards {
+            add_file(&mut tensors, &dir.join(shard))?;
+            let listed = map.iter().filter(|(_, file)| *file == shard).map(|(name, _)| name);
+            // Those of earlier shards are not this one's, so that a tensor in the wrong shard is found too.
+            if let Some(name) = listed.filter(|name| !tensors.get(*name).is_some_and(|entry| entry.is_in(shard))).min()
+            {
+                return Err(Error::weights(&index, format!("says that {name} is in {shard}, which does not hold it")));
+            }
         }
-        Ok(checkpoint)
+        Ok(Checkpoint { dir: dir.to_owned(), tensors })
+    }
+
+    /// Checks that the files hold every tensor that a model of this configuration uses, in its shape and a type that can
+    /// be computed with. Others are ignored.
+    pub(crate) fn check(&self, config: &ModelConfig) -> Result<()> {
+        let linears: HashSet<String> = Projection::of(config)
+            .flat_map(|which| (0..config.num_hidden_layers).map(move |block| format!("{}.weight", which.name(block))))
+            .collect();
+        for (name, shape) in config.tensors() {
+            let is_linear = linears.contains(&name);
+            match (is_linear, shape.as_slice()) {
+                (true, &[output, input]) => self.check_linear(config, &name, [output, input])?,
+                _ => drop(self.tensor(&name, &shape)?),
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that a linear layer is stored as the configuration says.
+    fn check_linear(&self, config: &ModelConfig, name: &str, shape: [usize; 2]) -> Result<()> {
+        let Linear::Stored(weight) = self.linear(name, shape)? else { return Ok(()) };
+        let message = match config.stored_as {
+            Some(stored) if weight.is_of(stored) => return Ok(()),
+            Some(stored) => format!("{name} is not stored as {}, as quantization_config says", stored.name()),
+            None => format!("{name} is stored in few bits, and config.json has no quantization_config"),
+        };
+        Err(Error::weights(&self.dir, message))
     }
 
     /// Tells the system that nothing of the files is needed for now. What is released tensor by tensor leaves their edges,
@@ -233,26 +305,7 @@ impl Checkpoint {
     /// Maps these files and reads their headers.
     pub(crate) fn open_files(dir: &Path, files: &[PathBuf]) -> Result<Self> {
         let mut tensors = HashMap::new();
-        for path in files {
-            let file = File::open(path).map_err(|e| Error::io(path, e))?;
-            // SAFETY: model files are not changed while a process uses them; a writer would have to replace them.
-            let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?);
-            let parsed = SafeTensors::deserialize(&map)
-                .map_err(|e| Error::weights(path, format!("not a whole safetensors file: {e}")))?;
-            for (name, view) in parsed.iter() {
-                let dtype = view.dtype();
-                if !(is_float(dtype) || matches!(dtype, Dtype::U8 | Dtype::I8)) {
-                    return Err(Error::weights(path, unsupported(name, dtype)));
-                }
-                let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
-                let len = view.data().len();
-                let shape = view.shape().to_vec();
-                let entry = Entry { map: map.clone(), start, len, dtype, shape };
-                if tensors.insert(name.to_owned(), entry).is_some() {
-                    return Err(Error::weights(path, format!("{name} is in two shards")));
-                }
-            }
-        }
+        files.iter().try_for_each(|path| add_file(&mut tensors, path))?;
         Ok(Checkpoint { dir: dir.to_owned(), tensors })
     }
 
@@ -352,13 +405,11 @@ mod tests {
     fn damaged_files_are_errors_that_name_them() {
         let good = file(&[("a", Dtype::F32, &[1], &1f32.to_le_bytes())]);
         let huge_header = [&u64::MAX.to_le_bytes()[..], b"{}"].concat();
-        let integers = file(&[("ids", Dtype::I64, &[1], &[0; 8])]);
-        let cases: [(&[u8], &str); 5] = [
+        let cases: [(&[u8], &str); 4] = [
             (b"", "model.safetensors"),
             (b"{", "model.safetensors"),
             (&huge_header, "model.safetensors"),
             (&good[..good.len() - 1], "model.safetensors"),
-            (&integers, "ids has dtype I64"),
         ];
         for (bytes, expected) in cases {
             let dir = folder(&[("model.safetensors", bytes)]);
@@ -379,6 +430,34 @@ mod tests {
         let a = file(&[("a", Dtype::F32, &[1], &1f32.to_le_bytes())]);
         let index = br#"{"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}"#;
         let dir = folder(&[("1.safetensors", &a), ("model.safetensors.index.json", index)]);
-        assert!(message(Checkpoint::open(dir.path())).contains("b is in none of the shards"));
+        let message = message(Checkpoint::open(dir.path()));
+        assert!(message.contains("says that b is in 1.safetensors, which does not hold it"), "{message}");
+    }
+
+    #[test]
+    fn a_tensor_in_another_shard_than_the_index_says_or_in_two_is_refused() {
+        let a = file(&[("a", Dtype::F32, &[1], &1f32.to_le_bytes())]);
+        let b = file(&[("b", Dtype::F32, &[1], &2f32.to_le_bytes())]);
+        let swapped = br#"{"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}}"#;
+        let dir = folder(&[("1.safetensors", &a), ("2.safetensors", &b), ("model.safetensors.index.json", swapped)]);
+        assert!(message(Checkpoint::open(dir.path())).contains("says that b is in 1.safetensors"));
+        let both = file(&[("a", Dtype::F32, &[1], &1f32.to_le_bytes()), ("b", Dtype::F32, &[1], &2f32.to_le_bytes())]);
+        let index = br#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#;
+        let dir = folder(&[("1.safetensors", &a), ("2.safetensors", &both), ("model.safetensors.index.json", index)]);
+        let message = message(Checkpoint::open(dir.path()));
+        assert!(message.contains("2.safetensors: a is in two shards, in 1.safetensors too"), "{message}");
+    }
+
+    #[test]
+    fn a_tensor_that_is_not_used_may_be_of_any_type_and_one_that_is_may_not() {
+        let data = file(&[
+            ("a", Dtype::F32, &[1], &1f32.to_le_bytes()),
+            ("ids", Dtype::I64, &[1], &[0; 8]),
+            ("mask", Dtype::BOOL, &[2], &[0; 2]),
+        ]);
+        let dir = folder(&[("model.safetensors", &data)]);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.tensor("a", &[1]).unwrap().to_f32(), [1.0]);
+        assert!(message(checkpoint.tensor("ids", &[1])).contains("ids has dtype I64; supported: F32, F16, BF16"));
     }
 }

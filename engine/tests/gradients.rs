@@ -289,7 +289,7 @@ fn rope(x: &Candle, dim: usize, lengths: &[usize], frequencies: &[f32]) -> Candl
 fn rope_and_its_gradient() {
     let cpu = Cpu::default();
     let (dim, lengths) = (8, [5, 1, 9]);
-    let rope_of = |theta| Rope { theta, dim, scaling: RopeScaling::None };
+    let rope_of = |theta| Rope { theta, dim, scaling: RopeScaling::None, attention_factor: 1.0 };
     let rows = cpu.rows(&lengths.map(Row::new), 0, &[rope_of(77.0), rope_of(500.0)]);
     let ((mut x, cx), (mut dy, _)) = (pair(&cpu, 15, 24, 1), pair(&cpu, 15, 24, 2));
     let theirs = rope(&cx, dim, &lengths, &rope_of(500.0).frequencies(9));

@@ -4,6 +4,9 @@
 use serde_json::{Map, Value};
 
 use super::fields::Fields;
+use super::kinds::{refuse_class, refuse_other_kinds};
+use super::known::{refuse_unknown, refuse_unknown_in, shown};
+use super::rope::RopeContext;
 use super::{Activation, LayerConfig, ModelConfig, Rope};
 
 /// A model family, by transformers' `model_type`.
@@ -36,15 +39,68 @@ impl Family {
     pub(super) fn of(fields: &Fields<'_>) -> Result<Self, String> {
         let model_type = fields.optional_text("model_type")?.unwrap_or("missing");
         let Some((_, class, family)) = FAMILIES.iter().find(|(name, ..)| *name == model_type) else {
+            refuse_other_kinds(fields)?;
+            refuse_class(fields)?;
             let supported: Vec<&str> = FAMILIES.iter().map(|(name, ..)| *name).collect();
             return Err(format!("model_type is {model_type}; supported: {}", supported.join(", ")));
         };
-        if let Some(names) = fields.get("architectures")
+        let names = fields.get("architectures").filter(|names| names.as_array().is_none_or(|names| !names.is_empty()));
+        if let Some(names) = names
             && !names.as_array().is_some_and(|names| names.iter().any(|name| name == class))
         {
-            return Err(format!("architectures is {names}; supported for model_type {model_type}: {class}"));
+            refuse_class(fields)?;
+            return Err(format!("architectures is {}; supported for model_type {model_type}: {class}", shown(names)));
         }
         Ok(*family)
+    }
+
+    /// Fields that this family reads, besides those that all do.
+    fn fields(self) -> &'static [&'static str] {
+        match self {
+            Family::Llama => {
+                &["hidden_act", "attention_bias", "mlp_bias", "layer_types", "sliding_window", "rope_theta", ORIGINAL]
+            }
+            Family::Mistral => &["hidden_act", "layer_types", "sliding_window", "rope_theta", ORIGINAL],
+            Family::Qwen2 | Family::Qwen3 => &[
+                "hidden_act",
+                "attention_bias",
+                "layer_types",
+                "sliding_window",
+                "use_sliding_window",
+                "rope_theta",
+                ORIGINAL,
+            ],
+            Family::Phi3 => &["hidden_act", "layer_types", "sliding_window", "rope_theta", ORIGINAL],
+            Family::Gemma2 => &[
+                "hidden_act",
+                "hidden_activation",
+                "attention_bias",
+                "attn_logit_softcapping",
+                "final_logit_softcapping",
+                "layer_types",
+                "query_pre_attn_scalar",
+                "rope_theta",
+                "sliding_window",
+                ORIGINAL,
+            ],
+            Family::Gemma3 => &[
+                "hidden_act",
+                "hidden_activation",
+                "_sliding_window_pattern",
+                "attention_bias",
+                "final_logit_softcapping",
+                "layer_types",
+                "query_pre_attn_scalar",
+                "rope_local_base_freq",
+                "rope_theta",
+                "sliding_window",
+                "sliding_window_pattern",
+            ],
+        }
+    }
+
+    fn model_type(self) -> &'static str {
+        FAMILIES.iter().find(|(_, _, family)| *family == self).map_or("", |(name, ..)| name)
     }
 
     fn is_gemma(self) -> bool {
@@ -52,7 +108,8 @@ impl Family {
     }
 
     pub(super) fn config(self, fields: &Fields<'_>) -> Result<ModelConfig, String> {
-        refuse_unsupported(fields)?;
+        refuse_other_kinds(fields)?;
+        refuse_unknown(fields.0, self.model_type(), self.fields())?;
         let hidden_size = fields.size("hidden_size")?;
         let num_attention_heads = fields.size("num_attention_heads")?;
         let num_hidden_layers = fields.size("num_hidden_layers")?;
@@ -64,7 +121,13 @@ impl Family {
             Family::Gemma2 | Family::Gemma3 => 256,
             _ => hidden_size / num_attention_heads,
         });
-        let max_position_embeddings = fields.optional_size("max_position_embeddings")?.unwrap_or(2048);
+        let max_position_embeddings = fields.optional_size("max_position_embeddings")?.unwrap_or(match self {
+            Family::Llama => 2048,
+            Family::Phi3 => 4096,
+            Family::Gemma2 => 8192,
+            Family::Qwen2 | Family::Qwen3 => 32_768,
+            Family::Mistral | Family::Gemma3 => 131_072,
+        });
         let ropes = self.ropes(fields, head_dim, max_position_embeddings)?;
         let attention_bias = fields.flag("attention_bias")?;
         let eps = fields.optional_positive("rms_norm_eps")?.unwrap_or(if self == Family::Phi3 { 1e-5 } else { 1e-6 });
@@ -92,7 +155,7 @@ impl Family {
             tie_word_embeddings: fields.optional_flag("tie_word_embeddings")?.unwrap_or(self.is_gemma()),
             pad_token_id: self.pad_token_id(fields)?,
             activation: self.activation(fields)?,
-            layers: self.layers(fields, num_hidden_layers, ropes.len())?,
+            layers: self.layers(fields, num_hidden_layers, max_position_embeddings, ropes.len())?,
             ropes,
             query_key_value_bias: attention_bias || self == Family::Qwen2,
             output_bias: attention_bias && self != Family::Qwen2,
@@ -128,7 +191,14 @@ impl Family {
     fn activation(self, fields: &Fields<'_>) -> Result<Activation, String> {
         let name = if self.is_gemma() { "hidden_activation" } else { "hidden_act" };
         let default = if self.is_gemma() { "gelu_pytorch_tanh" } else { "silu" };
-        match fields.optional_text(name)?.unwrap_or(default) {
+        let activation = fields.optional_text(name)?.unwrap_or(default);
+        // Gemma has both, and the older one counts no more.
+        if let Some(older) = fields.optional_text("hidden_act")?.filter(|older| *older != activation) {
+            return Err(format!(
+                "hidden_act is {older:?}, and hidden_activation {activation:?}: they must be the same"
+            ));
+        }
+        match activation {
             "silu" => Ok(Activation::Silu),
             "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
             other => Err(format!("{name} is {other:?}; supported: silu, gelu_pytorch_tanh")),
@@ -138,60 +208,143 @@ impl Family {
     /// The rotary embeddings. Newer transformers write base and scaling into `rope_parameters` (Gemma 3: one object for
     /// each type of layer), older ones `rope_theta` and `rope_scaling` at the top.
     fn ropes(self, fields: &Fields<'_>, head_dim: usize, longest: usize) -> Result<Vec<Rope>, String> {
-        let empty = Map::new();
-        let parameters = fields.optional_object("rope_parameters")?;
-        if self != Family::Gemma3 {
-            let parameters = parameters.or(fields.optional_object("rope_scaling")?);
-            let theta = fields.optional_number("rope_theta")?.unwrap_or(10_000.0);
-            let mut rope = parameters.map_or_else(|| empty.clone(), |parameters| parameters.0.clone());
-            if let (Some(share), false) =
-                (fields.get("partial_rotary_factor"), rope.contains_key("partial_rotary_factor"))
-            {
-                rope.insert("partial_rotary_factor".into(), share.clone());
-            }
-            return Ok(vec![Rope::read(&Fields(&rope), theta, head_dim, longest)?]);
+        let [newer, older] = ["rope_parameters", "rope_scaling"]
+            .map(|name| Ok::<_, String>(fields.optional_object(name)?.filter(|object| !object.0.is_empty())));
+        let (newer, older) = (newer?, older?);
+        if let (Some(newer), Some(older)) = (newer, older)
+            && newer.0 != older.0
+        {
+            return Err(
+                "rope_parameters and rope_scaling are both there, and differ: put what holds into rope_parameters, \
+                        rope_theta too, and remove rope_scaling"
+                    .into(),
+            );
         }
-        let of = |layers: &str, older: Option<Fields<'_>>, base: &str, default: f64| {
-            let newer = parameters.map(|parameters| parameters.optional_object(layers)).transpose()?.flatten();
-            let theta = fields.optional_number(base)?.unwrap_or(default);
-            Rope::read(&newer.or(older).unwrap_or(Fields(&empty)), theta, head_dim, longest)
+        let context = RopeContext {
+            theta: 10_000.0,
+            head_dim,
+            max_position_embeddings: longest,
+            // Where Phi 3 does not say it, transformers takes that of its first model.
+            original_max_position_embeddings: fields
+                .optional_positive(ORIGINAL)?
+                .or((self == Family::Phi3).then_some(4096.0)),
+            may_be_partial: self == Family::Phi3,
         };
-        let older = fields.optional_object("rope_scaling")?;
-        Ok(vec![
-            of("full_attention", older, "rope_theta", 1e6)?,
-            of("sliding_attention", None, "rope_local_base_freq", 1e4)?,
-        ])
+        let objects = (newer, older);
+        match self {
+            Family::Gemma3 => gemma3_ropes(fields, objects, context),
+            _ => Ok(vec![one_rope(fields, objects, context)?]),
+        }
     }
 
     /// The window and the rotary embedding of each layer.
-    fn layers(self, fields: &Fields<'_>, number: usize, ropes: usize) -> Result<Vec<LayerConfig>, String> {
-        let window = match (self, fields.optional_size("sliding_window")?) {
-            (Family::Llama, _) => None,
-            (Family::Mistral | Family::Gemma2 | Family::Gemma3, None) if fields.is_absent("sliding_window") => {
-                Some(4096)
-            }
-            (Family::Qwen2 | Family::Qwen3, _) if !fields.flag("use_sliding_window")? => None,
-            (_, window) => window,
-        };
+    fn layers(
+        self,
+        fields: &Fields<'_>,
+        number: usize,
+        longest: usize,
+        ropes: usize,
+    ) -> Result<Vec<LayerConfig>, String> {
+        let window = self.window(fields, longest)?;
         let full_layers = fields.optional_size("max_window_layers")?.unwrap_or(28);
         let pattern = fields.optional_size("sliding_window_pattern")?.unwrap_or(6);
-        let listed = match fields.get("layer_types") {
-            Some(types) if !matches!(self, Family::Llama | Family::Mistral | Family::Phi3) => {
-                Some(layer_types(types, number)?)
-            }
-            _ => None,
-        };
+        let listed = fields.get("layer_types").map(|types| layer_types(types, number)).transpose()?;
+        if listed.is_none() && fields.optional_size("_sliding_window_pattern")?.is_some_and(|other| other != pattern) {
+            return Err("_sliding_window_pattern counts only with layer_types: set sliding_window_pattern".into());
+        }
+        let alternates = !matches!(self, Family::Llama | Family::Mistral | Family::Phi3);
         let slides = |i: usize| match (&listed, self) {
             (Some(listed), _) => listed[i],
             (None, Family::Qwen2 | Family::Qwen3) => i >= full_layers,
             (None, Family::Gemma2) => i.is_multiple_of(2),
             (None, Family::Gemma3) => !(i + 1).is_multiple_of(pattern),
-            _ => true,
+            _ => window.is_some(),
         };
+        let all_slide = |slides: bool| listed.as_ref().is_none_or(|listed| listed.iter().all(|layer| *layer == slides));
+        match window {
+            None if !all_slide(false) => {
+                return Err("layer_types has sliding_attention, and sliding_window is null or not used".into());
+            }
+            Some(_) if !alternates && !all_slide(true) => {
+                let model_type = self.model_type();
+                return Err(format!("layer_types has full_attention: all layers of model_type {model_type} slide"));
+            }
+            _ => {}
+        }
         Ok((0..number)
             .map(|i| LayerConfig { window: window.filter(|_| slides(i)), rope: usize::from(ropes > 1 && slides(i)) })
             .collect())
     }
+
+    /// The window of the layers that slide.
+    fn window(self, fields: &Fields<'_>, longest: usize) -> Result<Option<usize>, String> {
+        let window = fields.optional_size("sliding_window")?;
+        match self {
+            // The family has none; models that were made from others may still name theirs.
+            Family::Llama => match window.filter(|window| *window < longest) {
+                Some(window) if fields.optional_flag("use_sliding_window")? != Some(false) => {
+                    Err(format!("sliding_window is {window}; model_type llama has none"))
+                }
+                _ => Ok(None),
+            },
+            Family::Qwen2 | Family::Qwen3 if !fields.flag("use_sliding_window")? => Ok(None),
+            Family::Mistral | Family::Gemma2 | Family::Gemma3 if fields.is_absent("sliding_window") => Ok(Some(4096)),
+            _ => Ok(window),
+        }
+    }
+}
+
+/// Longest row of pre-training, which some models name at the top.
+const ORIGINAL: &str = "original_max_position_embeddings";
+
+/// The rotary embedding of all layers.
+fn one_rope(fields: &Fields<'_>, (newer, older): RopeObjects<'_>, context: RopeContext) -> Result<Rope, String> {
+    let object = if newer.is_some() { "rope_parameters" } else { "rope_scaling" };
+    let mut rope = newer.or(older).map_or_else(Map::new, |rope| rope.0.clone());
+    for (name, default) in [("rope_theta", None), ("partial_rotary_factor", Some(Value::from(1.0)))] {
+        let Some(top) = fields.get(name) else { continue };
+        match rope.get(name).filter(|inner| !inner.is_null()) {
+            Some(inner) if inner.as_f64() != top.as_f64() && default.as_ref() != Some(top) => {
+                return Err(format!("{name} is {top} at the top, and {inner} in {object}: they must be the same"));
+            }
+            Some(_) => {}
+            None => drop(rope.insert(name.to_owned(), top.clone())),
+        }
+    }
+    Rope::read(object, &Fields(&rope), context)
+}
+
+/// `rope_parameters` and `rope_scaling`, where they hold anything.
+type RopeObjects<'a> = (Option<Fields<'a>>, Option<Fields<'a>>);
+
+/// The rotary embeddings of Gemma 3's layers: first of those that see all, then of those that slide.
+fn gemma3_ropes(
+    fields: &Fields<'_>,
+    (newer, older): RopeObjects<'_>,
+    context: RopeContext,
+) -> Result<Vec<Rope>, String> {
+    const FULL: &str = "full_attention";
+    const SLIDING: &str = "sliding_attention";
+    if let Some(newer) = newer {
+        refuse_unknown_in("rope_parameters", newer.0, &[FULL, SLIDING])?;
+    }
+    let empty = Map::new();
+    let of = |layers: &str, older: Option<Fields<'_>>, base: &str, default: f64| {
+        let newer = newer.map(|newer| newer.optional_object(layers)).transpose()?.flatten();
+        let theta = fields.optional_number(base)?;
+        let inner = newer.map(|newer| newer.optional_number("rope_theta")).transpose()?.flatten();
+        if let (Some(top), Some(inner)) = (theta, inner)
+            && top != inner
+        {
+            return Err(format!(
+                "{base} is {top}, and rope_theta {inner} in rope_parameters.{layers}: they must be the same"
+            ));
+        }
+        let context = RopeContext { theta: theta.unwrap_or(default), ..context };
+        let object = if newer.is_some() { format!("rope_parameters.{layers}") } else { "rope_scaling".to_owned() };
+        Rope::read(&object, &newer.or(older).unwrap_or(Fields(&empty)), context)
+    };
+    Ok(vec![of(FULL, older, "rope_theta", 1e6)?, of(SLIDING, None, "rope_local_base_freq", 1e4)?])
 }
 
 /// Whether each layer slides.
@@ -201,23 +354,7 @@ fn layer_types(types: &Value, number: usize) -> Result<Vec<bool>, String> {
     let slides = types.iter().map(|kind| match kind.as_str() {
         Some("full_attention") => Ok(false),
         Some("sliding_attention") => Ok(true),
-        _ => Err(format!("layer_types has {kind}; supported: full_attention, sliding_attention")),
+        _ => Err(format!("layer_types has {}; supported: full_attention, sliding_attention", shown(kind))),
     });
     slides.collect()
-}
-
-/// Fields that would change the numbers, in any family.
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), String> {
-    if let Some(tp) = fields.get("pretraining_tp").filter(|tp| tp.as_u64() != Some(1)) {
-        return Err(format!("pretraining_tp is {tp}; supported: 1"));
-    }
-    for name in ["attention_dropout", "resid_pdrop", "embd_pdrop"] {
-        if let Some(share) = fields.optional_number(name)?.filter(|share| *share != 0.0) {
-            return Err(format!("{name} is {share}; supported: 0 (set lora.dropout instead)"));
-        }
-    }
-    if fields.flag("use_bidirectional_attention")? {
-        return Err("use_bidirectional_attention is true; only causal models can be trained".into());
-    }
-    Ok(())
 }

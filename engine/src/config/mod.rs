@@ -6,7 +6,12 @@
 
 mod family;
 mod fields;
+mod kinds;
+mod known;
+mod quantization;
 mod rope;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 
@@ -99,16 +104,23 @@ impl ModelConfig {
     /// The file is missing, is no JSON, or has a field that the engine does not support; the message names it.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        Self::parse(&text).map_err(|message| Error::config(&path, message))
+        let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+        Self::parse_bytes(&bytes).map_err(|message| Error::config(&path, message))
+    }
+
+    /// Reads the bytes of a `config.json`; the error is a message without the file's name.
+    pub fn parse_bytes(bytes: &[u8]) -> std::result::Result<Self, String> {
+        Self::parse(std::str::from_utf8(bytes).map_err(|e| format!("not UTF-8 text: {e}"))?)
     }
 
     /// Reads the text of a `config.json`; the error is a message without the file's name.
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
-        let json: Value = serde_json::from_str(text).map_err(|e| format!("not valid JSON: {e}"))?;
+        // Some editors of Windows begin a file with a byte order mark.
+        let json: Value = serde_json::from_str(text.strip_prefix('\u{feff}').unwrap_or(text))
+            .map_err(|e| format!("not valid JSON: {e}"))?;
         let fields = Fields(json.as_object().ok_or("not a JSON object")?);
         let mut config = Family::of(&fields)?.config(&fields)?;
-        config.stored_as = fields.get("quantization_config").map(Quantization::of_config).transpose()?;
+        config.stored_as = fields.get("quantization_config").map(quantization::read).transpose()?;
         config.validate()?;
         Ok(config)
     }
@@ -129,99 +141,5 @@ impl ModelConfig {
     /// Width of all key heads together, which is also that of all value heads.
     pub fn key_value_size(&self) -> usize {
         self.num_key_value_heads * self.head_dim
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const SMOL: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-05,
-        "rope_theta": 100000, "rope_scaling": null, "tie_word_embeddings": true, "attention_bias": false}"#;
-
-    fn with(changes: Value) -> std::result::Result<ModelConfig, String> {
-        let mut json: Value = serde_json::from_str(SMOL).unwrap();
-        json.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        ModelConfig::parse(&json.to_string())
-    }
-
-    #[test]
-    fn smollm2_is_read() {
-        let config = ModelConfig::parse(SMOL).unwrap();
-        assert_eq!((config.head_dim, config.query_size(), config.key_value_size()), (64, 576, 192));
-        assert_eq!(config.ropes, [Rope { theta: 100_000.0, dim: 64, scaling: RopeScaling::None }]);
-        assert!(config.tie_word_embeddings);
-    }
-
-    #[test]
-    fn rope_is_read_where_newer_transformers_write_it() {
-        let config = with(serde_json::json!({
-            "rope_theta": null,
-            "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}
-        }))
-        .unwrap();
-        assert_eq!(config.ropes, [Rope { theta: 500_000.0, dim: 64, scaling: RopeScaling::Linear { factor: 4.0 } }]);
-    }
-
-    #[test]
-    fn what_would_change_the_numbers_is_refused_by_name() {
-        for (changes, name) in [
-            (serde_json::json!({"attention_dropout": 0.1}), "attention_dropout"),
-            (serde_json::json!({"hidden_act": "gelu"}), "hidden_act"),
-            (serde_json::json!({"model_type": "mamba"}), "model_type"),
-            (serde_json::json!({"rope_scaling": {"type": "yarn", "factor": 2.0}}), "rope_type"),
-            (serde_json::json!({"rope_scaling": {"type": "linear"}}), "factor"),
-            (serde_json::json!({"hidden_size": 0}), "hidden_size"),
-            (serde_json::json!({"vocab_size": 1e30}), "vocab_size"),
-            (serde_json::json!({"num_key_value_heads": 4}), "num_key_value_heads"),
-            (serde_json::json!({"head_dim": 63}), "head_dim"),
-            (serde_json::json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), "quant_method"),
-            (serde_json::json!({"quantization_config": {"quant_method": "bitsandbytes"}}), "load_in_4bit"),
-        ] {
-            let message = with(changes).unwrap_err();
-            assert!(message.contains(name), "{name}: {message}");
-        }
-    }
-    /// Any value that JSON can hold, of the kinds that a damaged or malicious file would.
-    fn value() -> impl Strategy<Value = Value> {
-        prop_oneof![
-            Just(Value::Null),
-            any::<bool>().prop_map(Value::from),
-            any::<i64>().prop_map(Value::from),
-            (0u64..70).prop_map(Value::from),
-            any::<f64>().prop_map(Value::from),
-            "[a-z_0-9]{0,12}".prop_map(Value::from),
-            Just(serde_json::json!({"rope_type": "dynamic", "factor": 1e300, "full_attention": {"factor": -1}})),
-            Just(serde_json::json!(["sliding_attention", 7])),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn no_configuration_makes_the_engine_panic(
-            family in prop::sample::select(vec!["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"]),
-            changes in prop::collection::vec((prop::sample::select(vec![
-                "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "vocab_size",
-                "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-                "rope_parameters", "layer_types", "sliding_window", "use_sliding_window", "max_window_layers",
-                "sliding_window_pattern", "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping",
-                "final_logit_softcapping", "pad_token_id", "hidden_act", "hidden_activation", "tie_word_embeddings",
-                "attention_bias", "mlp_bias", "attention_dropout", "architectures",
-            ]), value()), 0..4),
-        ) {
-            let mut json = serde_json::json!({"architectures": null, "model_type": family, "hidden_act": null});
-            for (field, value) in changes {
-                json[field] = value;
-            }
-            if let Ok(config) = with(json) {
-                prop_assert!(config.layers.len() == config.num_hidden_layers);
-                config.ropes.iter().for_each(|rope| drop(rope.frequencies(100_000)));
-                prop_assert!(config.tensors().len() < 20_000);
-            }
-        }
     }
 }

@@ -12,23 +12,23 @@ pub(super) struct Angles {
 }
 
 impl Angles {
-    /// Angles of tokens at these positions, each with its row's frequencies.
-    pub(super) fn new<'a>(tokens: impl Iterator<Item = (usize, &'a [f32])>) -> Self {
+    /// Angles of tokens at these positions, each with its row's frequencies. What they turn is stretched by `factor`.
+    pub(super) fn new<'a>(tokens: impl Iterator<Item = (usize, &'a [f32])>, factor: f32) -> Self {
         let (mut half, mut cos, mut sin) = (0, Vec::new(), Vec::new());
         for (position, frequencies) in tokens {
             half = frequencies.len();
             // transformers multiplies position and frequency in f32.
             let angles = frequencies.iter().map(|frequency| position as f32 * frequency);
             let (sines, cosines): (Vec<f32>, Vec<f32>) = angles.map(f32::sin_cos).unzip();
-            cos.extend(cosines);
-            sin.extend(sines);
+            cos.extend(cosines.iter().map(|cosine| factor * cosine));
+            sin.extend(sines.iter().map(|sine| factor * sine));
         }
         Angles { half, cos, sin }
     }
 }
 
 /// Rotates the heads of x [tokens, heads · head_dim] in place: forward by each token's angles, backward by their
-/// opposites.
+/// opposites (the factor stays: it is the transpose).
 pub(super) fn rotate(x: &mut [f32], width: usize, head_dim: usize, angles: &Angles, backward: bool) {
     let half = angles.half;
     let sign = if backward { -1.0 } else { 1.0 };

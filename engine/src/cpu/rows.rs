@@ -34,7 +34,7 @@ impl Rows {
         let angles = |rope: &Rope| {
             let frequencies: Vec<Vec<f32>> = key_lengths.iter().map(|len| rope.frequencies(offset + len)).collect();
             let tokens = (0..rows.len()).flat_map(|row| (past(row)..key_lengths[row]).map(move |at| (row, at)));
-            Angles::new(tokens.map(|(row, at)| (offset + at, frequencies[row].as_slice())))
+            Angles::new(tokens.map(|(row, at)| (offset + at, frequencies[row].as_slice())), rope.attention_factor)
         };
         let angles = ropes.iter().map(angles).collect();
         let (starts, key_starts) = (starts(&lengths), starts(&key_lengths));

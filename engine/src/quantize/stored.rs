@@ -18,6 +18,17 @@ pub enum StoredWeight {
     EightBit(EightBit),
 }
 
+impl StoredWeight {
+    /// Whether its codes are those of this kind.
+    pub(crate) fn is_of(&self, quantization: Quantization) -> bool {
+        match (self, quantization) {
+            (StoredWeight::FourBit(weight), Quantization::FourBit { code, .. }) => weight.code == code,
+            (StoredWeight::EightBit(_), Quantization::Int8) => true,
+            _ => false,
+        }
+    }
+}
+
 /// What the text beside a weight in 4 bits says.
 #[derive(Deserialize)]
 struct QuantState {
@@ -122,29 +133,6 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 }
 
 impl Quantization {
-    /// What a `quantization_config` says.
-    pub(crate) fn of_config(config: &serde_json::Value) -> Result<Self, String> {
-        let method = config["quant_method"].as_str().unwrap_or_default();
-        if method != "bitsandbytes" {
-            return Err(format!("quantization_config.quant_method is {method:?}; supported: bitsandbytes"));
-        }
-        if config["load_in_8bit"] == true {
-            return Ok(Quantization::Int8);
-        }
-        let code = match config["bnb_4bit_quant_type"].as_str() {
-            Some("nf4") => FourBitCode::Nf4,
-            // As bitsandbytes takes it where nothing is said.
-            None | Some("fp4") => FourBitCode::Fp4,
-            Some(other) => {
-                return Err(format!("quantization_config.bnb_4bit_quant_type is {other:?}; supported: nf4, fp4"));
-            }
-        };
-        if config["load_in_4bit"] != true {
-            return Err("quantization_config has neither load_in_4bit nor load_in_8bit".into());
-        }
-        Ok(Quantization::FourBit { code, double_quant: config["bnb_4bit_use_double_quant"] == true })
-    }
-
     /// Whether both store the same codes.
     pub fn is_like(self, other: Self) -> bool {
         match (self, other) {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use run::{Run, accumulate, read_json, read_tensors, train, trainer, trainer_of};
 use serde::Deserialize;
 use tunesmith_engine::{
-    FourBitCode, LazyTensor, MicroBatch, Model, NamedTensor, Precision, Quantization, Recompute, Trainer,
-    TrainerOptions, Tuning,
+    FourBitCode, Generator, LazyTensor, MicroBatch, Model, NamedTensor, Precision, Quantization, Recompute, Sampling,
+    Trainer, TrainerOptions, Tuning,
 };
 
 #[derive(Deserialize)]
@@ -133,7 +133,7 @@ fn twenty_steps_in_bf16_have_the_losses_of_those_in_f32() {
     }
 }
 
-const FAMILIES: [&str; 7] = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"];
+const FAMILIES: [&str; 9] = ["llama", "mistral", "qwen2", "qwen3", "phi3", "yarn", "longrope", "gemma2", "gemma3"];
 
 #[test]
 fn every_family_has_transformers_logits_with_and_without_an_adapter() {
@@ -227,6 +227,23 @@ fn first_row(batch: &MicroBatch) -> MicroBatch {
     let length = batch.row_lengths[0];
     let of_row = |ids: &[u32]| ids[..length].to_vec();
     MicroBatch { tokens: of_row(&batch.tokens), targets: of_row(&batch.targets), row_lengths: vec![length] }
+}
+
+#[test]
+fn a_row_that_grows_beyond_the_short_ones_goes_on_as_one_that_was_long_from_the_start() {
+    let dir = fixture("families/longrope");
+    let tokens: Vec<u32> = read_json(&dir.join("tokens.json"));
+    let model = Model::load(&dir.join("model")).unwrap();
+    // From 33 tokens on, each row has the long factors.
+    let mut row = tokens[..30].to_vec();
+    let mut generator = Generator::new(&model, &row, Sampling::default(), &[]).unwrap();
+    for _ in 0..6 {
+        let logits = model.logits(&row).unwrap();
+        let last = &logits[logits.len() - model.config().vocab_size..];
+        let likeliest = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap() as u32;
+        assert_eq!(generator.next_token().unwrap(), Some(likeliest), "after {} tokens", row.len());
+        row.push(likeliest);
+    }
 }
 
 #[test]
