@@ -34,7 +34,7 @@ rm -rf "$cache/converted"
 
 echo "Fixtures: are the committed ones what the reference computes today?"
 rm -rf "$cache/fixtures"
-for script in fixtures.py families.py quantized.py rotary.py; do
+for script in fixtures.py families.py quantized.py rotary.py adapters.py; do
     "$python" -W ignore "$script" "$cache/fixtures" >"$cache/fixtures.log" 2>&1 || { cat "$cache/fixtures.log"; exit 1; }
 done
 "$python" same_fixtures.py ../../engine/tests/fixtures "$cache/fixtures"

@@ -15,6 +15,7 @@ mod merge;
 pub mod model;
 pub mod optim;
 mod param;
+mod pattern;
 mod peft;
 mod projection;
 pub mod quantize;

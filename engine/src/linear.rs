@@ -4,8 +4,8 @@
 //! counts as a constant in the backward pass. With dropout, also as in PEFT, it multiplies what they give of the dropped
 //! input, and what W gives of the rest of the input is added as it is.
 
-use crate::backend::{AdaptedForward, Backend, Dropout, InputGrad, LoraGrads, LoraRef};
-use crate::param::{Param, Weight};
+use crate::backend::{AdaptedForward, Backend, Dropout, InputGrad, LoraGrads, LoraRef, WeightRef};
+use crate::param::{Group, Param, Weight};
 
 /// A linear layer of a block.
 pub(crate) struct Linear<B: Backend> {
@@ -22,19 +22,44 @@ pub(crate) struct LoraLayer<T> {
     pub(crate) b: Param<T>,
     /// Factor of the update.
     pub(crate) scale: f32,
-    /// DoRA's length of each row of the adapted weight, [1, out].
-    pub(crate) magnitude: Option<Param<T>>,
+    pub(crate) dora: Option<Dora<T>>,
+}
+
+/// What DoRA adds to a layer's update.
+pub(crate) struct Dora<T> {
+    /// The length of each row of the adapted weight, [1, out].
+    pub(crate) magnitude: Param<T>,
+    /// magnitude / ‖W + scale·B·A‖, [1, out]. To compute them takes as long as a forward pass of several tokens: they are
+    /// computed when the layer changes ([`Linear::refresh`]), not when it is used.
+    pub(crate) factors: T,
 }
 
 /// What the backward pass needs of an adapted layer's forward pass.
 pub(crate) struct LoraKept<T> {
     /// dropout(x) · Aᵀ.
     hidden: T,
-    /// DoRA's factors, and what they multiplied.
-    dora: Option<(T, T)>,
+    /// What DoRA's factors multiplied.
+    adapted: Option<T>,
 }
 
 impl<T> LoraLayer<T> {
+    /// A frozen update with these matrices.
+    pub(crate) fn new(a: T, b: T, scale: f32) -> Self {
+        LoraLayer { a: Param::frozen(a, Group::Matrix), b: Param::frozen(b, Group::LoraB), scale, dora: None }
+    }
+
+    /// Makes it DoRA's, with these lengths.
+    pub(crate) fn add_magnitude<B: Backend<Tensor = T>>(&mut self, backend: &B, w: WeightRef<'_, B>, magnitude: T) {
+        let factors = backend.dora_factors(w, &self.as_ref(None), &magnitude);
+        self.dora = Some(Dora { magnitude: Param::frozen(magnitude, Group::Magnitude), factors });
+    }
+
+    /// Gives all of it a gradient, which is zero.
+    pub(crate) fn train<B: Backend<Tensor = T>>(&mut self, backend: &B) {
+        let magnitude = self.dora.as_mut().map(|dora| &mut dora.magnitude);
+        [&mut self.a, &mut self.b].into_iter().chain(magnitude).for_each(|param| param.train(backend));
+    }
+
     pub(crate) fn as_ref(&self, dropout: Option<Dropout>) -> LoraRef<'_, T> {
         LoraRef { a: &self.a.value, b: &self.b.value, scale: self.scale, dropout }
     }
@@ -49,6 +74,15 @@ impl<B: Backend> Linear<B> {
     /// Whether anything of the layer learns.
     pub(crate) fn is_trained(&self) -> bool {
         self.needs_input() || self.bias.as_ref().is_some_and(Param::is_trained)
+    }
+
+    /// Computes anew what follows from weights that have changed: a rounded copy, and DoRA's factors.
+    pub(crate) fn refresh(&mut self, backend: &B) {
+        self.weight.refresh(backend);
+        if let Some(LoraLayer { a, b, scale, dora: Some(Dora { magnitude, factors }) }) = &mut self.adapter {
+            let lora = LoraRef { a: &a.value, b: &b.value, scale: *scale, dropout: None };
+            *factors = backend.dora_factors(self.weight.get(), &lora, &magnitude.value);
+        }
     }
 
     /// y = W·x + bias, with the update.
@@ -69,7 +103,7 @@ impl<B: Backend> Linear<B> {
         dropout: Option<Dropout>,
         residual: &B::Tensor,
     ) -> (B::Tensor, Option<LoraKept<B::Tensor>>) {
-        if self.adapter.as_ref().is_some_and(|adapter| adapter.magnitude.is_some()) {
+        if self.adapter.as_ref().is_some_and(|adapter| adapter.dora.is_some()) {
             let (mut y, kept) = self.forward(backend, x, dropout);
             backend.add(&mut y, residual);
             return (y, kept);
@@ -92,22 +126,21 @@ impl<B: Backend> Linear<B> {
                 backend.linear_add(x, w, &mut y);
                 (y, None)
             }
-            (Some(adapter), onto) => match &adapter.magnitude {
+            (Some(adapter), onto) => match &adapter.dora {
                 None => {
                     let (y, hidden) = backend.adapted_linear(x, w, &adapter.as_ref(dropout), onto);
-                    (y, Some(LoraKept { hidden, dora: None }))
+                    (y, Some(LoraKept { hidden, adapted: None }))
                 }
-                Some(magnitude) => {
+                Some(Dora { factors, .. }) => {
                     let (lora, dropped) = (adapter.as_ref(None), dropout.map(|dropout| backend.drop_out(x, dropout)));
                     let (adapted, hidden) = backend.adapted_linear(dropped.as_ref().unwrap_or(x), w, &lora, None);
-                    let factors = backend.dora_factors(w, &lora, &magnitude.value);
-                    let mut y = backend.scale_columns(&adapted, &factors);
+                    let mut y = backend.scale_columns(&adapted, factors);
                     if let Some(dropped) = dropped {
                         let mut rest = backend.copy(x);
                         backend.subtract(&mut rest, &dropped);
                         backend.linear_add(&rest, w, &mut y);
                     }
-                    (y, Some(LoraKept { hidden, dora: Some((factors, adapted)) }))
+                    (y, Some(LoraKept { hidden, adapted: Some(adapted) }))
                 }
             },
         };
@@ -167,8 +200,8 @@ impl<B: Backend> Linear<B> {
 
     /// The gradient of what DoRA's factors multiplied, and that of the magnitude added up.
     fn dora_backward(&mut self, backend: &B, kept: Option<&LoraKept<B::Tensor>>, dy: &B::Tensor) -> Option<B::Tensor> {
-        let (factors, y) = kept?.dora.as_ref()?;
-        let Param { value, grad, .. } = self.adapter.as_mut()?.magnitude.as_mut()?;
+        let y = kept?.adapted.as_ref()?;
+        let Dora { magnitude: Param { value, grad, .. }, factors } = self.adapter.as_mut()?.dora.as_mut()?;
         if let Some(grad) = grad {
             backend.dora_backward(y, dy, factors, value, grad);
         }
@@ -202,7 +235,6 @@ fn dropped_backward<B: Backend>(
 mod tests {
     use super::*;
     use crate::cpu::{Cpu, Tensor};
-    use crate::param::Group;
     use crate::random::normal;
     use crate::weights::HostTensor;
 
@@ -238,29 +270,43 @@ mod tests {
         }
     }
 
+    /// The factors follow from the weights alone: a layer that is used many times between two changes computes them once.
+    #[test]
+    fn doras_factors_are_computed_when_the_layer_changes_and_not_when_it_is_used() {
+        let cpu = Cpu::default();
+        let tensor = |rows: usize, cols: usize, seed| cpu.upload(&normal(rows * cols, seed), rows, cols);
+        let weight = Weight::Frozen(cpu.weight(HostTensor::new(normal(60, 1), vec![5, 12])));
+        let mut adapter = LoraLayer::new(tensor(3, 12, 2), tensor(5, 3, 3), 0.5);
+        adapter.add_magnitude(&cpu, weight.get(), tensor(1, 5, 4));
+        let mut linear = Linear { weight, bias: None, adapter: Some(adapter) };
+        let x = tensor(1, 12, 5);
+        let y = |linear: &Linear<Cpu>| linear.forward(&cpu, &x, None).0.values().to_vec();
+        let before = y(&linear);
+        let factors =
+            |linear: &Linear<Cpu>| linear.adapter.as_ref().unwrap().dora.as_ref().unwrap().factors.values().to_vec();
+        let old = factors(&linear);
+
+        let dora = linear.adapter.as_mut().unwrap().dora.as_mut().unwrap();
+        dora.magnitude.value.values_mut().iter_mut().for_each(|m| *m *= 2.0);
+        assert_eq!(y(&linear), before, "they were computed again");
+        linear.refresh(&cpu);
+        assert_eq!(factors(&linear), old.iter().map(|factor| 2.0 * factor).collect::<Vec<f32>>());
+        assert_eq!(y(&linear), before.iter().map(|y| 2.0 * y).collect::<Vec<f32>>());
+    }
+
     /// PEFT's DoraLinearVariant in training: result + (factor − 1) · W·dropped + factor · scale · B·A·dropped.
     #[test]
     fn dora_with_dropout_is_that_of_peft() {
         let cpu = Cpu::default();
         let [tokens, input, output, rank] = [7, 12, 5, 3];
         let tensor = |rows: usize, cols: usize, seed| cpu.upload(&normal(rows * cols, seed), rows, cols);
-        let trained = |value, group| {
-            let mut param = Param::frozen(value, group);
-            param.train(&cpu);
-            param
-        };
         let weight = HostTensor::new(normal(output * input, 1), vec![output, input]);
         let scale = 0.5;
-        let mut linear = Linear {
-            weight: Weight::Frozen(cpu.weight(weight)),
-            bias: None,
-            adapter: Some(LoraLayer {
-                a: trained(tensor(rank, input, 2), Group::Matrix),
-                b: trained(tensor(output, rank, 3), Group::LoraB),
-                scale,
-                magnitude: Some(trained(tensor(1, output, 4), Group::Magnitude)),
-            }),
-        };
+        let weight = Weight::Frozen(cpu.weight(weight));
+        let mut adapter = LoraLayer::new(tensor(rank, input, 2), tensor(output, rank, 3), scale);
+        adapter.add_magnitude(&cpu, weight.get(), tensor(1, output, 4));
+        adapter.train(&cpu);
+        let mut linear = Linear { weight, bias: None, adapter: Some(adapter) };
         let (x, dy, residual) = (tensor(tokens, input, 5), tensor(tokens, output, 6), tensor(tokens, input, 7));
         let dropout = Dropout { p: 0.4, key: 9 };
         let (y, kept) = linear.forward(&cpu, &x, Some(dropout));
@@ -270,8 +316,8 @@ mod tests {
         let ones = cpu.upload(&vec![1.0; tokens * input], tokens, input);
         let mask = Plain::of(&cpu.drop_out(&ones, dropout));
         let w = Plain(output, input, normal(output * input, 1).into_iter().map(f64::from).collect());
-        let LoraLayer { a, b, magnitude, .. } = linear.adapter.as_ref().unwrap();
-        let magnitude = magnitude.as_ref().unwrap();
+        let LoraLayer { a, b, dora, .. } = linear.adapter.as_ref().unwrap();
+        let magnitude = &dora.as_ref().unwrap().magnitude;
         let [plain_a, plain_b, m] = [a, b, magnitude].map(|param| Plain::of(&param.value));
         let scaled = |x: Plain| Plain(x.0, x.1, x.2.into_iter().map(|x| x * f64::from(scale)).collect());
         let (x, dy) = (Plain::of(&x), Plain::of(&dy));

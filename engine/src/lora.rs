@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
@@ -10,7 +9,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::linear::{Linear, LoraLayer};
 use crate::model::Model;
-use crate::param::{Group, Param};
+use crate::pattern::{Patterns, compile};
 use crate::projection::{PerProjection, Projection};
 use crate::random;
 use crate::whole_modules::whole_modules;
@@ -39,7 +38,7 @@ pub struct LoraOptions {
     #[serde(default)]
     pub modules_to_save: Vec<String>,
     /// Other ranks for some modules. A key is a regular expression that must match the end of a module's name, from a
-    /// dot on.
+    /// dot on. Keys that match the same module must agree: their order is none that PEFT would know.
     #[serde(default)]
     pub rank_pattern: BTreeMap<String, usize>,
     /// Other alphas for some modules.
@@ -120,20 +119,25 @@ impl LoraOptions {
     /// Rank and scale of each module that is adapted.
     pub(crate) fn shapes(&self, config: &ModelConfig) -> Result<Vec<PerProjection<Option<Shape>>>> {
         self.validate()?;
-        let ranks = patterns("rank_pattern", &self.rank_pattern)?;
-        let alphas = patterns("alpha_pattern", &self.alpha_pattern)?;
-        let shape = |name: &str| {
-            let find = |pattern: &Regex| pattern.is_match(name);
-            let rank = ranks.iter().find(|(key, _)| find(key)).map_or(self.rank, |(_, rank)| **rank);
-            let alpha = alphas.iter().find(|(key, _)| find(key)).map_or(self.alpha, |(_, alpha)| **alpha);
-            Shape { rank, scale: scale(rank, alpha, self.use_rslora) }
+        let blocks = self.target_modules.select(config)?;
+        let adapted = |(block, targets): (usize, &PerProjection<bool>)| {
+            let targets = *targets;
+            let adapted = Projection::ALL.into_iter().filter(move |which| targets[*which as usize]);
+            adapted.map(move |which| which.name(block))
         };
-        let blocks = self.target_modules.select(config)?.into_iter().enumerate();
-        Ok(blocks
-            .map(|(block, targets)| {
-                Projection::ALL.map(|which| targets[which as usize].then(|| shape(&which.name(block))))
-            })
-            .collect())
+        let adapted: Vec<String> = blocks.iter().enumerate().flat_map(adapted).collect();
+        let ranks = Patterns::new("rank_pattern", &self.rank_pattern)?;
+        let alphas = Patterns::new("alpha_pattern", &self.alpha_pattern)?;
+        ranks.check(&adapted)?;
+        alphas.check(&adapted)?;
+        let shape = |name: &str| {
+            let rank = ranks.first(name).unwrap_or(self.rank);
+            Shape { rank, scale: scale(rank, alphas.first(name).unwrap_or(self.alpha), self.use_rslora) }
+        };
+        let shapes = |(block, targets): (usize, PerProjection<bool>)| {
+            Projection::ALL.map(|which| targets[which as usize].then(|| shape(&which.name(block))))
+        };
+        Ok(blocks.into_iter().enumerate().map(shapes).collect())
     }
 
     /// Parameters that are trained: low-rank matrices, DoRA's magnitudes, biases and whole modules.
@@ -189,8 +193,8 @@ impl LoraOptions {
     }
 }
 
-/// A layer's trained adapter with these matrices; DoRA's magnitude is at first the length of the weight's rows.
-pub(crate) fn fresh<B: Backend>(
+/// A layer's adapter before its first step; DoRA's magnitude is at first the length of the weight's rows.
+fn fresh<B: Backend>(
     backend: &B,
     linear: &Linear<B>,
     a: B::Tensor,
@@ -198,30 +202,16 @@ pub(crate) fn fresh<B: Backend>(
     scale: f32,
     use_dora: bool,
 ) -> LoraLayer<B::Tensor> {
-    let param = |value, group| {
-        let mut param = Param::frozen(value, group);
-        param.train(backend);
-        param
-    };
-    let mut layer = LoraLayer { a: param(a, Group::Matrix), b: param(b, Group::LoraB), scale, magnitude: None };
+    let mut layer = LoraLayer::new(a, b, scale);
     if use_dora {
         let [output, _] = backend.shape(&layer.b.value);
         let ones = backend.upload(&vec![1.0; output], 1, output);
         let inverse = backend.dora_factors(linear.weight.get(), &layer.as_ref(None), &ones);
         let lengths: Vec<f32> = backend.download(&inverse).iter().map(|x| 1.0 / x).collect();
-        layer.magnitude = Some(param(backend.upload(&lengths, 1, output), Group::Magnitude));
+        layer.add_magnitude(backend, linear.weight.get(), backend.upload(&lengths, 1, output));
     }
+    layer.train(backend);
     layer
-}
-
-/// The keys of a pattern, compiled, with their values.
-pub(crate) fn patterns<'a, V>(field: &str, pattern: &'a BTreeMap<String, V>) -> Result<Vec<(Regex, &'a V)>> {
-    let compile = |(key, value): (&String, &'a V)| {
-        Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
-            .map(|regex| (regex, value))
-            .map_err(|error| Error::Lora(format!("{field}: {key:?} is no regular expression: {error}")))
-    };
-    pattern.iter().map(compile).collect()
 }
 
 pub(crate) fn scale(rank: usize, alpha: f64, use_rslora: bool) -> f32 {
@@ -230,7 +220,10 @@ pub(crate) fn scale(rank: usize, alpha: f64, use_rslora: bool) -> f32 {
 }
 
 /// Whether a module's whole name is selected.
-pub(crate) type Matcher<'a> = Box<dyn Fn(&str) -> bool + 'a>;
+pub(crate) type Matcher = Box<dyn Fn(&str) -> bool>;
+
+/// Stands for every linear layer but the output layer.
+pub(crate) const ALL_LINEAR: &str = "all-linear";
 
 /// Modules that PEFT could adapt and the engine cannot.
 const UNSUPPORTED: [&str; 2] = ["lm_head", "model.embed_tokens"];
@@ -276,15 +269,17 @@ impl TargetModules {
         Ok(selected)
     }
 
-    pub(crate) fn matcher(&self) -> Result<Matcher<'_>> {
+    pub(crate) fn matcher(&self) -> Result<Matcher> {
         Ok(match self {
-            TargetModules::Pattern(all) if all == "all-linear" => Box::new(|name| !UNSUPPORTED.contains(&name)),
+            TargetModules::Pattern(all) if all == ALL_LINEAR => Box::new(|name| !UNSUPPORTED.contains(&name)),
             TargetModules::Pattern(pattern) => {
-                let regex = Regex::new(&format!("^(?:{pattern})$"))
-                    .map_err(|e| Error::Lora(format!("target_modules is no regular expression: {e}")))?;
+                let regex = compile("target_modules", pattern, &format!("^(?:{pattern})$"))?;
                 Box::new(move |name| regex.is_match(name))
             }
-            TargetModules::Names(names) => Box::new(|module| names.iter().any(|name| is_named(module, name))),
+            TargetModules::Names(names) => {
+                let names = names.clone();
+                Box::new(move |module| names.iter().any(|name| is_named(module, name)))
+            }
         })
     }
 }

@@ -60,11 +60,9 @@ impl<B: Backend> Model<B> {
         let scaled = backend.upload(&scaled, rank, output);
         backend.linear_weight_backward(&adapter.a.value, &scaled, &mut merged);
         let mut data = backend.download(&merged);
-        if let Some(magnitude) = &adapter.magnitude {
-            let lora = adapter.as_ref(None);
-            let factors = backend.dora_factors(linear.weight.get(), &lora, &magnitude.value);
+        if let Some(dora) = &adapter.dora {
             let width = data.len() / output;
-            for (row, factor) in data.chunks_exact_mut(width).zip(backend.download(&factors)) {
+            for (row, factor) in data.chunks_exact_mut(width).zip(backend.download(&dora.factors)) {
                 row.iter_mut().for_each(|x| *x *= factor);
             }
         }

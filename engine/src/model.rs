@@ -110,7 +110,7 @@ impl Model<Cpu> {
     }
 
     fn load_as(dir: &Path, quantization: Option<Quantization>) -> Result<Self> {
-        let config = ModelConfig::load(dir)?;
+        let mut config = ModelConfig::load(dir)?;
         if let (Some(asked), Some(stored)) = (quantization, config.stored_as)
             && !asked.is_like(stored)
         {
@@ -119,6 +119,7 @@ impl Model<Cpu> {
             return Err(Error::config(&dir.join("config.json"), message));
         }
         let mut checkpoint = Checkpoint::open(dir)?;
+        config.untie_if_stored_apart(&checkpoint);
         checkpoint.check(&config)?;
         let model = Self::build(Cpu::default(), config, quantization, &mut checkpoint)?;
         if quantization.is_some() {
@@ -264,13 +265,6 @@ impl<B: Backend> Model<B> {
         lm_head.iter_mut().for_each(|weight| train(weight, Group::Matrix));
     }
 
-    /// Makes all biases trainable.
-    pub(crate) fn train_biases(&mut self) {
-        let Model { backend, blocks, .. } = self;
-        let linears = blocks.iter_mut().flat_map(|block| block.projections.iter_mut().flatten());
-        linears.filter_map(|linear| linear.bias.as_mut()).for_each(|bias| bias.train(backend));
-    }
-
     /// Makes these modules trainable. A tied output layer becomes one of its own, as in PEFT.
     pub(crate) fn train_modules(&mut self, names: &[String]) -> Result<()> {
         let Model { backend, config, embedding, blocks, norm, lm_head } = self;
@@ -315,7 +309,8 @@ impl<B: Backend> Model<B> {
                 out.extend(linear.bias.as_ref().map(|bias| (name("bias"), bias)));
                 let Some(adapter) = &linear.adapter else { continue };
                 out.extend([(name("lora_A.weight"), &adapter.a), (name("lora_B.weight"), &adapter.b)]);
-                out.extend(adapter.magnitude.as_ref().map(|param| (name("lora_magnitude_vector"), param)));
+                let magnitude = adapter.dora.as_ref().map(|dora| &dora.magnitude);
+                out.extend(magnitude.map(|param| (name("lora_magnitude_vector"), param)));
             }
         }
         out.push((format!("{FINAL_NORM}.weight"), &self.norm));
@@ -348,7 +343,7 @@ impl<B: Backend> Model<B> {
                 out.extend(linear.bias.as_mut());
                 let Some(adapter) = &mut linear.adapter else { continue };
                 out.extend([&mut adapter.a, &mut adapter.b]);
-                out.extend(adapter.magnitude.as_mut());
+                out.extend(adapter.dora.as_mut().map(|dora| &mut dora.magnitude));
             }
         }
         out.push(&mut self.norm);
@@ -356,7 +351,7 @@ impl<B: Backend> Model<B> {
         (&self.backend, out)
     }
 
-    /// Gives the parameter of this name these values; it exists and is as large.
+    /// Gives the parameter of this name these values; it exists and is as large. [`Model::refresh`] is due afterwards.
     pub(crate) fn set(&mut self, name: &str, values: &[f32]) {
         let index = self.parameters().iter().position(|(known, _)| known == name);
         let (backend, params) = self.parameters_mut();
@@ -364,15 +359,14 @@ impl<B: Backend> Model<B> {
             let [rows, cols] = backend.shape(&param.value);
             param.value = backend.upload(values, rows, cols);
         }
-        self.refresh();
     }
 
-    /// Rounds anew what was changed.
+    /// Computes anew what follows from weights that were changed.
     pub(crate) fn refresh(&mut self) {
         let Model { backend, embedding, blocks, lm_head, .. } = self;
         embedding.refresh(backend);
         let linears = blocks.iter_mut().flat_map(|block| block.projections.iter_mut().flatten());
-        linears.for_each(|linear| linear.weight.refresh(backend));
+        linears.for_each(|linear| linear.refresh(backend));
         lm_head.iter_mut().for_each(|weight| weight.refresh(backend));
     }
 
@@ -443,6 +437,24 @@ pub(crate) fn rms_norm(config: &ModelConfig) -> RmsNorm {
 }
 
 impl ModelConfig {
+    /// Reads `dir/config.json`, and looks into the folder's weights whether the output layer is the embedding: where
+    /// both are stored and differ, `tie_word_embeddings` counts for nothing, as in transformers 5.
+    ///
+    /// # Errors
+    /// As for [`ModelConfig::load`], or the weights can't be read.
+    pub fn of_folder(dir: &Path) -> Result<Self> {
+        let mut config = Self::load(dir)?;
+        if config.tie_word_embeddings {
+            config.untie_if_stored_apart(&Checkpoint::open(dir)?);
+        }
+        Ok(config)
+    }
+
+    fn untie_if_stored_apart(&mut self, checkpoint: &Checkpoint) {
+        let is_apart = || checkpoint.differ(&format!("{EMBEDDING}.weight"), &format!("{LM_HEAD}.weight"));
+        self.tie_word_embeddings = self.tie_word_embeddings && !is_apart();
+    }
+
     /// Name and shape of every tensor that a checkpoint of this model holds.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let table = vec![self.vocab_size, self.hidden_size];

@@ -183,6 +183,7 @@ impl<B: Backend> Trainer<B> {
             Tuning::Lora(lora) => {
                 lora.apply(&mut model)?;
                 model.round_frozen();
+                model.refresh();
                 lora.dropout as f32
             }
         };

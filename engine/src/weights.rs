@@ -322,6 +322,17 @@ impl Checkpoint {
         Some(Bytes { dtype: *dtype, data: &map[*start..start + len] })
     }
 
+    /// Whether both tensors are there and have other values or shapes.
+    pub(crate) fn differ(&self, one: &str, other: &str) -> bool {
+        let (Some(a), Some(b)) = (self.bytes(one), self.bytes(other)) else { return false };
+        if self.tensors[one].shape != self.tensors[other].shape || !is_float(a.dtype) || !is_float(b.dtype) {
+            return true;
+        }
+        let chunk = |bytes: Bytes<'_>| bytes.dtype.bitsize() / 8 * CHUNK;
+        let chunks = a.data.par_chunks(chunk(a)).zip(b.data.par_chunks(chunk(b)));
+        chunks.any(|(x, y)| (a.dtype != b.dtype || x != y) && widen(x, a.dtype) != widen(y, b.dtype))
+    }
+
     /// A linear layer's weight [out, in], in few bits where the checkpoint has it so.
     pub(crate) fn linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear> {
         match read_stored(self, name, shape).map_err(|problem| Error::weights(&self.dir, problem))? {

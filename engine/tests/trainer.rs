@@ -219,7 +219,7 @@ fn gradients_with_dropout_predict_how_the_loss_changes() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
     #[test]
-    fn a_resumed_run_ends_with_the_same_bits(stop in 0u32..5, seed in 0u64..100, which in 0usize..4, bf16: bool) {
+    fn a_resumed_run_ends_with_the_same_bits(stop in 0u32..5, seed in 0u64..100, which in 0usize..4, bf16: bool, use_dora: bool) {
         let step = |trainer: &mut Trainer, i: u32| {
             for part in 0..2 {
                 trainer.accumulate(&batch(&[6, 11], 10 * i + part), 0.05).unwrap();
@@ -233,7 +233,7 @@ proptest! {
             (Rule::Sgd { momentum: 0.9 }, 4),
             (Rule::Adafactor, 4),
         ][which];
-        let options = LoraOptions { seed, rank, ..options(0.1) };
+        let options = LoraOptions { seed, rank, use_dora, ..options(0.1) };
         let optimizer = Optimizer { rule, weight_decay: 0.1, ..Optimizer::default() };
         let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
         let options = TrainerOptions { optimizer, precision, ..options.into() };

@@ -44,9 +44,6 @@ pub fn merge(
     })?;
     // What is written is quantized no more.
     config.as_object_mut().and_then(|config| config.remove("quantization_config"));
-    if model.has_own_output() {
-        config["tie_word_embeddings"] = false.into();
-    }
     let merged = model.merged();
     let ModelFiles { shards, others: mut files } = full_model(&merged, config.to_string().as_bytes(), bf16);
     for name in BASE_FILES {

@@ -1,5 +1,6 @@
 //! The engine against torch, transformers and PEFT, whose results `e2e/oracle/fixtures.py` wrote into `tests/fixtures`.
 
+mod adapters;
 mod run;
 
 use std::path::{Path, PathBuf};

@@ -39,8 +39,9 @@ pub fn gguf_lora(base: &Path, adapter: &Path, out: &Path) -> Result<(), ConvertE
     model.load_adapter(adapter).map_err(|error| refuse(error.to_string()))?;
 
     let layers = model.adapted_layers();
-    let first = layers.first().ok_or_else(|| refuse("it adapts no layer".into()))?;
-    // llama.cpp scales every layer by alpha / its rank.
+    // llama.cpp scales every layer by alpha / its rank. A layer whose scale is 0 says nothing of alpha.
+    let first = layers.iter().find(|layer| layer.scale != 0.0);
+    let first = first.ok_or_else(|| refuse("it changes no layer".into()))?;
     let alpha = first.scale * first.rank as f32;
     let config = model.config();
     let mut tensors = Vec::new();

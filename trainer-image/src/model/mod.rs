@@ -133,6 +133,11 @@ impl ModelFolder {
         let config = fs::read_to_string(folder.join("config.json")).map_err(|error| error.to_string());
         let config = config.and_then(|text| ModelConfig::parse(&text));
         let config = config.map_err(|problem| unusable("config.json", problem))?;
+        // An output layer beside the embedding may be used although the configuration ties them.
+        let config = match config.tie_word_embeddings && tensors.contains_key("lm_head.weight") {
+            true => ModelConfig::of_folder(folder).map_err(|error| unusable("config.json", error.to_string()))?,
+            false => config,
+        };
         check_tensors(&config, &tensors).map_err(|problem| unusable(&weights[0], problem))?;
         let (digest, shape) = (digest::of_files(&files), shape(&config, &tensors));
         Ok(Self { digest, shape, folder: folder.to_owned(), config })

@@ -11,6 +11,9 @@ use crate::tensors::TensorFile;
 /// Bytes of a shard at most, as transformers cuts them.
 const SHARD_BYTES: usize = 5_000_000_000;
 
+/// The output layer, where it is not the embedding.
+const OUTPUT: &str = "lm_head.weight";
+
 /// A whole model's files: those of its weights, and the others by name and content.
 pub(crate) struct ModelFiles<'a> {
     pub(crate) shards: Vec<TensorFile<'a>>,
@@ -20,15 +23,20 @@ pub(crate) struct ModelFiles<'a> {
 /// Files of these weights. `config` is the base model's; with `bf16` weights are rounded to it.
 pub(crate) fn files<'a>(weights: &'a [LazyTensor<'a>], config: &[u8], bf16: bool) -> ModelFiles<'a> {
     let mut files = shards(weights, bf16, SHARD_BYTES);
-    files.others.insert("config.json".into(), configuration(config, bf16));
+    let has_own_output = weights.iter().any(|tensor| tensor.name == OUTPUT);
+    files.others.insert("config.json".into(), configuration(config, bf16, has_own_output));
     files
 }
 
-/// The base model's configuration, with the type of the published weights.
-fn configuration(config: &[u8], bf16: bool) -> Vec<u8> {
+/// The base model's configuration, with the type of the published weights; an output layer among these is tied to nothing,
+/// whatever the base model's file says.
+fn configuration(config: &[u8], bf16: bool, has_own_output: bool) -> Vec<u8> {
     let mut config: Value = serde_json::from_slice(config).unwrap_or_default();
     let key = if config.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
     config[key] = json!(if bf16 { "bfloat16" } else { "float32" });
+    if has_own_output {
+        config["tie_word_embeddings"] = false.into();
+    }
     format!("{config:#}\n").into_bytes()
 }
 
@@ -84,6 +92,17 @@ mod tests {
             let config: Value = serde_json::from_slice(&files.others["config.json"]).unwrap();
             assert_eq!((&config["torch_dtype"], &config["model_type"]), (&json!(name), &json!("llama")));
             assert_eq!(files.others.len(), 1);
+        }
+    }
+
+    #[test]
+    fn an_output_layer_of_its_own_is_published_as_tied_to_nothing() {
+        for (name, tied) in [("lm_head.weight", false), ("model.norm.weight", true)] {
+            let weight = NamedTensor { name: name.into(), shape: vec![2, 3], data: vec![1.0; 6] };
+            let weights = [LazyTensor::from(&weight)];
+            let files = files(&weights, br#"{"model_type": "llama", "tie_word_embeddings": true}"#, true);
+            let config: Value = serde_json::from_slice(&files.others["config.json"]).unwrap();
+            assert_eq!(config["tie_word_embeddings"], tied, "{name}");
         }
     }
 
