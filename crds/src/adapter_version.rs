@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     evaluation::GateResult,
     fine_tune_job::{MethodName, SecretRef},
+    run::Execution,
     uri::Uri,
 };
 
@@ -149,6 +150,9 @@ pub struct Source {
     pub input_digest: String,
     /// Image of the trainer.
     pub trainer_image: String,
+    /// How it was executed.
+    #[serde(default)]
+    pub execution: Execution,
 }
 
 /// What was measured. Losses are mean nats a token.

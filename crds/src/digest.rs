@@ -30,8 +30,7 @@ struct Inputs<'a> {
     method: &'a Method,
     num_train_epochs: f64,
     max_steps: Option<u64>,
-    per_device_train_batch_size: u32,
-    gradient_accumulation_steps: u32,
+    global_batch_size: u64,
     optim: Optim,
     learning_rate: f64,
     lr_scheduler_type: LrScheduler,
@@ -60,14 +59,17 @@ struct Evaluation {
 }
 
 /// Digest (`sha256:…`) of a run's inputs: the base model and data that preflight read, the method and every option
-/// that changes the result.
+/// that changes the result. `spec` is that of [`RunSpec::resolved`]: how many rows a step sums up and how exactly it
+/// computes follow from the plan where the job does not say. How the work is divided, the devices, the day and the
+/// trainer's image are no inputs ([`Execution`](crate::run::Execution)).
 pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport) -> String {
     // Destructured, so that a new option can't be forgotten here.
     let Training {
         num_train_epochs,
         max_steps,
-        per_device_train_batch_size,
-        gradient_accumulation_steps,
+        per_device_train_batch_size: _,
+        gradient_accumulation_steps: _,
+        global_batch_size: _,
         optim,
         learning_rate,
         lr_scheduler_type,
@@ -82,7 +84,7 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         packing,
         seed,
         neftune_noise_alpha,
-        bf16,
+        bf16: _,
         gradient_checkpointing: _,
         logging_steps: _,
         eval_steps,
@@ -126,8 +128,7 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         method,
         num_train_epochs,
         max_steps,
-        per_device_train_batch_size,
-        gradient_accumulation_steps,
+        global_batch_size: spec.training.global_batch(),
         optim,
         learning_rate,
         lr_scheduler_type,
@@ -142,7 +143,7 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         packing,
         seed,
         neftune_noise_alpha,
-        bf16,
+        bf16: spec.training.computes_in_bf16(),
         evaluation,
     };
     let mut hash = Sha256::new();
@@ -180,6 +181,7 @@ mod tests {
             dropped_rows: 0,
             skipped_rows: 0,
             warnings: Vec::new(),
+            template_date: None,
             total_steps: 1,
             model: Default::default(),
             lora_parameters: 1,
@@ -239,6 +241,39 @@ mod tests {
         let other_data =
             PreflightReport { dataset: DatasetRecord { digest: "sha256:e".into(), rows: 1, tokens: 1 }, ..preflight() };
         assert_ne!(digest_of(&job(), &other_data), same);
+    }
+
+    #[test]
+    fn the_digest_means_the_rows_of_a_step_and_the_precision_and_not_how_the_work_is_divided() {
+        let digest = |options: serde_json::Value, ranks: u32, on_gpus: bool| {
+            let mut job = job();
+            job.spec.training = serde_json::from_value(options).unwrap();
+            let method = job.spec.method_as(MethodName::LoRA, None).unwrap();
+            input_digest(&RunSpec::preflight(&job, 1).resolved(ranks, on_gpus), &method, &preflight())
+        };
+        let eight = digest(json!({"perDeviceTrainBatchSize": 8}), 1, false);
+        for (options, ranks) in [
+            (json!({"perDeviceTrainBatchSize": 2, "gradientAccumulationSteps": 4}), 1),
+            (json!({"perDeviceTrainBatchSize": 2}), 4),
+            (json!({"perDeviceTrainBatchSize": 2, "globalBatchSize": 8}), 1),
+            (json!({"perDeviceTrainBatchSize": 2, "globalBatchSize": 8}), 4),
+            (json!({"perDeviceTrainBatchSize": 8, "bf16": false}), 1),
+        ] {
+            assert_eq!(digest(options.clone(), ranks, false), eight, "{options} on {ranks}");
+        }
+        assert_ne!(
+            digest(json!({"perDeviceTrainBatchSize": 8}), 4, false),
+            eight,
+            "four devices see four times the rows"
+        );
+        let bf16 = digest(json!({"perDeviceTrainBatchSize": 8, "bf16": true}), 1, false);
+        assert_ne!(bf16, eight);
+        assert_eq!(digest(json!({"perDeviceTrainBatchSize": 8}), 1, true), bf16, "GPUs compute in bf16");
+        assert_eq!(
+            digest(json!({"perDeviceTrainBatchSize": 8, "bf16": false}), 1, true),
+            eight,
+            "unless the job says no"
+        );
     }
 
     #[test]

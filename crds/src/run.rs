@@ -1,6 +1,7 @@
 //! The contract between operator and trainer: a [`RunSpec`] or [`VerifySpec`] goes into a pod as a JSON file, a
 //! [`RunReport`] comes out as its termination message, and [`LiveProgress`] is what `/progress` answers meanwhile.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -81,6 +82,22 @@ pub struct TrainTask {
     pub dataset_digest: String,
     /// The trainer's own image, for the record.
     pub trainer_image: String,
+    /// The day that the chat template writes, where it writes one and the job pins none: that of the preflight.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_date: Option<String>,
+}
+
+/// How a run was executed: on record with its checkpoints and its version, and no input.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Execution {
+    /// Kind of the devices that computed: cpu or cuda.
+    pub device: String,
+    /// Devices that shared the work.
+    pub world_size: u32,
+    /// The day that the chat template wrote, where it wrote one and the job pinned none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template_date: Option<String>,
 }
 
 /// How to train, with the options that this takes.
@@ -183,6 +200,11 @@ impl RunSpec {
         Self { method: Some(method), train: Some(task), ..self }
     }
 
+    /// The same with all that its plan decides of the result: on `ranks` devices, which are GPUs or not.
+    pub fn resolved(self, ranks: u32, on_gpus: bool) -> Self {
+        Self { training: self.training.resolved(ranks, on_gpus), ..self }
+    }
+
     /// Folder of the adapter: its versions `v1`, `v2`, … and its `checkpoints`.
     pub fn adapter_uri(&self) -> Uri {
         self.output.join(&self.adapter_name)
@@ -252,6 +274,9 @@ pub struct PreflightReport {
     /// What of model and data is not used as it stands, one sentence each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// The day that the chat template wrote, where it wrote one and the job pins none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_date: Option<String>,
     /// Optimizer steps that the run will make.
     pub total_steps: u64,
     /// What the planner needs to know of the model.
@@ -305,6 +330,9 @@ pub struct TrainReport {
     pub dataset: DatasetRecord,
     /// What was measured.
     pub metrics: Metrics,
+    /// How it was executed.
+    #[serde(default)]
+    pub execution: Execution,
 }
 
 /// What a verification found.

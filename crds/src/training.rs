@@ -24,6 +24,11 @@ pub struct Training {
     /// Micro-batches that one optimizer step sums up.
     #[schemars(range(min = 1, max = 65_536))]
     pub gradient_accumulation_steps: u32,
+    /// Rows (packed sequences with packing) that one optimizer step sums up, over all pods and GPUs. Left out,
+    /// perDeviceTrainBatchSize × gradientAccumulationSteps × the GPUs that the run is first planned for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_073_741_824))]
+    pub global_batch_size: Option<u64>,
     /// The optimizer, in Hugging Face's words.
     pub optim: Optim,
     /// Peak learning rate.
@@ -67,7 +72,9 @@ pub struct Training {
     pub neftune_noise_alpha: Option<f64>,
     /// Multiply in bfloat16: weights and activations are rounded to it, sums and all that is trained stay in float32. A
     /// frozen base takes half the memory; about 1.6 times as fast on CPUs with AVX512_BF16, and about as fast on others.
-    pub bf16: bool,
+    /// Left out, as GPUs compute best: true on a GpuClass with GPUs, false on CPUs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bf16: Option<bool>,
     /// Recompute activations in the backward pass: less memory, about a third more time.
     pub gradient_checkpointing: bool,
     /// Steps between two reported losses.
@@ -102,6 +109,7 @@ impl Default for Training {
             max_steps: None,
             per_device_train_batch_size: 2,
             gradient_accumulation_steps: 1,
+            global_batch_size: None,
             optim: Optim::AdamwTorch,
             learning_rate: 2e-4,
             lr_scheduler_type: LrScheduler::Cosine,
@@ -116,7 +124,7 @@ impl Default for Training {
             packing: false,
             seed: 42,
             neftune_noise_alpha: None,
-            bf16: false,
+            bf16: None,
             gradient_checkpointing: false,
             logging_steps: 10,
             eval_steps: None,
@@ -125,6 +133,29 @@ impl Default for Training {
             load_best_model_at_end: false,
             save_steps: 50,
             save_total_limit: 2,
+        }
+    }
+}
+
+impl Training {
+    /// Rows (or packed sequences) of one optimizer step; on one device, unless [`Self::resolved`] knows of more.
+    pub fn global_batch(&self) -> u64 {
+        let of_device = u64::from(self.per_device_train_batch_size) * u64::from(self.gradient_accumulation_steps);
+        self.global_batch_size.unwrap_or(of_device)
+    }
+
+    /// Whether products are computed in bfloat16; on a CPU, unless [`Self::resolved`] knows of GPUs.
+    pub fn computes_in_bf16(&self) -> bool {
+        self.bf16.unwrap_or(false)
+    }
+
+    /// The same with all that a plan decides of the result: on `ranks` devices, which are GPUs or not.
+    pub fn resolved(&self, ranks: u32, on_gpus: bool) -> Self {
+        let ranks = if self.global_batch_size.is_some() { 1 } else { u64::from(ranks.max(1)) };
+        Self {
+            global_batch_size: Some(self.global_batch() * ranks),
+            bf16: Some(self.bf16.unwrap_or(on_gpus)),
+            ..self.clone()
         }
     }
 }
@@ -168,7 +199,15 @@ pub enum OnNonFinite {
 }
 
 /// What must hold between the options of the training loop: CEL rules, each with its message.
-const TRAINING_RULES: [(&str, &str); 8] = [
+const TRAINING_RULES: [(&str, &str); 10] = [
+    (
+        "!has(self.globalBatchSize) || self.gradientAccumulationSteps == 1",
+        "give globalBatchSize or gradientAccumulationSteps, not both",
+    ),
+    (
+        "!has(self.globalBatchSize) || self.perDeviceTrainBatchSize <= self.globalBatchSize",
+        "perDeviceTrainBatchSize must not be greater than globalBatchSize",
+    ),
     (
         "!has(self.earlyStoppingPatience) || has(self.evalSteps)",
         "earlyStoppingPatience counts evaluations: set evalSteps, the steps between two of them",

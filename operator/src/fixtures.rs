@@ -122,6 +122,7 @@ pub fn preflight_report() -> PreflightReport {
         dropped_rows: 0,
         skipped_rows: 0,
         warnings: Vec::new(),
+        template_date: None,
         total_steps: 400,
         model: ModelShape {
             parameters: 1 << 20,
@@ -153,6 +154,7 @@ pub fn train_report(version: u32) -> TrainReport {
         files: vec![ArtifactFile { path: "adapter_model.safetensors".into(), sha256: "0".repeat(64), size: 42 }],
         dataset: DatasetRecord { digest: "sha256:data".into(), rows: 10, tokens: 1000 },
         metrics: Metrics { steps: 400, eval_loss: Some(1.5), ..Metrics::default() },
+        execution: Default::default(),
     }
 }
 
@@ -164,7 +166,7 @@ pub fn trained(version: u32) -> Cause {
 /// What the attempts of a run that has reserved `version` work on.
 pub fn task(job: &FineTuneJob, run: u32, version: u32, input_digest: &str) -> RunSpec {
     let method = job.spec.method_as(MethodName::LoRA, None).unwrap();
-    RunSpec::preflight(job, run).with_training(
+    RunSpec::preflight(job, run).resolved(1, false).with_training(
         method,
         TrainTask {
             version,
@@ -172,6 +174,7 @@ pub fn task(job: &FineTuneJob, run: u32, version: u32, input_digest: &str) -> Ru
             base_digest: "sha256:base".into(),
             dataset_digest: "sha256:data".into(),
             trainer_image: "trainer:1".into(),
+            template_date: None,
         },
     )
 }

@@ -5,7 +5,7 @@
 use k8s_openapi::api::core::v1::Node;
 use kube::ResourceExt;
 use tunesmith_crds::{
-    FineTuneJobSpec, GpuClass, GpuClassSpec, Method,
+    FineTuneJobSpec, GpuClass, GpuClassSpec, Method, RunSpec,
     fine_tune_job::{MethodName, Plan},
     run::PreflightReport,
 };
@@ -42,6 +42,14 @@ pub struct Planned {
     pub memory: String,
     /// Most that each pod may write to its working folder, as a quantity.
     pub work_limit: String,
+}
+
+impl Planned {
+    /// The run's spec with all that the plan decides of the result.
+    pub fn resolve(&self, spec: RunSpec) -> RunSpec {
+        let gpus = self.plan.pods * self.plan.gpus_per_pod;
+        spec.resolved(gpus.max(self.plan.pods), device_of(&self.class) == Device::Gpu)
+    }
 }
 
 /// Plans a run of `spec`. Without `preflight` the model's shape is unknown, so that memory is not looked at.

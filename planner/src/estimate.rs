@@ -61,7 +61,7 @@ impl Estimate {
 /// Estimates what a run takes on `device`.
 pub fn estimate(work: &Workload, device: Device) -> Estimate {
     let parameters = work.model.parameters;
-    let (frozen, activation) = match (device, work.training.bf16) {
+    let (frozen, activation) = match (device, work.training.computes_in_bf16()) {
         (Device::Cpu, false) => (4, 4),
         (Device::Cpu, true) => (2, 4),
         (Device::Gpu, _) => (2, 2),
@@ -69,7 +69,7 @@ pub fn estimate(work: &Workload, device: Device) -> Estimate {
     // fp32 weight and gradient of LoRA's matrices; what is trained in full has a gradient as wide as the weight that
     // computes, and a master copy if that is bf16.
     let trained = 8 + optimizer_bytes(work.training.optim);
-    let trained_in_full = match (device, work.training.bf16) {
+    let trained_in_full = match (device, work.training.computes_in_bf16()) {
         (Device::Cpu, true) => trained + 2,
         _ => trained,
     };
@@ -192,7 +192,7 @@ mod tests {
         let estimate_of =
             |method: &Method, training: &Training| estimate(&work(&model, method, training), Device::Cpu).sharded_bytes;
         let lora = Method::LoRA { lora: Lora { rank: 1, ..Lora::default() } };
-        let (fp32, bf16) = (Training::default(), Training { bf16: true, ..Training::default() });
+        let (fp32, bf16) = (Training::default(), Training { bf16: Some(true), ..Training::default() });
         assert_eq!(estimate_of(&lora, &fp32) - estimate_of(&lora, &bf16), 2_000_000_000);
         // The weights that compute are a second copy.
         assert_eq!(estimate_of(&Method::Full, &bf16), 18_000_000_000);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use chrono::NaiveDate;
 use tunesmith_crds::{
     Method, RunSpec, Uri,
     adapter_version::{ArtifactFile, DatasetRecord},
@@ -13,6 +14,7 @@ use crate::{
         DataFile, Encoder, Overview, RowOptions, Rows,
         batches::Batches,
         probe::constant_system,
+        template::TemplateDate,
         vocabulary::{Vocabulary, VocabularyError},
     },
     digest,
@@ -41,14 +43,17 @@ pub struct Inputs {
     pub batches: Batches,
     /// The questions of the recall gate, if there is one.
     pub exam: Option<Exam>,
+    /// The day that the chat template wrote, where it wrote one and the job pins none.
+    pub template_date: Option<NaiveDate>,
 }
 
 impl Inputs {
-    /// Fetches and checks everything; what has to be downloaded goes under `work`.
+    /// Fetches and checks everything; what has to be downloaded goes under `work`. A chat template that writes the date
+    /// writes that of the job, or else `day`.
     ///
     /// # Errors
     /// Model or data is missing or can't be used.
-    pub fn load(spec: &RunSpec, stores: &Stores, work: &Path) -> Result<Self, Error> {
+    pub fn load(spec: &RunSpec, stores: &Stores, work: &Path, day: NaiveDate) -> Result<Self, Error> {
         let model = ModelFolder::fetch(&spec.base_model, stores, &work.join("model"))?;
         if let Some(pin) = spec.base_digest_pin.as_ref().filter(|pin| **pin != model.digest) {
             let (uri, found) = (&spec.base_model, &model.digest);
@@ -60,7 +65,11 @@ impl Inputs {
         check_method(spec.method.as_ref(), model.config.stored_as)?;
         let dataset = &spec.dataset;
         let options = RowOptions::new(dataset).map_err(Error::Spec)?;
-        let vocabulary = Vocabulary::load(&model.folder, dataset.chat_template.as_deref());
+        let date = match dataset.template_date.as_deref() {
+            Some(pinned) => TemplateDate::Pinned(day_of("dataset.templateDate", pinned)?),
+            None => TemplateDate::OfRun(day),
+        };
+        let vocabulary = Vocabulary::load_on(&model.folder, dataset.chat_template.as_deref(), date);
         let vocabulary = vocabulary.map_err(|error| match error {
             VocabularyError::Template(_) => Error::Spec(error.to_string()),
             VocabularyError::Folder(_) => Error::Input(format!("{} (base model): {error}", spec.base_model)),
@@ -88,6 +97,7 @@ impl Inputs {
         let overview = Overview::new(&train, &eval, &encoder.vocabulary)?;
         overview.log();
         let (rows, tokens) = (overview.train.rows, overview.train.tokens);
+        let template_date = encoder.vocabulary.date_of_run();
         let voice = Voice::new(encoder.vocabulary);
         let exam = load_exam(spec, stores, work, (&train_files, &options), (&model, voice))?;
         Ok(Self {
@@ -98,8 +108,17 @@ impl Inputs {
             train,
             eval,
             exam,
+            template_date,
         })
     }
+}
+
+/// The day in a field.
+///
+/// # Errors
+/// The calendar has no such day.
+pub fn day_of(field: &str, text: &str) -> Result<NaiveDate, Error> {
+    text.parse().map_err(|_| Error::Spec(format!("{field} is {text:?}; expected a day such as 2026-11-27")))
 }
 
 /// The probe, asked as its gate says; `train` are the files of training rows, and how they are read.

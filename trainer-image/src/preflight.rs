@@ -4,7 +4,7 @@ use tunesmith_crds::{RunSpec, run::PreflightReport};
 use tunesmith_engine::NUMERICS_VERSION;
 
 use crate::{
-    data::Overview,
+    data::{Overview, template::TemplateDate},
     error::Error,
     inputs::Inputs,
     publish::MANIFEST,
@@ -29,7 +29,7 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Erro
     check_writable(&output)?;
     let highest_version = highest_version(&output)?;
 
-    let inputs = Inputs::load(spec, context.stores, context.work)?;
+    let inputs = Inputs::load(spec, context.stores, context.work, TemplateDate::today().date())?;
     schedule(&spec.training, inputs.batches.total_steps())?;
     // Auto becomes LoRA or QLoRA.
     let lora = spec.method.as_ref().map_or(Some(&spec.lora), lora_of);
@@ -43,6 +43,7 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Erro
         dropped_rows: inputs.overview.train.dropped_rows,
         skipped_rows: inputs.overview.train.skipped_rows + inputs.overview.eval.skipped_rows,
         warnings: inputs.overview.notes.summary(),
+        template_date: inputs.template_date.map(|date| date.to_string()),
         total_steps: inputs.batches.total_steps(),
         model: inputs.model.shape,
         lora_parameters: lora_parameters.unwrap_or(0),

@@ -78,6 +78,7 @@ impl Bench {
             input_digest: input_digest(&spec, &method, &report),
             base_digest: report.base_digest,
             dataset_digest: report.dataset.digest,
+            template_date: None,
             trainer_image: "registry.example.com/tunesmith/tunesmith-trainer:v0.1.0".into(),
         };
         spec.with_training(method, task)
@@ -259,6 +260,7 @@ fn a_pod_that_is_told_to_stop_in_the_middle_of_a_download_ends_at_once() {
         base_digest: digest(),
         dataset_digest: digest(),
         trainer_image: "tunesmith-trainer:dev".into(),
+        template_date: Some("2026-11-27".into()),
     };
     let preflight = bench.spec("s3://models/tiny");
     let method = preflight.method.clone().unwrap();

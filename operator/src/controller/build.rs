@@ -60,15 +60,17 @@ pub fn build(step: &Step, observed: &Observed, image: &Image) -> Option<Change> 
         Step::DeleteConfigMap(map) => Change::DeleteConfigMap { name: map.name.clone(), uid: Some(map.uid.clone()) },
         Step::StartRun { run } => Change::CreateConfigMap(Box::new(run_config_map(job, *run))),
         Step::CreatePreflight { run } => Change::CreateJob(Box::new(preflight_job(job, *run, image))),
-        Step::ReserveVersion { run, version, method, input_digest, preflight } => {
+        Step::ReserveVersion { run, version, method, input_digest, preflight, planned } => {
             let task = TrainTask {
                 version: *version,
                 input_digest: input_digest.clone(),
                 base_digest: preflight.base_digest.clone(),
                 dataset_digest: preflight.dataset.digest.clone(),
                 trainer_image: image.name.clone(),
+                template_date: preflight.template_date.clone(),
             };
-            let spec = RunSpec::preflight(job, *run)
+            let spec = planned
+                .resolve(RunSpec::preflight(job, *run))
                 .with_training(job.spec.method_as(*method, preflight.model.stored_as.as_ref())?, task);
             Change::CreateConfigMap(Box::new(task_config_map(job, *run, &spec)))
         }
@@ -258,6 +260,7 @@ fn adapter_version(job: &FineTuneJob, run: &Run, report: &TrainReport) -> Option
                 run: spec.job.run,
                 input_digest: task.input_digest.clone(),
                 trainer_image: task.trainer_image.clone(),
+                execution: report.execution.clone(),
             },
             metrics: report.metrics.clone(),
             gates: spec.evaluation.judge(&report.metrics),

@@ -91,6 +91,8 @@ pub enum Step {
         input_digest: String,
         /// What preflight found.
         preflight: PreflightReport,
+        /// What the run is first planned for.
+        planned: Box<Planned>,
     },
     /// Train.
     CreateAttempt {
@@ -326,8 +328,13 @@ fn reserve(observed: &Observed, run: &Run, report: &PreflightReport, planned: &P
         run: run.number,
         version,
         method: planned.method.name(),
-        input_digest: input_digest(&RunSpec::preflight(&observed.job, run.number), &planned.method, report),
+        input_digest: input_digest(
+            &planned.resolve(RunSpec::preflight(&observed.job, run.number)),
+            &planned.method,
+            report,
+        ),
         preflight: report.clone(),
+        planned: Box::new(planned.clone()),
     });
     version
 }
@@ -405,14 +412,15 @@ fn waits(observed: &Observed, pods: &Pods, otherwise: Phase, retried: &str) -> S
     }
 }
 
-/// Digest of the run's inputs; None if no class can say which method Auto means.
-fn digest_of(observed: &Observed, run: &Run, report: &PreflightReport) -> Option<String> {
-    let spec = &observed.job.spec;
-    let method = match spec.method_as(spec.method, report.model.stored_as.as_ref()) {
-        Some(method) => method,
-        None => plan(spec, &observed.offers, Some(report), method_of(run)).ok()?.method,
-    };
-    Some(input_digest(&RunSpec::preflight(&observed.job, run.number), &method, report))
+/// Digest of the run's inputs, as its version was reserved for them; before that, as it would be planned now. None if no
+/// class can say what Auto means, how many devices share the work and how exactly they compute.
+pub(super) fn digest_of(observed: &Observed, run: &Run, report: &PreflightReport) -> Option<String> {
+    if let Some(task) = run.task.as_ref().and_then(|task| task.train.as_ref()) {
+        return Some(task.input_digest.clone());
+    }
+    let planned = plan(&observed.job.spec, &observed.offers, Some(report), None).ok()?;
+    let spec = planned.resolve(RunSpec::preflight(&observed.job, run.number));
+    Some(input_digest(&spec, &planned.method, report))
 }
 
 /// The method that a run has settled on.

@@ -6,16 +6,15 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use tunesmith_crds::{
-    FineTuneJobPhase as Phase, FineTuneJobStatus, RunSpec,
+    FineTuneJobPhase as Phase, FineTuneJobStatus,
     conditions::{PODS_READY, PREFLIGHT_PASSED, PUBLISHED, QUOTA_RESERVED, READY, RECONCILING, STALLED, reason},
-    digest::input_digest,
     evaluation::{GateResult, failure},
     fine_tune_job::{Plan, Progress, RunRecord, RunStatus},
     run::PreflightReport,
 };
 
 use super::{
-    decide::State,
+    decide::{State, digest_of},
     observed::{Observed, Run},
 };
 use crate::{
@@ -115,12 +114,7 @@ fn run_status(
 ) -> RunStatus {
     let before = previous.run.as_ref().filter(|before| before.number == run.number);
     let report = run.preflight_report();
-    let task = run.task.as_ref().and_then(|task| task.train.as_ref());
-    let stored_as = report.and_then(|report| report.model.stored_as.as_ref());
-    let method = observed.job.spec.method_as(observed.job.spec.method, stored_as);
-    let digest = task
-        .map(|task| task.input_digest.clone())
-        .or_else(|| Some(input_digest(&RunSpec::preflight(&observed.job, run.number), &method?, report?)));
+    let digest = report.and_then(|report| digest_of(observed, run, report));
     let gpu_seconds = run.attempts.iter().filter_map(|attempt| {
         let plan = attempt.plan.as_ref()?;
         Some(attempt.ending()?.seconds_held() * i64::from(plan.pods * plan.gpus_per_pod))

@@ -32,7 +32,7 @@ impl Batches {
             packed,
             order: RefCell::default(),
             sequences_per_micro_batch: micro_batch,
-            sequences_per_step: micro_batch * training.gradient_accumulation_steps as usize,
+            sequences_per_step: usize::try_from(training.global_batch()).unwrap_or(usize::MAX),
             seed: training.seed,
             total_steps: 0,
         };
@@ -56,7 +56,7 @@ impl Batches {
     pub fn step(&self, step: u64) -> Vec<Vec<usize>> {
         let (epoch, index) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let first = index as usize * self.sequences_per_step;
-        let last = self.sequences.min(first + self.sequences_per_step);
+        let last = self.sequences.min(first.saturating_add(self.sequences_per_step));
         let sequences: Vec<usize> = self.order(epoch, first..last);
         let micro_batches = sequences.chunks(self.sequences_per_micro_batch);
         micro_batches.map(|sequences| sequences.iter().flat_map(|&sequence| self.rows(sequence)).collect()).collect()

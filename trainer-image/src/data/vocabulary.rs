@@ -2,6 +2,7 @@
 
 use std::{io, ops::Range, path::Path};
 
+use chrono::NaiveDate;
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value, json};
 use tokenizers::{AddedToken, Tokenizer, processors::PostProcessorWrapper};
@@ -95,15 +96,15 @@ impl Vocabulary {
         self.tokenizer.get_vocab_size(true)
     }
 
-    /// The day that the chat template writes.
-    pub fn date(&self) -> TemplateDate {
-        self.date
+    /// The day that the chat template has written, if it has, and if the job does not pin it.
+    pub fn date_of_run(&self) -> Option<NaiveDate> {
+        let date = self.template.as_ref().and_then(ChatTemplate::written_date);
+        date.filter(|_| matches!(self.date, TemplateDate::OfRun(_)))
     }
 
     /// What of the folder's or the job's settings is not used as it stands, a sentence each.
     pub fn warnings(&self) -> Vec<String> {
-        let date = self.template.as_ref().and_then(ChatTemplate::written_date);
-        let date = date.filter(|_| matches!(self.date, TemplateDate::OfRun(_))).map(|date| {
+        let date = self.date_of_run().map(|date| {
             format!(
                 "the chat template writes the date, {date} in this run: set dataset.templateDate to train the same on \
                  another day"

@@ -74,6 +74,7 @@ fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Resul
         input_digest: digest,
         base_digest: report.base_digest,
         dataset_digest: report.dataset.digest,
+        template_date: report.template_date,
         trainer_image: format!("tunesmith-trainer {} (standalone)", env!("CARGO_PKG_VERSION")),
     };
     train(&spec.with_training(method, task), context)
@@ -91,7 +92,8 @@ fn prepare(
         let beside = manifest.parent().unwrap_or(Path::new(""));
         stand_in(job, beside, context)?;
     }
-    let spec = RunSpec::preflight(job, 1);
+    // All is computed here, by one process on the CPU.
+    let spec = RunSpec::preflight(job, 1).resolved(1, false);
     let found = preflight(&spec, context).map_err(|error| explain_missing_model(error, job, context.stores));
     let Preflight { report, overview } = found?;
     let method = method(job, &report)?;

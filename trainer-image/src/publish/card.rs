@@ -52,7 +52,7 @@ and all that the result depends on. The tokenizer's files are the base model's.
 |---|---|
 {options}| steps, epochs | {steps}{skipped}, {epochs:.2} |
 | weights | {weights} |
-| batch | {batch} rows × {accumulation} |
+| batch | {batch} rows a step |
 | learning rate | {rate}, {schedule:?} |
 | tokens | {tokens} in {train_seconds:.0} s |
 
@@ -90,8 +90,7 @@ and all that the result depends on. The tokenizer's files are the base model's.
         options = options(method),
         usage = if lora_of(method).is_some() { USE_ADAPTER } else { USE_MODEL },
         epochs = trained.epochs,
-        batch = training.per_device_train_batch_size,
-        accumulation = training.gradient_accumulation_steps,
+        batch = training.global_batch(),
         rate = training.learning_rate,
         schedule = training.lr_scheduler_type,
         base_digest = task.base_digest,

@@ -6,7 +6,7 @@ use tunesmith_crds::{
     adapter_version::{ArtifactFile, ArtifactType, BaseModelRecord, DatasetRecord, Metrics, Source},
     evaluation::GateResult,
     fine_tune_job::MethodName,
-    run::{TrainReport, TrainTask},
+    run::{Execution, TrainReport, TrainTask},
 };
 
 use crate::digest;
@@ -42,7 +42,13 @@ pub struct Manifest {
 
 impl Manifest {
     /// The manifest of a run's version, still without files.
-    pub fn new(spec: &RunSpec, task: &TrainTask, method: &Method, dataset: DatasetRecord, metrics: Metrics) -> Self {
+    pub fn new(
+        spec: &RunSpec,
+        task: &TrainTask,
+        method: &Method,
+        dataset: DatasetRecord,
+        (metrics, execution): (Metrics, Execution),
+    ) -> Self {
         let mut hyperparameters = serde_json::json!({"training": spec.training});
         match method {
             Method::Full => {}
@@ -68,6 +74,7 @@ impl Manifest {
                 run: spec.job.run,
                 input_digest: task.input_digest.clone(),
                 trainer_image: task.trainer_image.clone(),
+                execution,
             },
             gates: spec.evaluation.judge(&metrics),
             metrics,
@@ -102,6 +109,7 @@ impl Manifest {
             files: self.files.clone(),
             dataset: self.dataset.clone(),
             metrics: self.metrics.clone(),
+            execution: self.source.execution.clone(),
         }
     }
 }

@@ -178,7 +178,7 @@ fn files<'a>(trained: &'a Trained<'_>) -> Result<ModelFiles<'a>, PublishError> {
         }
         None => {
             let config = base_file(trained.model, "config.json")?.unwrap_or_default();
-            full::files(&trained.weights, &config, trained.spec.training.bf16)
+            full::files(&trained.weights, &config, trained.spec.training.computes_in_bf16())
         }
     };
     files.extend([

@@ -8,7 +8,7 @@ use std::{
 
 use safetensors::tensor::Metadata;
 use serde::{Deserialize, Serialize};
-use tunesmith_crds::{adapter_version::ArtifactFile, fine_tune_job::Training};
+use tunesmith_crds::{adapter_version::ArtifactFile, fine_tune_job::Training, run::Execution};
 use tunesmith_engine::{LazyTensor, StateSource};
 
 use super::History;
@@ -112,6 +112,17 @@ impl Checkpoints {
             }
         }
         Ok(None)
+    }
+
+    /// How the attempt was executed that wrote the newest checkpoint; None if there is none.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub fn execution(&self) -> Result<Option<Execution>, StoreError> {
+        let Some((step, _)) = self.complete()?.pop_last() else { return Ok(None) };
+        let history = self.folder_of(step).join(HISTORY).read_if_exists()?.unwrap_or_default();
+        // A damaged one is passed over on resume.
+        Ok(serde_json::from_slice::<History>(&history).ok().map(|history| history.execution))
     }
 
     /// The weights and the optimizer after `step`, of which there is a checkpoint.

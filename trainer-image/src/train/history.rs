@@ -1,6 +1,7 @@
 //! What was measured so far: goes into checkpoints, so that a resumed run's curve has no gap.
 
 use serde::{Deserialize, Serialize};
+use tunesmith_crds::run::Execution;
 
 /// How far a run is, and what it measured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -25,6 +26,9 @@ pub struct History {
     pub evals: Vec<EvalPoint>,
     /// Losses since the last entry of `logs`.
     pub window: Window,
+    /// How the last attempt was executed.
+    #[serde(default)]
+    pub execution: Execution,
     /// Shares of right answers; the base model's have step 0.
     #[serde(default)]
     pub recalls: Vec<RecallPoint>,

@@ -71,7 +71,7 @@ pub(super) fn trainer_options(method: &Method, training: &Training) -> TrainerOp
             None => Tuning::Full,
             Some(lora) => Tuning::Lora(lora_options(lora, training)),
         },
-        precision: if training.bf16 { Precision::Bf16 } else { Precision::F32 },
+        precision: if training.computes_in_bf16() { Precision::Bf16 } else { Precision::F32 },
         optimizer: Optimizer {
             rule,
             weight_decay: training.weight_decay,

@@ -16,12 +16,13 @@ use std::{
     time::Instant,
 };
 
+use chrono::NaiveDate;
 use tunesmith_crds::{
     Method, RunSpec,
     adapter_version::Metrics,
     evaluation::{failure, perplexity},
     fine_tune_job::{OnNonFinite, Progress as Numbers, Training},
-    run::{Outcome, TrainReport, TrainStage, TrainTask},
+    run::{Execution, Outcome, TrainReport, TrainStage, TrainTask},
 };
 use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, Schedule, Trainer};
 
@@ -33,9 +34,12 @@ pub use self::{
     stop::Stop,
 };
 use crate::{
-    data::batches::{in_order, micro_batch},
+    data::{
+        batches::{in_order, micro_batch},
+        template::TemplateDate,
+    },
     error::Error,
-    inputs::Inputs,
+    inputs::{Inputs, day_of},
     progress::Progress,
     publish::{Manifest, Trained, publish, published},
     store::{Role, Stores},
@@ -74,7 +78,8 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
     }
 
     context.progress.stage(TrainStage::Loading);
-    let inputs = Inputs::load(spec, context.stores, context.work)?;
+    let day = day_of_run(task, &checkpoints)?;
+    let inputs = Inputs::load(spec, context.stores, context.work, day)?;
     check_digests(task, &inputs)?;
     let mut run = Run::set_up(spec, method, &inputs, &checkpoints, context)?;
     if run.resume()?.is_break() {
@@ -104,7 +109,13 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
         method,
         weights: run.trainer.weight_tensors(),
         epochs: inputs.batches.epoch(run.history.step),
-        manifest: Manifest::new(spec, task, method, inputs.dataset.clone(), run.metrics()),
+        manifest: Manifest::new(
+            spec,
+            task,
+            method,
+            inputs.dataset.clone(),
+            (run.metrics(), run.history.execution.clone()),
+        ),
         history: &run.history,
         total_steps: inputs.batches.total_steps(),
         model: &inputs.model.folder,
@@ -118,6 +129,15 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
 pub fn clear(checkpoints: &Checkpoints, spec: &RunSpec, published: &TrainReport) {
     if failure(&spec.evaluation.judge(&published.metrics)).is_none() {
         checkpoints.clear();
+    }
+}
+
+/// The day that a chat template writes: that of the checkpoint that the run goes on from, or else that of its preflight.
+fn day_of_run(task: &TrainTask, checkpoints: &Checkpoints) -> Result<NaiveDate, Error> {
+    let resumed = checkpoints.execution()?.and_then(|execution| execution.template_date);
+    match resumed.as_ref().or(task.template_date.as_ref()) {
+        Some(day) => day_of("templateDate", day),
+        None => Ok(TemplateDate::today().date()),
     }
 }
 
@@ -195,6 +215,7 @@ impl<'a> Run<'a> {
             self.history = history;
             state
         });
+        self.history.execution = self.execution();
         // Before the first step nothing is changed: until its state is restored, this is the base model.
         if self.measure_recall(0)?.is_break() {
             return Ok(Break(()));
@@ -203,6 +224,12 @@ impl<'a> Run<'a> {
             self.trainer.restore(&state)?;
         }
         Ok(Continue(()))
+    }
+
+    /// How this attempt is executed.
+    fn execution(&self) -> Execution {
+        let template_date = self.inputs.template_date.map(|date| date.to_string());
+        Execution { device: "cpu".into(), world_size: 1, template_date }
     }
 
     /// Steps and evaluations until all are done or of no more use, or until the run is stopped.

@@ -102,6 +102,7 @@ impl Bench {
             input_digest: input_digest(&spec, &method, &report),
             base_digest: report.base_digest,
             dataset_digest: report.dataset.digest,
+            template_date: report.template_date,
             trainer_image: "registry.example.com/tunesmith/tunesmith-trainer:v0.1.0".into(),
         };
         spec.with_training(method, task)

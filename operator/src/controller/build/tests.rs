@@ -218,6 +218,7 @@ fn a_reserved_version_is_an_immutable_config_map_named_after_it() {
         method: tunesmith_crds::fine_tune_job::MethodName::LoRA,
         input_digest: "sha256:x".into(),
         preflight: preflight_report(),
+        planned: Box::new(plan(&job.spec, &observed.offers, Some(&preflight_report()), None).unwrap()),
     };
     let Some(Change::CreateConfigMap(built)) = build(&step, &observed, &image()) else { panic!() };
     assert_eq!((built.metadata.name.as_deref(), built.immutable), (Some("support-v3-run"), Some(true)));
