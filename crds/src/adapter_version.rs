@@ -131,6 +131,9 @@ pub struct DatasetRecord {
     pub rows: u64,
     /// Tokens in the training rows.
     pub tokens: u64,
+    /// Rows, of training and evaluation, that can't be used and were left out (dataset.onBadRow: Skip).
+    #[serde(default, skip_serializing_if = "crate::fine_tune_job::is_zero")]
+    pub skipped_rows: u64,
 }
 
 /// What made a version.

@@ -175,7 +175,7 @@ mod tests {
     fn preflight() -> PreflightReport {
         PreflightReport {
             base_digest: "sha256:b".into(),
-            dataset: DatasetRecord { digest: "sha256:d".into(), rows: 1, tokens: 1 },
+            dataset: DatasetRecord { digest: "sha256:d".into(), rows: 1, tokens: 1, skipped_rows: 0 },
             eval_rows: 1,
             truncated_rows: 0,
             dropped_rows: 0,
@@ -238,8 +238,10 @@ mod tests {
             assert_ne!(digest_of(&changed, &preflight()), same, "{pointer}");
         }
 
-        let other_data =
-            PreflightReport { dataset: DatasetRecord { digest: "sha256:e".into(), rows: 1, tokens: 1 }, ..preflight() };
+        let other_data = PreflightReport {
+            dataset: DatasetRecord { digest: "sha256:e".into(), rows: 1, tokens: 1, skipped_rows: 0 },
+            ..preflight()
+        };
         assert_ne!(digest_of(&job(), &other_data), same);
     }
 

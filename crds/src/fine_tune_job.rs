@@ -120,7 +120,7 @@ pub struct SecretRef {
     .message("give exactly one of eval.uri and evalFraction"))]
 #[serde(rename_all = "camelCase")]
 pub struct Dataset {
-    /// Training rows: JSON Lines (plain, gzip or zstd) or Parquet.
+    /// Training rows: JSON (one object a line, or one list) or CSV, plain, gzip or zstd; or Parquet or Arrow.
     pub train: DataSource,
     /// Held-out rows, in the same formats: eval loss is measured on them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -135,7 +135,9 @@ pub struct Dataset {
     /// Names that the rows' columns have in these files, by the names that the format gives them:
     /// `{prompt: question, completion: answer}`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32))]
+    #[schemars(extend("maxProperties" = 32, "x-kubernetes-validations" = rule(&format!(
+        "self.all(name, name in ['{}'] && self[name].size() >= 1 && self[name].size() <= 253)", COLUMNS.join("', '")
+    ), "the names on the left are the format's columns, such as prompt, completion or messages; on the right, the files' own")))]
     pub columns: BTreeMap<String, String>,
     /// What becomes of rows that can't be used: Error refuses the data and names the first ten; Skip leaves them out and
     /// counts them.
@@ -171,6 +173,25 @@ pub struct DataSource {
     /// is the train split of a data set on the Hugging Face Hub, `hf://datasets/owner/name@revision/path` its files.
     pub uri: Uri,
 }
+
+/// Every column that a format knows, by its own name.
+pub const COLUMNS: [&str; 15] = [
+    "messages",
+    "conversations",
+    "system",
+    "tools",
+    "functions",
+    "chat_template_kwargs",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "context",
+    "response",
+    "history",
+    "text",
+];
 
 /// Shape of a data row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

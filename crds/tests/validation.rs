@@ -89,6 +89,8 @@ fn each_rule_refuses_the_manifest_that_breaks_it_and_says_what_to_do() {
             "exactly one of eval.uri and evalFraction",
         ),
         (&[("/spec/dataset/evalFraction", json!(1.0))], "must lie between 0 and 1"),
+        (&[("/spec/dataset/columns", json!({"question": "prompt"}))], "the names on the left are the format's columns"),
+        (&[("/spec/dataset/columns", json!({"prompt": ""}))], "on the right, the files' own"),
         (&[("/spec/lora/dropout", json!(1.0))], "must lie in [0, 1)"),
         (&[("/spec/lora/alpha", json!(0.0))], "must be greater than 0"),
         (&[("/spec/training", json!({"learningRate": 0.0}))], "must be greater than 0"),
@@ -187,6 +189,8 @@ fn a_pattern_of_files_and_every_option_of_the_data_pass() {
     let changes = [
         ("/spec/dataset/train/uri", json!("s3://datasets/support/part-*.parquet")),
         ("/spec/dataset/format", json!("ShareGPT")),
+        ("/spec/dataset/columns", json!({"prompt": "question", "completion": "answer"})),
+        ("/spec/dataset/onBadRow", json!("Skip")),
         ("/spec/dataset/chatTemplate", json!("{% for m in messages %}{{ m.content }}{% endfor %}")),
         ("/spec/training", json!({"maxLength": 512, "overflow": "Drop"})),
     ];

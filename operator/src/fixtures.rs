@@ -116,7 +116,7 @@ pub fn failed(message: &str) -> Cause {
 pub fn preflight_report() -> PreflightReport {
     PreflightReport {
         base_digest: "sha256:base".into(),
-        dataset: DatasetRecord { digest: "sha256:data".into(), rows: 10, tokens: 1000 },
+        dataset: DatasetRecord { digest: "sha256:data".into(), rows: 10, tokens: 1000, skipped_rows: 0 },
         eval_rows: 1,
         truncated_rows: 0,
         dropped_rows: 0,
@@ -152,7 +152,7 @@ pub fn train_report(version: u32) -> TrainReport {
         uri: format!("s3://adapters/support/v{version}").parse().unwrap(),
         manifest_digest: format!("sha256:{}", "0".repeat(64)),
         files: vec![ArtifactFile { path: "adapter_model.safetensors".into(), sha256: "0".repeat(64), size: 42 }],
-        dataset: DatasetRecord { digest: "sha256:data".into(), rows: 10, tokens: 1000 },
+        dataset: DatasetRecord { digest: "sha256:data".into(), rows: 10, tokens: 1000, skipped_rows: 0 },
         metrics: Metrics { steps: 400, eval_loss: Some(1.5), ..Metrics::default() },
         execution: Default::default(),
     }

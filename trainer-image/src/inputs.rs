@@ -98,11 +98,12 @@ impl Inputs {
         overview.log();
         let (rows, tokens) = (overview.train.rows, overview.train.tokens);
         let template_date = encoder.vocabulary.date_of_run();
+        let skipped_rows = overview.train.skipped_rows + overview.eval.skipped_rows;
         let voice = Voice::new(encoder.vocabulary);
         let exam = load_exam(spec, stores, work, (&train_files, &options), (&model, voice))?;
         Ok(Self {
             batches: Batches::new(train.lengths(), &spec.training),
-            dataset: DatasetRecord { digest: digest::of_files(&files), rows, tokens },
+            dataset: DatasetRecord { digest: digest::of_files(&files), rows, tokens, skipped_rows },
             overview,
             model,
             train,

@@ -37,11 +37,11 @@ pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Erro
     let report = PreflightReport {
         probe_digest: inputs.exam.map(|exam| exam.digest),
         base_digest: inputs.model.digest,
+        skipped_rows: inputs.dataset.skipped_rows,
         dataset: inputs.dataset,
         eval_rows: inputs.overview.eval.rows,
         truncated_rows: inputs.overview.train.truncated_rows,
         dropped_rows: inputs.overview.train.dropped_rows,
-        skipped_rows: inputs.overview.train.skipped_rows + inputs.overview.eval.skipped_rows,
         warnings: inputs.overview.notes.summary(),
         template_date: inputs.template_date.map(|date| date.to_string()),
         total_steps: inputs.batches.total_steps(),

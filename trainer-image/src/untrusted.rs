@@ -90,11 +90,17 @@ pub fn run_spec(bytes: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use arrow::{
+        array::{DictionaryArray, RecordBatch},
+        datatypes::Int8Type,
+    };
     use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
-    use crate::{convert, tiny_model};
+    use crate::{convert, data::tables, tiny_model};
 
     type Read = fn(&[u8]);
 
@@ -119,10 +125,22 @@ mod tests {
             (convert::tests::gguf(&convert::tests::metadata(), &convert::tests::tensors()), gguf),
             (fs::read(convert::tests::fixture("mistral.gguf")).unwrap(), gguf),
             (format!("{rows}\n{rows}\n").into_bytes(), data_rows),
+            (format!("[{rows},\n{rows}]").into_bytes(), data_rows),
+            (b"prompt,completion,label\r\n\"a \"\"b\"\"\n\",c,\n".to_vec(), data_rows),
+            (tables::parquet(&table()), data_rows),
+            (tables::stream(&table()), data_rows),
+            (tables::compressed_file(&table()), data_rows),
             (br#"{"id": "1", "question": "why?", "must_contain": ["so"]}"#.to_vec(), probe),
             (sound_adapter(), adapter),
             (spec.to_string().into_bytes(), run_spec),
         ]
+    }
+
+    /// Two columns, one of turns and one that is not used.
+    fn table() -> RecordBatch {
+        let dictionary: DictionaryArray<Int8Type> = ["x"].into_iter().collect();
+        let turns = tables::turns(&[("user", Some("a")), ("assistant", None)]);
+        tables::table(vec![("messages", turns), ("system", Arc::new(dictionary))])
     }
 
     fn sound_adapter() -> Vec<u8> {

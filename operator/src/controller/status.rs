@@ -226,10 +226,9 @@ fn history(
     history
 }
 
-/// What a preflight says of model and data.
+/// What a preflight says of model and data: what of the rows is used, and what is not as it stands.
 fn what_was_checked(report: &PreflightReport) -> String {
-    let PreflightReport { dataset, eval_rows, truncated_rows, dropped_rows, .. } = report;
-    let checked = format!("model and data can be used: {} rows, and {eval_rows} for evaluation", dataset.rows);
+    let PreflightReport { dataset, eval_rows, truncated_rows, dropped_rows, skipped_rows, warnings, .. } = report;
     let does = |rows: &u64, one: &str, many: &str| match rows {
         0 => None,
         1 => Some(format!("1 {one}")),
@@ -237,10 +236,16 @@ fn what_was_checked(report: &PreflightReport) -> String {
     };
     let truncated = does(truncated_rows, "row loses its end", "rows lose their end");
     let dropped = does(dropped_rows, "is left out", "are left out");
-    match truncated.into_iter().chain(dropped).collect::<Vec<_>>().as_slice() {
-        [] => checked,
-        long => format!("{checked}; longer than maxLength: {}", long.join(", ")),
+    let long: Vec<String> = truncated.into_iter().chain(dropped).collect();
+    let mut parts = vec![format!("model and data can be used: {} rows, and {eval_rows} for evaluation", dataset.rows)];
+    if !long.is_empty() {
+        parts.push(format!("longer than maxLength: {}", long.join(", ")));
     }
+    parts.extend(does(skipped_rows, "bad row is left out (onBadRow: Skip)", "bad rows are left out (onBadRow: Skip)"));
+    if !warnings.is_empty() {
+        parts.push(format!("warnings: {}", warnings.join(", ")));
+    }
+    parts.join("; ")
 }
 
 #[cfg(test)]
@@ -298,6 +303,17 @@ mod tests {
         let report = PreflightReport { truncated_rows: 3, dropped_rows: 1, ..report };
         let message = what_was_checked(&report);
         assert!(message.ends_with("longer than maxLength: 3 rows lose their end, 1 is left out"), "{message}");
+    }
+
+    #[test]
+    fn rows_that_are_left_out_and_what_is_not_used_are_told() {
+        let warnings = ["column \"id\" is not used (9 rows)".to_owned(), "and 2 more".to_owned()].to_vec();
+        let report = PreflightReport { skipped_rows: 2, warnings, ..preflight_report() };
+        assert_eq!(
+            what_was_checked(&report),
+            "model and data can be used: 10 rows, and 1 for evaluation; 2 bad rows are left out (onBadRow: Skip); warnings: \
+             column \"id\" is not used (9 rows), and 2 more"
+        );
     }
 
     #[test]

@@ -5,29 +5,11 @@ mod preferences;
 mod turns;
 
 use serde_json::{Map, Value};
+pub(super) use tunesmith_crds::fine_tune_job::COLUMNS;
 use tunesmith_crds::fine_tune_job::DataFormat;
 
 use self::turns::{list, turns, with_system};
 use super::{container::Columns, conversation::Conversation, notes::Notes};
-
-/// Every column that a format knows, by its own name.
-pub(super) const COLUMNS: [&str; 15] = [
-    "messages",
-    "conversations",
-    "system",
-    "tools",
-    "functions",
-    "chat_template_kwargs",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "context",
-    "response",
-    "history",
-    "text",
-];
 
 /// A row, in the shape of its format.
 #[derive(Clone, Debug, PartialEq)]
@@ -394,6 +376,126 @@ mod tests {
         ]);
         let expected = turns(&[("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]);
         assert_eq!(said(&row(json!({"system": "s", "conversations": conversations})).unwrap()), expected);
+    }
+
+    /// A row, and what of it is not used.
+    fn noted(columns: Value) -> (Row, Vec<String>) {
+        let columns = columns.as_object().unwrap().clone();
+        let mut notes = Notes::default();
+        let row = parse(detect(&columns, &[]).unwrap(), columns, &mut notes).unwrap();
+        (row, notes.lines())
+    }
+
+    #[test]
+    fn a_system_text_is_carried_out_whatever_the_format() {
+        let chat = turns(&[("system", "s"), ("user", "hi"), ("assistant", "yes")]);
+        let (user, assistant) =
+            (json!({"role": "user", "content": "hi"}), json!({"role": "assistant", "content": "yes"}));
+        let messages = row(json!({"system": "s", "messages": [user, assistant]})).unwrap();
+        assert_eq!(said(&messages), chat);
+        let split = row(json!({"system": "s", "prompt": [user], "completion": [assistant]})).unwrap();
+        assert_eq!(said(&split), chat);
+        assert!(matches!(split, Row::Conversation(Conversation { given: 2, .. })));
+        let texts = row(json!({"system": "s", "prompt": "a", "completion": "b"}));
+        assert_eq!(texts, Ok(Row::PromptCompletion { prompt: "s\n\na".into(), completion: "b".into() }));
+        let alpaca = row(json!({"system": "s", "instruction": "Add.", "output": "4"}));
+        assert_eq!(alpaca, Ok(Row::Alpaca(Alpaca { system: "s".into(), ..task("Add.", "4") })));
+        let system = json!({"role": "system", "content": "other"});
+        let error = row(json!({"system": "s", "messages": [system, user, assistant]})).unwrap_err();
+        assert_eq!(error, "system and messages[0] are two system turns; keep one");
+        let twice = row(json!({"system": "other", "messages": [system, user, assistant]})).unwrap();
+        assert_eq!(said(&twice).len(), 3);
+    }
+
+    #[test]
+    fn alpaca_may_have_a_history_and_dollys_words() {
+        let history = json!([["a", "b"], ["c", "d"]]);
+        let pairs = [("a", "b"), ("c", "d")].map(|(asked, answered)| (asked.to_owned(), answered.to_owned()));
+        for history in [history.clone(), Value::from(history.to_string())] {
+            let columns = json!({"instruction": "Add.", "output": "4", "history": history});
+            let expected = Alpaca { history: pairs.to_vec(), ..task("Add.", "4") };
+            assert_eq!(noted(columns), (Row::Alpaca(expected), vec![]));
+        }
+        for none in [json!([]), Value::Null, json!("[]"), json!("")] {
+            let columns = json!({"instruction": "Add.", "output": "4", "history": none});
+            assert_eq!(row(columns), Ok(Row::Alpaca(task("Add.", "4"))));
+        }
+        let dolly = json!({"instruction": "Add.", "context": "2, 2", "response": "4", "category": "sums"});
+        let expected = Alpaca { input: "2, 2".into(), ..task("Add.", "4") };
+        assert_eq!(noted(dolly), (Row::Alpaca(expected), vec!["column \"category\" is not used (1 row)".to_owned()]));
+        for (columns, expected) in [
+            (json!({"instruction": "a", "output": "b", "response": "c"}), "output and response are both there"),
+            (
+                json!({"instruction": "a", "input": "b", "context": "c", "output": "d"}),
+                "input and context are both there",
+            ),
+            (json!({"instruction": "a", "output": "b", "history": [["a"]]}), "history[0] is not a pair of strings"),
+            (json!({"instruction": "a", "output": "b", "history": [["a", ""]]}), "history[0] has an empty answer"),
+            (json!({"instruction": "a", "output": " \n"}), "output is empty"),
+            (
+                json!({"instruction": "a", "output": "b", "tools": [{"name": "f"}]}),
+                "tools: functions are for rows of turns",
+            ),
+        ] {
+            let error = row(columns).unwrap_err();
+            assert!(error.contains(expected), "expected `{expected}`, got `{error}`");
+        }
+    }
+
+    #[test]
+    fn tools_and_variables_go_to_the_template() {
+        let turns = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]);
+        let tool = json!({"type": "function", "function": {"name": "f"}});
+        let prompt_and_completion = json!({
+            "prompt": [turns[0]], "completion": [turns[1]], "tools": [tool],
+            "chat_template_kwargs": {"enable_thinking": false, "other": null},
+        });
+        let share_gpt = json!({
+            "conversations": turns, "tools": json!([tool]).to_string(),
+            "chat_template_kwargs": "{\"enable_thinking\": false}",
+        });
+        for columns in [prompt_and_completion, share_gpt] {
+            let (Row::Conversation(conversation), notes) = noted(columns) else { panic!() };
+            assert_eq!(conversation.tools, [tool.clone()]);
+            assert_eq!(Value::Object(conversation.variables), json!({"enable_thinking": false}));
+            assert!(notes.is_empty(), "{notes:?}");
+        }
+        for (columns, expected) in [
+            (
+                json!({"messages": turns, "chat_template_kwargs": {"tools": []}}),
+                "chat_template_kwargs.tools can't be set",
+            ),
+            (json!({"messages": turns, "chat_template_kwargs": 4}), "chat_template_kwargs is not an object"),
+            (json!({"prompt": "a", "completion": "b", "tools": [tool]}), "tools: functions are for rows of turns"),
+        ] {
+            let error = row(columns).unwrap_err();
+            assert!(error.contains(expected), "expected `{expected}`, got `{error}`");
+        }
+    }
+
+    #[test]
+    fn columns_that_the_format_does_not_know_are_noted() {
+        let turns = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]);
+        let columns = json!({"messages": turns, "prompt": "hi", "source": "web", "none": null, "tags": []});
+        let (_, notes) = noted(columns);
+        assert_eq!(notes, ["column \"prompt\" is not used (1 row)", "column \"source\" is not used (1 row)"]);
+        let (_, notes) = noted(json!({"text": "a", "x".repeat(100): 1}));
+        assert_eq!(notes, [format!("column \"{}…\" is not used (1 row)", "x".repeat(60))]);
+    }
+
+    #[test]
+    fn data_of_other_kinds_is_named_where_no_format_fits() {
+        for (columns, expected) in [
+            (json!({"prompt": "a"}), "prompts alone (for reinforcement learning) are not supported"),
+            (json!({"prompt": "a", "completions": ["b"]}), "several completions of a prompt"),
+            (
+                json!({"question": "a", "answer": "b"}),
+                "dataset.columns, such as {prompt: question, completion: answer}",
+            ),
+        ] {
+            let error = row(columns).unwrap_err();
+            assert!(error.contains(expected), "expected `{expected}`, got `{error}`");
+        }
     }
 
     #[test]

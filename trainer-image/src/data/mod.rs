@@ -31,6 +31,8 @@ use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use tunesmith_engine::IGNORE;
 
+#[cfg(test)]
+pub(crate) use self::table::tests as tables;
 use self::{
     bad_rows::{Bad, BadRows},
     notes::Notes,

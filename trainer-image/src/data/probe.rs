@@ -176,6 +176,16 @@ mod tests {
     }
 
     #[test]
+    fn questions_may_be_csv_with_their_lists_as_json_text() {
+        let csv = "id,question,must_contain,topic\nprice,How much?,\"[\"\"$13\"\", \"\"month\"\"]\",money\n";
+        let questions = with_file(csv, load).unwrap();
+        assert_eq!(
+            (questions[0].row, questions[0].must_contain.as_slice()),
+            (2, &["$13".to_owned(), "month".into()][..])
+        );
+    }
+
+    #[test]
     fn the_system_turn_is_taken_from_the_training_rows_only_if_all_begin_with_it() {
         let row = |system: &str| {
             let turn = if system.is_empty() {

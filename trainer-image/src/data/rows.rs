@@ -287,7 +287,7 @@ mod tests {
     use flate2::write::GzEncoder;
     use serde_json::json;
 
-    use super::{super::table::tests as tables, *};
+    use super::{super::tables, *};
 
     fn read_file(path: &Path) -> Result<Vec<(u64, Row)>, String> {
         let file = DataFile::new(path);

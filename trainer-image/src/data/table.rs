@@ -1,7 +1,7 @@
 //! Rows of Parquet and Arrow files: batches of columns, as JSON would have them.
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;
 
 use std::{
     collections::BTreeSet,

@@ -21,7 +21,7 @@ use super::super::{
 /// Writes a table as one of the kinds of files that hold tables.
 type Write1 = fn(&RecordBatch) -> Vec<u8>;
 
-pub(in crate::data) fn parquet(batch: &RecordBatch) -> Vec<u8> {
+pub(crate) fn parquet(batch: &RecordBatch) -> Vec<u8> {
     parquet_with(batch, Compression::SNAPPY)
 }
 
@@ -32,14 +32,14 @@ fn parquet_with(batch: &RecordBatch, compression: Compression) -> Vec<u8> {
     writer.into_inner().unwrap()
 }
 
-pub(in crate::data) fn stream(batch: &RecordBatch) -> Vec<u8> {
+pub(crate) fn stream(batch: &RecordBatch) -> Vec<u8> {
     let mut writer = StreamWriter::try_new(Vec::new(), &batch.schema()).unwrap();
     writer.write(batch).unwrap();
     writer.finish().unwrap();
     writer.into_inner().unwrap()
 }
 
-pub(in crate::data) fn compressed_file(batch: &RecordBatch) -> Vec<u8> {
+pub(crate) fn compressed_file(batch: &RecordBatch) -> Vec<u8> {
     let options = IpcWriteOptions::default().try_with_compression(Some(CompressionType::ZSTD)).unwrap();
     let mut writer = FileWriter::try_new_with_options(Vec::new(), &batch.schema(), options).unwrap();
     writer.write(batch).unwrap();
@@ -50,12 +50,12 @@ pub(in crate::data) fn compressed_file(batch: &RecordBatch) -> Vec<u8> {
 const KINDS: [Write1; 3] = [parquet, stream, compressed_file];
 
 /// A table of these columns.
-pub(in crate::data) fn table(columns: Vec<(&str, ArrayRef)>) -> RecordBatch {
+pub(crate) fn table(columns: Vec<(&str, ArrayRef)>) -> RecordBatch {
     RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(name, array)| (name, array, true))).unwrap()
 }
 
 /// A column of one row of turns, whose contents these are; a null is a turn without.
-pub(in crate::data) fn turns(turns: &[(&str, Option<&str>)]) -> ArrayRef {
+pub(crate) fn turns(turns: &[(&str, Option<&str>)]) -> ArrayRef {
     let roles: ArrayRef = Arc::new(StringArray::from_iter_values(turns.iter().map(|(role, _)| role)));
     let contents: ArrayRef = Arc::new(LargeStringArray::from_iter(turns.iter().map(|(_, content)| *content)));
     let names: ArrayRef = Arc::new(StringArray::new_null(turns.len()));
@@ -218,6 +218,6 @@ fn a_table_with_two_columns_of_one_name_is_refused() {
 }
 
 /// A file of a table.
-pub(in crate::data) fn write(path: &Path, table: &RecordBatch) {
+pub(crate) fn write(path: &Path, table: &RecordBatch) {
     File::create(path).unwrap().write_all(&parquet(table)).unwrap();
 }

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use proptest::prelude::*;
-use tunesmith_crds::fine_tune_job::{Overflow, Training};
+use tunesmith_crds::fine_tune_job::{OnBadRow, Overflow, Training};
 use tunesmith_engine::IGNORE;
 
 use super::{encode, encoder};
@@ -46,6 +46,62 @@ fn a_bad_row_is_named_with_its_own_file_and_number() {
     assert_eq!(error.to_string(), "part-1.jsonl row 2: text is empty");
     let error = load(&[&[], &[]], &encoder(1024)).err().unwrap();
     assert!(error.to_string().starts_with("part-0.jsonl and 1 more has no rows"), "{error}");
+}
+
+/// Rows of one file.
+fn load_lines(lines: &[&str], options: &RowOptions) -> Result<Rows, DataError> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("train.jsonl");
+    fs::write(&path, lines.join("\n")).unwrap();
+    Rows::load(&[DataFile::new(&path)], options, &encoder(1024), &folder.path().join("work"))
+}
+
+#[test]
+fn all_bad_rows_are_counted_and_the_first_ten_named() {
+    let bad: Vec<&str> = ["{\"text\": \"\"}", "{", "{\"text\": 4}"].into_iter().cycle().take(12).collect();
+    let lines = [&["{\"text\": \"good\"}"][..], &bad].concat();
+    let error = load_lines(&lines, &RowOptions::default()).err().unwrap().to_string();
+    assert!(error.starts_with("12 rows can't be used"), "{error}");
+    assert!(error.contains("train.jsonl row 2: text is empty") && error.contains("row 11: text is empty"), "{error}");
+    assert!(!error.contains("row 12") && error.ends_with("and 2 more"), "{error}");
+}
+
+#[test]
+fn bad_rows_are_left_out_and_counted_if_the_user_says_so() {
+    let skipping = RowOptions { on_bad_row: OnBadRow::Skip, ..RowOptions::default() };
+    let lines = ["{\"text\": \"ab\", \"id\": 1}", "{\"text\": \"\", \"id\": 2}", "not json", "{\"text\": \"cd\"}"];
+    let rows = load_lines(&lines, &skipping).unwrap();
+    assert_eq!((rows.len(), rows.skipped()), (2, 2));
+    assert_eq!(rows.describe(&[1]).unwrap(), "row 4 of train.jsonl");
+    assert_eq!(rows.notes().lines(), ["column \"id\" is not used (1 row)"], "rows that are left out are not noted");
+    let overview = Overview::new(&rows, &rows, &encoder(8).vocabulary).unwrap();
+    assert_eq!((overview.train.skipped_rows, overview.notes.lines().len()), (2, 1));
+    let page = overview.page(Marking::Brackets);
+    assert!(page.contains("\nnot used as it stands\n  column \"id\" is not used (2 rows)\n"), "{page}");
+    let (train, eval) = rows.hold_out(0.5, 1).unwrap();
+    assert_eq!((train.skipped(), eval.skipped()), (2, 0));
+    assert_eq!((train.notes().lines().len(), eval.notes().lines().len()), (1, 0));
+    let error = load_lines(&lines[1..3], &skipping).err().unwrap().to_string();
+    assert!(error.starts_with("all 2 rows are bad") && error.contains("row 1: text is empty"), "{error}");
+}
+
+#[test]
+fn a_file_that_breaks_off_is_never_skipped() {
+    let skipping = RowOptions { on_bad_row: OnBadRow::Skip, ..RowOptions::default() };
+    let error = load_lines(&["[{\"text\": \"a\"}, {\"text\": \"b\"}, {\"te"], &skipping).err().unwrap().to_string();
+    assert!(error.starts_with("train.jsonl row 3: the list does not end"), "{error}");
+    let pretty = ["{", "  \"text\": \"a\"", "}"];
+    let error = load_lines(&pretty, &skipping).err().unwrap().to_string();
+    assert!(error.contains("pretty-printed"), "{error}");
+}
+
+#[test]
+fn a_column_that_no_row_has_is_refused() {
+    let columns = [("text".to_owned(), "body".to_owned())].into();
+    let options = RowOptions { columns, ..RowOptions::default() };
+    let error = load_lines(&["{\"text\": \"a\"}"], &options).err().unwrap().to_string();
+    assert_eq!(error, "dataset.columns: no row of train.jsonl has a column \"body\" (text: body); correct the name");
+    assert_eq!(load_lines(&["{\"body\": \"ab\"}"], &options).unwrap().len(), 1);
 }
 
 #[test]
