@@ -132,6 +132,84 @@ mod tests {
     use super::*;
     use crate::backend::{Backend, SecondMoment};
     use crate::cpu::Cpu;
+    use crate::random;
+
+    fn adamw_step(step: u64) -> AdamWStep {
+        AdamWStep { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, step, grad_scale: 1.0 }
+    }
+
+    #[test]
+    fn a_weight_without_gradient_stays_where_it_is_in_8_bits() {
+        let mut param: Vec<f32> = random::normal(1000, 1);
+        let (before, mut m, mut v) = (param.clone(), Blockwise::zeros(1000, true), Blockwise::zeros(1000, false));
+        for step in 1..=1000 {
+            let mut grad = random::normal(1000, 2 * step);
+            grad.iter_mut().step_by(3).for_each(|grad| *grad = 0.0);
+            adamw_8bit(&mut param, &grad, (&mut m, &mut v), &adamw_step(step));
+        }
+        for (i, (after, before)) in param.iter().zip(before).enumerate() {
+            assert_eq!(*after == before, i % 3 == 0, "{i}: {before} became {after}");
+        }
+    }
+
+    /// The largest step of each element in learning rates, and where it ends, over 1,000 steps.
+    fn thousand_steps(
+        gradient: impl Fn(u64) -> Vec<f32>,
+        mut step: impl FnMut(&mut [f32], &[f32], u64),
+    ) -> [Vec<f32>; 2] {
+        let mut param = vec![0.0; STATE_BLOCK];
+        let mut largest = vec![0f32; STATE_BLOCK];
+        for number in 1..=1000 {
+            let before = param.clone();
+            step(&mut param, &gradient(number), number);
+            for ((largest, after), before) in largest.iter_mut().zip(&param).zip(before) {
+                *largest = largest.max((after - before).abs() / 1e-3);
+            }
+        }
+        [largest, param]
+    }
+
+    /// A block whose gradients go from 10⁻⁸ to 1: no step in 8 bits may be much larger than any in f32, the weights with
+    /// gradients above 10⁻³ of the largest must end where f32 leaves them, and the smaller ones not beyond.
+    #[test]
+    fn adamw_in_8_bits_follows_f32_where_gradients_of_a_block_differ_by_ten_to_the_eighth() {
+        let scale = |i: usize| 10f32.powf(8.0 * i as f32 / (STATE_BLOCK - 1) as f32 - 8.0);
+        let noise = |step: u64| random::normal(STATE_BLOCK, 1000 + step);
+        let of = |gradient: fn(f32, u64) -> f32| {
+            move |step: u64| -> Vec<f32> {
+                noise(step).iter().enumerate().map(|(i, x)| scale(i) * gradient(*x, step)).collect()
+            }
+        };
+        for (name, gradient) in [
+            ("noise", of(|x, _| x)),
+            ("drift", of(|x, _| 1.0 + 2.0 * x)),
+            ("the same", of(|_, _| 1.0)),
+            ("seldom", of(|x, _| if x > 1.6 { 1.0 } else { 0.0 })),
+            ("at first", of(|x, step| if step <= 100 { x } else { 0.0 })),
+        ] {
+            let (mut m, mut v) = (vec![0.0; STATE_BLOCK], vec![0.0; STATE_BLOCK]);
+            let plain = |p: &mut [f32], g: &[f32], step| adamw(p, g, &mut m, &mut v, &adamw_step(step));
+            let [_, exact] = thousand_steps(&gradient, plain);
+            let (mut m, mut v) = (Blockwise::zeros(STATE_BLOCK, true), Blockwise::zeros(STATE_BLOCK, false));
+            let eight_bit = |p: &mut [f32], g: &[f32], step| adamw_8bit(p, g, (&mut m, &mut v), &adamw_step(step));
+            let [steps, ours] = thousand_steps(&gradient, eight_bit);
+
+            let largest = steps.iter().copied().fold(0.0, f32::max);
+            assert!(largest < 3.0, "{name}: a step of {largest} learning rates");
+            // Eight decades, from the smallest gradients on: how far f32 went, and how far off 8 bits are.
+            let mean = |values: &mut dyn Iterator<Item = f32>| values.sum::<f32>() / (STATE_BLOCK / 8) as f32;
+            let decade = |d: usize| d * STATE_BLOCK / 8..(d + 1) * STATE_BLOCK / 8;
+            let went: Vec<f32> = (0..8).map(|d| mean(&mut exact[decade(d)].iter().map(|p| p.abs()))).collect();
+            let off: Vec<f32> = (0..8)
+                .map(|d| mean(&mut exact[decade(d)].iter().zip(&ours[decade(d)]).map(|(a, b)| (a - b).abs())))
+                .collect();
+            eprintln!("{name}: largest step {largest:.2}, f32 went {went:.4?}, 8 bits are off by {off:.4?}");
+            for d in 0..8 {
+                let most = if d < 5 { 1.1 } else { 0.35 };
+                assert!(off[d] < most * went[d], "{name}, decade {d}: off by {} of {}", off[d], went[d]);
+            }
+        }
+    }
 
     #[test]
     fn three_steps_of_adafactor_are_those_of_transformers() {

@@ -34,12 +34,33 @@ fn linspace(start: f32, end: f32, steps: usize) -> Vec<f32> {
     (0..steps).map(value).collect()
 }
 
-/// The code whose value is nearest; a tie goes to the lower. x, in [−1, 1], is first rounded to one of 65,536 steps, as
-/// bitsandbytes' CPU kernel does: near the middle between two values, that decides.
+/// The code whose value is nearest; a tie goes to the lower. So bitsandbytes' CUDA kernels search it.
 pub(super) fn nearest(map: &[f32; 256], x: f32) -> u8 {
-    const STEPS: f32 = 65_535.0;
-    let step = ((x.clamp(-1.0, 1.0) + 1.0) * 0.5 * STEPS + 0.5) as u16;
-    let x = -1.0 + 2.0 * f32::from(step) / STEPS;
     let above = map.partition_point(|value| *value < x).clamp(1, 255);
     if x > 0.5 * (map[above - 1] + map[above]) { above as u8 } else { (above - 1) as u8 }
+}
+
+/// The same once x, in [−1, 1], is rounded to one of 65,536 steps, as bitsandbytes' CPU library does: near the middle
+/// between two values, that decides. Zero is no step.
+pub(super) fn nearest_to_step(map: &[f32; 256], x: f32) -> u8 {
+    const STEPS: f32 = 65_535.0;
+    let step = ((x.clamp(-1.0, 1.0) + 1.0) * 0.5 * STEPS + 0.5) as u16;
+    nearest(map, -1.0 + 2.0 * f32::from(step) / STEPS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_value_is_nearest_to_its_own_code() {
+        for signed in [true, false] {
+            let map = dynamic_map(signed);
+            for (code, value) in map.iter().enumerate() {
+                assert_eq!(usize::from(nearest(map, *value)), code);
+            }
+            assert_eq!(map[usize::from(nearest(map, 0.0))], 0.0);
+            assert_ne!(map[usize::from(nearest_to_step(map, 0.0))], 0.0, "the CPU library's steps lack zero");
+        }
+    }
 }

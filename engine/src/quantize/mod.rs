@@ -1,5 +1,6 @@
-//! Weights and optimizer state in 4 and 8 bits, in the formats of bitsandbytes (Dettmers et al., 2022 and 2023): the same
-//! codes for the same values.
+//! Weights and optimizer state in 4 and 8 bits, in the formats of bitsandbytes (Dettmers et al., 2022 and 2023). Weights get
+//! the bytes of its CPU library; its CUDA kernels round FP4 and nested scales differently. Optimizer state gets the nearest
+//! code, as in its CUDA kernels.
 
 mod blockwise;
 mod dynamic_map;
@@ -80,7 +81,7 @@ mod tests {
     const WEIGHTS: [&str; 3] = ["even", "odd", "special"];
 
     #[test]
-    fn four_bit_codes_and_scales_are_bitsandbytes_bytes() {
+    fn four_bit_codes_and_scales_are_the_bytes_of_bitsandbytes_cpu_library() {
         let reference = Reference::load();
         for name in WEIGHTS {
             let (values, rows, cols) = reference.weight(name);
@@ -94,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn nested_scales_are_bitsandbytes_bytes() {
+    fn nested_scales_are_the_bytes_of_bitsandbytes_cpu_library() {
         let reference = Reference::load();
         assert_eq!(dynamic_map::dynamic_map(true)[..], reference.floats("even.nf4.nested.map"));
         for name in WEIGHTS {
@@ -116,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn int8_codes_and_scales_are_bitsandbytes_bytes() {
+    fn int8_codes_and_scales_are_the_bytes_of_bitsandbytes_cpu_library() {
         let reference = Reference::load();
         for name in ["even", "odd"] {
             let (values, rows, cols) = reference.weight(name);
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn three_steps_of_adamw_in_8_bits_are_those_of_bitsandbytes() {
+    fn three_steps_of_adamw_in_8_bits_are_those_of_bitsandbytes_with_the_nearest_code() {
         let reference = Reference::of("optimizer");
         assert_eq!(dynamic_map::dynamic_map(false)[..], reference.floats("map"));
         let (cpu, [rows, cols]) = (Cpu::default(), [43, 101]);
