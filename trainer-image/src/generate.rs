@@ -15,7 +15,7 @@ use crate::{
         encode::{Vocabulary, VocabularyError},
     },
     error::Error,
-    model::ModelFolder,
+    model::{ModelFolder, read_json},
     publish::{CHAT_TEMPLATE, MANIFEST},
     store::{Role, StoreError, Stores},
 };
@@ -37,12 +37,16 @@ impl Voice {
     /// # Errors
     /// The tokenizer is missing or damaged.
     pub fn load(folder: &Path) -> Result<Self, VocabularyError> {
-        Ok(Self::new(folder, Vocabulary::load(folder, None)?))
+        Self::new(folder, Vocabulary::load(folder, None)?)
     }
 
     /// The same, if the vocabulary of the model's folder is loaded already.
-    pub fn new(folder: &Path, vocabulary: Vocabulary) -> Self {
-        Self { stop: stop_tokens(folder, &vocabulary), vocabulary }
+    ///
+    /// # Errors
+    /// `generation_config.json` is there and can't be read.
+    pub fn new(folder: &Path, vocabulary: Vocabulary) -> Result<Self, VocabularyError> {
+        let stop = stop_tokens(folder, &vocabulary).map_err(VocabularyError::Folder)?;
+        Ok(Self { stop, vocabulary })
     }
 
     /// Tokens that make the model answer `user`.
@@ -111,10 +115,10 @@ impl Writer {
         let folder = ModelFolder::fetch(&uri(model)?, stores, &work.join("model"))?.folder;
         let adapter =
             adapter.map(|adapter| fetch_adapter(&uri(adapter)?, stores, &work.join("adapter"))).transpose()?;
-        let template = adapter.as_deref().and_then(chat_template);
+        let template = adapter.as_deref().map(chat_template).transpose()?.flatten();
         let vocabulary = Vocabulary::load(&folder, template.as_deref());
-        let vocabulary = vocabulary.map_err(|error| Error::Input(format!("{model}: {error}")))?;
-        let voice = Voice::new(&folder, vocabulary);
+        let voice = vocabulary.and_then(|vocabulary| Voice::new(&folder, vocabulary));
+        let voice = voice.map_err(|error| Error::Input(format!("{model}: {error}")))?;
         let mut model = Model::load(&folder)?;
         adapter.iter().try_for_each(|adapter| model.load_adapter(adapter))?;
         Ok(Self { model, voice })
@@ -191,20 +195,34 @@ pub(crate) fn fetch_adapter(uri: &Uri, stores: &Stores, work: &Path) -> Result<P
 }
 
 /// The chat template that an adapter was trained with, if it has one of its own.
-pub(crate) fn chat_template(adapter: &Path) -> Option<String> {
-    fs::read_to_string(adapter.join(CHAT_TEMPLATE)).ok()
+pub(crate) fn chat_template(adapter: &Path) -> Result<Option<String>, Error> {
+    let path = adapter.join(CHAT_TEMPLATE);
+    match fs::read_to_string(&path) {
+        Ok(template) => Ok(Some(template)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        // What the adapter was trained with is not what the base model has.
+        Err(error) => Err(Error::Input(format!("{} of the adapter can't be read: {error}", path.display()))),
+    }
 }
 
 /// The end tokens of `generation_config.json`, one or several, and the tokenizer's.
-fn stop_tokens(folder: &Path, vocabulary: &Vocabulary) -> Vec<u32> {
-    let config = fs::read(folder.join("generation_config.json")).ok();
-    let config: Value = config.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
-    let ids = match &config["eos_token_id"] {
+fn stop_tokens(folder: &Path, vocabulary: &Vocabulary) -> Result<Vec<u32>, String> {
+    const FILE: &str = "generation_config.json";
+    let path = folder.join(FILE);
+    let config = match fs::symlink_metadata(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Value::Null,
+        _ => read_json(&path).map_err(|problem| format!("{FILE}: {problem}"))?,
+    };
+    let ids = match config.get("eos_token_id").unwrap_or(&Value::Null) {
+        Value::Null => Vec::new(),
         Value::Array(ids) => ids.clone(),
         id => vec![id.clone()],
     };
-    let ids = ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok());
-    ids.chain([vocabulary.eos()]).collect()
+    let id = |id: &Value| {
+        let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+        number.ok_or_else(|| format!("{FILE}: eos_token_id holds {id}; expected numbers of tokens"))
+    };
+    ids.iter().map(id).chain([Ok(vocabulary.eos())]).collect()
 }
 
 #[cfg(test)]

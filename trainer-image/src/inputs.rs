@@ -87,6 +87,7 @@ impl Inputs {
         overview.log();
         let (rows, tokens) = (overview.train.rows, overview.train.tokens);
         let voice = Voice::new(&model.folder, encoder.vocabulary);
+        let voice = voice.map_err(|error| Error::Input(format!("{} (base model): {error}", spec.base_model)))?;
         let exam = load_exam(spec, stores, work, &train_files, (&model, voice))?;
         Ok(Self {
             batches: Batches::new(train.lengths(), &spec.training),
