@@ -1,7 +1,7 @@
 //! The command line: subcommands, and how an error becomes a message and an exit code.
 
 use std::{
-    io::IsTerminal,
+    io::{IsTerminal, Write},
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -26,7 +26,7 @@ use crate::{
     local,
     merge::merge,
     model::ModelFolder,
-    pod::{read_spec, report_to},
+    pod::{caught, read_spec, report_to},
     preflight::preflight,
     progress::{Progress, serve},
     store::{Role, Stores},
@@ -228,7 +228,7 @@ impl From<SamplingArgs> for Sampling {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let Cli { command } = Cli::parse();
-    start_logs();
+    let logs = start_logs();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -236,24 +236,59 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let code = run(command, &runtime);
+    let code = match logs {
+        Ok(()) => run(command, &runtime),
+        Err(problem) => refuse(&command, problem),
+    };
     runtime.shutdown_background();
     ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
 }
 
-/// JSON lines on standard error; in a terminal, warnings alone, as bars and notes say the rest.
-fn start_logs() {
+/// JSON lines on standard error; in a terminal, warnings alone, as bars and notes say the rest. Tells why `RUST_LOG` can't
+/// be used.
+fn start_logs() -> Result<(), String> {
     let terminal = std::io::stderr().is_terminal();
     let default = if terminal { "warn" } else { "info" };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let wanted = std::env::var_os(EnvFilter::DEFAULT_ENV).unwrap_or_default().to_string_lossy().into_owned();
+    let (filter, problem) = match wanted.trim() {
+        "" => (EnvFilter::new(default), None),
+        wanted => match EnvFilter::builder().parse(wanted) {
+            Ok(filter) => (filter, None),
+            Err(error) => {
+                (EnvFilter::new(default), Some(format!("RUST_LOG is {wanted:?}: {error}; use info or debug")))
+            }
+        },
+    };
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match terminal {
         true => logs.init(),
         false => logs.json().flatten_event(true).init(),
     }
+    problem.map_or(Ok(()), Err)
 }
 
+/// Ends a command whose environment can't be used.
+fn refuse(command: &Command, problem: String) -> i32 {
+    let error = Error::Spec(problem);
+    match command {
+        Command::Preflight { pod } | Command::Train { pod, .. } | Command::Verify { pod } => {
+            report_to(&pod.report, || Err(error))
+        }
+        _ => exit(Err(error)),
+    }
+}
+
+/// A line on standard output, whose reader may be gone.
+fn say(line: impl std::fmt::Display) -> Result<(), Error> {
+    writeln!(std::io::stdout(), "{line}").map_err(|source| Error::Pipe { source })
+}
+
+/// Runs a command. A panic ends it as an error does.
 fn run(command: Command, runtime: &Runtime) -> i32 {
+    exit(caught(|| Ok(dispatch(command, runtime))))
+}
+
+fn dispatch(command: Command, runtime: &Runtime) -> i32 {
     let stores = Stores::from_environment(runtime.handle().clone());
     match command {
         Command::Preflight { pod } => preflight_pod(&pod, &stores, runtime),
@@ -265,24 +300,21 @@ fn run(command: Command, runtime: &Runtime) -> i32 {
             }
             let code = exit(run_here(&manifest, &local, &stores, runtime));
             if profile {
-                print!("{}", profile_table());
+                // It is an extra.
+                let _ = say(profile_table());
             }
             code
         }
         Command::Evaluate { exam, local } => {
             let stores = stores.or_local(&local.store);
-            exit(evaluate(&exam, &stores, &local.work_dir).map(|report| {
-                println!("{report}");
-                0
-            }))
+            exit(evaluate(&exam, &stores, &local.work_dir).and_then(say).map(|()| 0))
         }
         Command::Check { manifest, local } => exit(check_here(&manifest, &local, &stores, runtime)),
         Command::Merge { model, adapter, out, bf16, local } => {
             let stores = stores.or_local(&local.store);
-            exit(merge(&model, &adapter, &out, bf16, &stores, &local.work_dir).map(|warning| {
+            exit(merge(&model, &adapter, &out, bf16, &stores, &local.work_dir).and_then(|warning| {
                 warning.into_iter().for_each(|warning| eprintln!("warning: {warning}"));
-                println!("{}", out.display());
-                0
+                say(out.display()).map(|()| 0)
             }))
         }
         Command::Chat { model, adapter, system, max_new_tokens, sampling, local } => {
@@ -297,21 +329,17 @@ fn run(command: Command, runtime: &Runtime) -> i32 {
         }
         Command::Export { format: ExportFormat::GgufLora, model, adapter, out, local } => {
             let stores = stores.or_local(&local.store);
-            exit(export(&model, &adapter, &out, &stores, &local.work_dir).map(|()| {
-                println!("{}", out.display());
-                0
-            }))
+            exit(export(&model, &adapter, &out, &stores, &local.work_dir).and_then(|()| say(out.display())).map(|()| 0))
         }
-        Command::Convert { model, out } => exit(convert(&model, &out).map_err(Error::from).map(|()| {
-            println!("{}", out.display());
-            0
-        })),
+        Command::Convert { model, out } => {
+            exit(convert(&model, &out).map_err(Error::from).and_then(|()| say(out.display())).map(|()| 0))
+        }
         Command::Generate { model, adapter, prompt, system, max_new_tokens, sampling, local } => {
             let stores = stores.or_local(&local.store);
             let sampling = sampling.into();
             exit(Writer::load(&model, adapter.as_deref(), &stores, &local.work_dir).and_then(|writer| {
                 for prompt in &prompt {
-                    println!("{}", writer.answer(system.as_deref(), prompt, sampling, max_new_tokens)?);
+                    say(writer.answer(system.as_deref(), prompt, sampling, max_new_tokens)?)?;
                 }
                 Ok(0)
             }))
@@ -321,7 +349,8 @@ fn run(command: Command, runtime: &Runtime) -> i32 {
 
 fn exit(result: Result<i32, Error>) -> i32 {
     result.unwrap_or_else(|error| {
-        eprintln!("error: {error}");
+        // Nobody may be there to read it.
+        let _ = writeln!(std::io::stderr(), "error: {error}");
         error.exit_code()
     })
 }
@@ -357,7 +386,7 @@ fn run_here(manifest: &Path, local: &Local, stores: &Stores, runtime: &Runtime) 
     let ended = local::run(manifest, context);
     progress.finish();
     let ended = ended?;
-    println!("{}", local::summary(&ended, &stores)?);
+    say(local::summary(&ended, &stores)?)?;
     Ok(match ended.outcome {
         Outcome::Preempted { .. } => exit_code::PREEMPTED,
         _ if ended.gates.iter().any(|gate| !gate.passed) => exit_code::GATE_FAILED,

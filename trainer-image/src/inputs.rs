@@ -19,6 +19,7 @@ use crate::{
     error::Error,
     exam::{Exam, Settings},
     generate::Voice,
+    hub,
     model::ModelFolder,
     store::{Object, Role, Stores},
     train::engine_quantization,
@@ -129,12 +130,21 @@ pub(crate) fn fetch_probe(stores: &Stores, uri: &Uri, work: &Path) -> Result<(Da
 /// Brings the files of a URI here. Their digests go by what they are for and their order, so that renaming changes
 /// nothing.
 fn fetch(stores: &Stores, uri: &Uri, work: &Path, purpose: &str) -> Result<(Vec<DataFile>, Vec<ArtifactFile>), Error> {
-    let objects = stores.expand(Role::Dataset, uri)?;
-    let known_as = |number: usize| match objects.len() {
+    let known_as = |number: usize, all: usize| match all {
         1 => purpose.to_owned(),
         _ => format!("{purpose}/{number:08}"),
     };
-    let names: Vec<String> = (0..objects.len()).map(known_as).collect();
+    if matches!(uri, Uri::HubDataset { .. }) {
+        let files = hub::dataset::fetch(uri, stores, work)?;
+        let all = files.len();
+        let renamed = files
+            .into_iter()
+            .enumerate()
+            .map(|(number, (file, digest))| (file, ArtifactFile { path: known_as(number, all), ..digest }));
+        return Ok(renamed.collect());
+    }
+    let objects = stores.expand(Role::Dataset, uri)?;
+    let names: Vec<String> = (0..objects.len()).map(|number| known_as(number, objects.len())).collect();
     objects.into_iter().zip(names).map(|(object, known_as)| fetch_object(object, work, known_as)).collect()
 }
 

@@ -13,6 +13,7 @@ pub mod error;
 pub mod evaluate;
 pub mod exam;
 pub mod generate;
+pub mod hub;
 pub mod inputs;
 pub mod local;
 pub mod merge;

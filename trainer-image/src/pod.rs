@@ -56,13 +56,20 @@ pub(crate) fn parse_spec<T: Spec>(text: &[u8], path: &Path) -> Result<T, Error> 
     serde_json::from_slice(text).map_err(|error| Error::Spec(format!("{}: {error}; {advice}", path.display())))
 }
 
-/// Does the work, leaves its report at `path`, and tells the exit code. A panic is reported like an error.
-pub fn report_to(path: &Path, work: impl FnOnce() -> Result<Outcome, Error>) -> i32 {
-    let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+/// Does the work. A panic is an error like another.
+///
+/// # Errors
+/// The work fails, or panics.
+pub(crate) fn caught<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
         Err(Error::Internal(text.unwrap_or("panic").to_owned()))
-    });
-    let (outcome, code) = match result {
+    })
+}
+
+/// Does the work, leaves its report at `path`, and tells the exit code. A panic is reported like an error.
+pub fn report_to(path: &Path, work: impl FnOnce() -> Result<Outcome, Error>) -> i32 {
+    let (outcome, code) = match caught(work) {
         Ok(outcome @ Outcome::Preempted { .. }) => (outcome, exit_code::PREEMPTED),
         Ok(outcome) => (outcome, 0),
         Err(error) => {

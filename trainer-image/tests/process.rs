@@ -277,3 +277,56 @@ fn a_pod_that_is_told_to_stop_in_the_middle_of_a_download_ends_at_once() {
         assert!(told.elapsed() < PROMPT, "{subcommand} took {:?}", told.elapsed());
     }
 }
+
+/// Runs a subcommand for people on a manifest, in an environment with nothing but `variables`.
+fn check_manifest(bench: &Bench, variables: &[(&str, &str)]) -> (Option<i32>, String) {
+    let uri = |name: &str| format!("file://{}", bench.path(name).display());
+    let manifest = json!({
+        "apiVersion": "tunesmith.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "support"},
+        "spec": {
+            "baseModel": {"uri": "s3://models/tiny"},
+            "dataset": {"train": {"uri": uri("rows.jsonl")}, "evalFraction": 0.2},
+            "output": {"adapterName": "support", "uri": uri("adapters")},
+        },
+    });
+    fs::write(bench.path("job.json"), manifest.to_string()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tunesmith-trainer"));
+    command.arg("check").arg(bench.path("job.json")).arg("--work-dir").arg(bench.path("work"));
+    command.arg("--store").arg(bench.path("store")).env_clear().envs(variables.iter().copied());
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn no_value_of_the_environment_makes_a_panic_and_each_is_named_without_its_secret() {
+    let bench = Bench::new();
+    let sound = [
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9"),
+        ("AWS_ACCESS_KEY_ID", "k3y"),
+        ("AWS_SECRET_ACCESS_KEY", "s3cr3t"),
+        ("RUST_BACKTRACE", "0"),
+    ];
+    for (name, value) in [
+        ("AWS_ENDPOINT_URL", "host:9000"),
+        ("AWS_ENDPOINT_URL", "http://"),
+        ("AWS_ENDPOINT_URL_S3", "host"),
+        ("AWS_REGION", "eu central\n1"),
+        ("AWS_ACCESS_KEY_ID", "k3y\nk3y"),
+        ("AWS_SESSION_TOKEN", "t0k\u{f6}n"),
+        ("AWS_TIMEOUT", "soon"),
+        ("AWS_CA_BUNDLE", "/absent"),
+        ("HTTPS_PROXY", "http://me:pa55@"),
+        ("SSL_CERT_FILE", "/absent"),
+        ("RUST_LOG", "trainer=loud"),
+    ] {
+        let variables: Vec<_> =
+            sound.iter().copied().filter(|(other, _)| *other != name).chain([(name, value)]).collect();
+        let (code, text) = check_manifest(&bench, &variables);
+        assert_eq!(code, Some(exit_code::BAD_SPEC), "{name}: {text}");
+        assert!(text.contains(name) && !text.contains("panicked"), "{name}: {text}");
+        assert!(["k3y", "s3cr3t", "t0k", "pa55"].iter().all(|secret| !text.contains(secret)), "{name}: {text}");
+    }
+    let (code, text) = check_manifest(&bench, &[("AWS_PROFILE", "work")]);
+    assert_eq!(code, Some(exit_code::BAD_INPUT), "{text}");
+    assert!(text.contains("AWS_PROFILE is not read here"), "{text}");
+}

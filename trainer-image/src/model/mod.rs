@@ -2,7 +2,6 @@
 //! such a folder first.
 
 mod files;
-mod hub;
 mod source;
 mod tensors;
 #[cfg(test)]

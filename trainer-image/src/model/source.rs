@@ -9,9 +9,10 @@ use std::{
 
 use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
 
-use super::{INDEX, ModelError, OPTIONAL, WEIGHTS, copied_in, hub::Repository};
+use super::{INDEX, ModelError, OPTIONAL, WEIGHTS, copied_in};
 use crate::{
     digest,
+    hub::Repository,
     store::{Location, Role, StoreError, Stores},
 };
 
@@ -34,12 +35,12 @@ pub(super) struct Place {
 impl Source {
     /// Opens a model's folder. What has to be downloaded will go under `work`.
     pub(super) fn open(uri: &Uri, stores: &Stores, work: &Path) -> Result<Self, ModelError> {
-        if let Uri::Hub { repo, revision, path } = uri {
+        if let Uri::Hub { path, .. } = uri {
             if !path.is_empty() {
                 let problem = "name the whole repository, hf://owner/name, or one of its .gguf files".into();
                 return Err(ModelError::Unusable { uri: uri.clone(), problem });
             }
-            return Ok(Self::Hub(Box::new(Repository::open(uri, repo, revision.as_deref(), stores, work)?)));
+            return Ok(Self::Hub(Box::new(Repository::open(uri, Role::Model, stores, work)?)));
         }
         let location = stores.open(Role::Model, uri)?;
         if location.on_disk().is_some_and(Path::is_file) {
@@ -143,8 +144,8 @@ pub(super) struct Fetched {
 
 /// Brings a model that is one file here, under `work` unless it is on a disk already. Its digest goes by `name`.
 pub(super) fn fetch_file(uri: &Uri, stores: &Stores, work: &Path, name: &str) -> Result<Fetched, ModelError> {
-    if let Uri::Hub { repo, revision, path } = uri {
-        let repository = Repository::open(uri, repo, revision.as_deref(), stores, work)?;
+    if let Uri::Hub { path, .. } = uri {
+        let repository = Repository::open(uri, Role::Model, stores, work)?;
         let file = repository.fetch(path)?;
         let path = repository.folder().join(path);
         return Ok(Fetched { path, file: ArtifactFile { path: name.into(), ..file }, is_copy: false });

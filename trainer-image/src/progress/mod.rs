@@ -3,7 +3,7 @@
 mod server;
 
 use std::{
-    io::IsTerminal,
+    io::{self, IsTerminal, Write},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -75,7 +75,7 @@ impl Progress {
     /// A line that stays: above the bar, or in the logs.
     pub fn note(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            Some(bar) => bar.suspend(|| drop(writeln!(io::stderr(), "{line}"))),
             None => tracing::info!("{line}"),
         }
     }
@@ -83,8 +83,9 @@ impl Progress {
     /// Lines on standard output: what was asked for, not how it goes.
     pub fn page(&self, page: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| println!("{page}")),
-            None => println!("{page}"),
+            Some(bar) => bar.suspend(|| drop(writeln!(io::stdout(), "{page}"))),
+            // A reader that is gone misses nothing.
+            None => drop(writeln!(io::stdout(), "{page}")),
         }
     }
 

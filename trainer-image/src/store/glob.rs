@@ -62,10 +62,11 @@ const NOTES_FOLDERS: [&str; 4] = ["_temporary", "_delta_log", "_spark_metadata",
 const ANY_DEPTH: &str = "**";
 
 /// A pattern, part by part.
-struct Pattern<'a>(Vec<&'a str>);
+pub struct Pattern<'a>(Vec<&'a str>);
 
 impl<'a> Pattern<'a> {
-    fn new(pattern: &'a str) -> Self {
+    /// Reads a pattern, which any text is.
+    pub fn new(pattern: &'a str) -> Self {
         Self(pattern.split('/').collect())
     }
 
@@ -75,7 +76,7 @@ impl<'a> Pattern<'a> {
     }
 
     /// Whether a path is one of those that it means.
-    fn matches(&self, path: &str) -> bool {
+    pub fn matches(&self, path: &str) -> bool {
         let path: Vec<&str> = path.split('/').collect();
         // Whether the pattern so far means the first parts of the path, by their number.
         let mut meant = vec![false; path.len() + 1];
@@ -94,7 +95,7 @@ impl<'a> Pattern<'a> {
     }
 
     /// Whether a path that it means is none that its author meant.
-    fn leaves_out(&self, path: &str) -> bool {
+    pub fn leaves_out(&self, path: &str) -> bool {
         let last = self.0.last().copied().unwrap_or_default();
         let (folders, name) = path.rsplit_once('/').unwrap_or(("", path));
         let is_note = NOTES.contains(&name) || NOTES_BEGIN.iter().any(|start| name.starts_with(start));

@@ -9,6 +9,8 @@ mod listing;
 mod location;
 mod s3;
 mod settings;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::BTreeMap,
@@ -18,9 +20,10 @@ use std::{
 };
 
 pub use error::StoreError;
-pub use glob::Object;
+pub use glob::{Object, Pattern};
 pub use location::{Created, Location};
 use object_store::{ObjectStore, local::LocalFileSystem, path::Path};
+pub use settings::HubSettings;
 use tokio::runtime::Handle;
 use tunesmith_crds::{
     Uri,
@@ -49,7 +52,7 @@ impl Role {
     }
 
     /// The field of the job that names this role's Secret.
-    fn secret_field(self) -> &'static str {
+    pub fn secret_field(self) -> &'static str {
         match self {
             Self::Model => "baseModel.secretRef (or else output.secretRef)",
             Self::Dataset => "dataset.secretRef (or else output.secretRef)",
@@ -119,11 +122,16 @@ impl Stores {
         self.connect(role, uri).map_err(|problem| StoreError::Settings { role, uri: uri.clone(), problem })
     }
 
-    /// A setting of the Hugging Face Hub's clients (`HF_…`), for reading models.
-    pub fn hub_setting(&self, name: &str) -> Option<String> {
-        let names = [format!("{}{name}", env_prefix::MODEL), name.to_owned()];
-        let set = |name: &String| Some(self.environment.get(name)?.trim().to_owned()).filter(|value| !value.is_empty());
-        names.iter().find_map(set)
+    /// The settings of the Hugging Face Hub's clients (`HF_…`) for a role.
+    ///
+    /// # Errors
+    /// One of them can't be used.
+    pub fn hub_settings(&self, role: Role, uri: &Uri) -> Result<HubSettings, StoreError> {
+        HubSettings::of_role(&self.environment, role).map_err(|problem| StoreError::Settings {
+            role,
+            uri: uri.clone(),
+            problem,
+        })
     }
 
     /// Text without this process's credentials.

@@ -1,21 +1,22 @@
-//! The Hub's protocol as far as hf-hub speaks it, from a server of this process: no test leaves the machine.
+//! The Hub's protocol as far as we speak it, from a server of this process: no test leaves the machine.
 
 use std::{
     net::Ipv4Addr,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
 use axum::{
     Json, Router,
-    body::Bytes,
+    body::{Body, Bytes},
     extract::{Path as Captured, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
+use futures::{StreamExt, stream};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::{net::TcpListener, runtime::Runtime};
@@ -24,26 +25,36 @@ use tunesmith_crds::names::exit_code;
 use super::*;
 use crate::{
     error::Error,
-    model::{INDEX, ModelFolder, WEIGHTS, header},
+    model::{ModelFolder, read_header},
     tiny_model,
 };
 
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const TOKEN: &str = "hf_secret";
 
 /// A repository `owner/tiny` with branch `main` and tag `v1`, `owner/gated` for whoever has the token, and
-/// `owner/broken`, whose weights are not those that it promises.
+/// `owner/broken`, whose weights are not those that it promises. `owner/slow` stands still in the middle of its weights,
+/// `owner/mute` at their beginning, and `owner/plain` knows no ranges. `owner/rows` holds data.
 struct Hub {
     folder: PathBuf,
+    rows: PathBuf,
     /// How often a file was asked for.
     asked: AtomicUsize,
+    /// The first byte of every request for weights.
+    starts: Mutex<Vec<usize>>,
 }
 
 impl Hub {
+    fn folder(&self, repo: &str) -> &Path {
+        if repo == "rows" { &self.rows } else { &self.folder }
+    }
+
     fn refuses(&self, repo: &str, headers: &HeaderMap) -> Option<StatusCode> {
         let token = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         match repo {
-            "tiny" | "broken" => None,
+            "tiny" | "broken" | "slow" | "mute" | "plain" | "rows" => None,
             "gated" if token == Some(&format!("Bearer {TOKEN}")) => None,
             // What the real one says to strangers, too.
             _ => Some(StatusCode::UNAUTHORIZED),
@@ -60,7 +71,7 @@ async fn info(hub: Shared, Captured((repo, revision)): Captured<(String, String)
     if !["main", "v1", COMMIT].contains(&revision.as_str()) {
         return StatusCode::NOT_FOUND.into_response();
     }
-    let files = fs::read_dir(&hub.folder).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    let files = fs::read_dir(hub.folder(&repo)).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
     let siblings: Vec<_> = files.map(|name| json!({"rfilename": name})).collect();
     Json(json!({"sha": COMMIT, "siblings": siblings})).into_response()
 }
@@ -75,7 +86,7 @@ async fn resolve(
     }
     hub.asked.fetch_add(1, Ordering::Relaxed);
     assert_eq!(revision, COMMIT, "files are asked for by commit");
-    let Ok(bytes) = fs::read(hub.folder.join(&file)) else { return StatusCode::NOT_FOUND.into_response() };
+    let Ok(bytes) = fs::read(hub.folder(&repo).join(&file)) else { return StatusCode::NOT_FOUND.into_response() };
     let range = headers[header::RANGE].to_str().unwrap().strip_prefix("bytes=").unwrap();
     let (first, last) = range.split_once('-').unwrap();
     let (first, last) = (first.parse::<usize>().unwrap(), last.parse().unwrap_or(bytes.len() - 1));
@@ -90,7 +101,24 @@ async fn resolve(
         ("x-repo-commit", COMMIT.to_owned()),
         ("content-range", format!("bytes {first}-{last}/{}", bytes.len())),
     ];
-    (StatusCode::PARTIAL_CONTENT, headers, Bytes::copy_from_slice(&bytes[first..=last])).into_response()
+    if file == WEIGHTS && last > 0 {
+        hub.starts.lock().unwrap().push(first);
+    }
+    let stalls_after = match repo.as_str() {
+        _ if file != WEIGHTS || last == 0 => None,
+        "slow" if first == 0 => Some(bytes.len() / 2),
+        "mute" => Some(0),
+        "plain" => return (headers, Bytes::from(bytes)).into_response(),
+        _ => None,
+    };
+    let body = match stalls_after {
+        Some(sent) => {
+            let start = Bytes::copy_from_slice(&bytes[..sent]);
+            Body::from_stream(stream::iter([Ok::<_, std::io::Error>(start)]).chain(stream::pending()))
+        }
+        None => Bytes::copy_from_slice(&bytes[first..=last]).into(),
+    };
+    (StatusCode::PARTIAL_CONTENT, headers, body).into_response()
 }
 
 /// A folder with a model; a Hub that serves it, and stores that read from there.
@@ -106,21 +134,38 @@ impl Bench {
         let (runtime, folder) = (Runtime::new().unwrap(), tempfile::tempdir().unwrap());
         let model = folder.path().join("model");
         tiny_model::write(&model).unwrap();
-        let hub = Arc::new(Hub { folder: model, asked: AtomicUsize::new(0) });
+        let rows = folder.path().join("rows");
+        fs::create_dir(&rows).unwrap();
+        for name in
+            ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl", "README.md"]
+        {
+            fs::write(rows.join(name), format!("{{\"text\": \"{name}\"}}\n")).unwrap();
+        }
+        let hub = Hub { folder: model, rows, asked: AtomicUsize::new(0), starts: Mutex::default() };
+        let hub = Arc::new(hub);
         let routes = Router::new()
             .route("/api/models/owner/{repo}/revision/{revision}", get(info))
+            .route("/api/datasets/owner/{repo}/revision/{revision}", get(info))
             .route("/owner/{repo}/resolve/{revision}/{file}", get(resolve))
+            .route("/datasets/owner/{repo}/resolve/{revision}/{file}", get(resolve))
             .with_state(hub.clone());
         let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).unwrap();
         let endpoint = format!("http://{}/", listener.local_addr().unwrap());
         runtime.spawn(async { axum::serve(listener, routes).await });
         let stores = Stores::from_environment(runtime.handle().clone());
         let stores = stores.with_variable("TUNESMITH_MODEL_HF_ENDPOINT", &endpoint);
+        let stores = stores.with_variable("TUNESMITH_DATASET_HF_ENDPOINT", &endpoint);
         Self { _runtime: runtime, folder, stores, hub }
     }
 
     fn model(&self) -> PathBuf {
         self.folder.path().join("model")
+    }
+
+    fn rows(&self, uri: &str) -> Result<Vec<String>, StoreError> {
+        let files = dataset::fetch(&uri.parse().unwrap(), &self.stores, &self.folder.path().join("work"))?;
+        let text = |file: &Path| fs::read_to_string(file).unwrap();
+        Ok(files.into_iter().map(|(file, _)| text(&file.path)).collect())
     }
 
     fn fetch(&self, uri: &str) -> Result<ModelFolder, Error> {
@@ -130,7 +175,8 @@ impl Bench {
     /// The same model with its weights in a shard.
     fn shard(&self) {
         const SHARD: &str = "model-00001-of-00001.safetensors";
-        let header = header(&self.model().join(WEIGHTS)).unwrap();
+        let bytes = fs::read(self.model().join(WEIGHTS)).unwrap();
+        let header = read_header(&mut &bytes[..], bytes.len() as u64).unwrap();
         let map: serde_json::Map<_, _> = header.into_keys().map(|name| (name, json!(SHARD))).collect();
         fs::rename(self.model().join(WEIGHTS), self.model().join(SHARD)).unwrap();
         fs::write(self.model().join(INDEX), json!({"weight_map": map}).to_string()).unwrap();
@@ -206,4 +252,71 @@ fn bytes_that_the_hub_did_not_promise_are_not_kept() {
         assert!(error.to_string().contains("SHA-256 is not the one"), "{error}");
         assert_eq!(error.exit_code(), exit_code::STORAGE);
     }
+}
+
+#[test]
+fn a_download_that_stands_still_is_taken_up_where_it_broke_off() {
+    let mut bench = Bench::new();
+    bench.stores = bench.stores.with_variable("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    let whole = bench.fetch("hf://owner/tiny").unwrap().digest;
+    let half = fs::metadata(bench.model().join(WEIGHTS)).unwrap().len() as usize / 2;
+    bench.hub.starts.lock().unwrap().clear();
+    assert_eq!(bench.fetch("hf://owner/slow").unwrap().digest, whole);
+    assert_eq!(*bench.hub.starts.lock().unwrap(), [0, half]);
+    // Whoever knows no ranges sends everything again.
+    let blobs = bench.folder.path().join("work/hub/models--owner--plain/blobs");
+    fs::create_dir_all(&blobs).unwrap();
+    let etag = &digest::of_bytes(&fs::read(bench.model().join(WEIGHTS)).unwrap())["sha256:".len()..];
+    fs::write(blobs.join(format!("{etag}.part")), "other bytes").unwrap();
+    assert_eq!(bench.fetch("hf://owner/plain").unwrap().digest, whole);
+}
+
+#[test]
+fn a_download_that_brings_nothing_is_given_up_and_tried_again_later() {
+    let mut bench = Bench::new();
+    bench.stores = bench.stores.with_variable("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    let error = bench.fetch("hf://owner/mute").map(drop).unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::STORAGE);
+    assert!(error.to_string().contains("times in a row"), "{error}");
+}
+
+#[test]
+fn a_whole_part_of_an_earlier_attempt_is_not_downloaded_again() {
+    let bench = Bench::new();
+    let bytes = fs::read(bench.model().join(WEIGHTS)).unwrap();
+    let blobs = bench.folder.path().join("work/hub/models--owner--tiny/blobs");
+    fs::create_dir_all(&blobs).unwrap();
+    let etag = &digest::of_bytes(&bytes)["sha256:".len()..];
+    fs::write(blobs.join(format!("{etag}.part")), &bytes[..bytes.len() - 3]).unwrap();
+    bench.fetch("hf://owner/tiny").unwrap();
+    assert_eq!(*bench.hub.starts.lock().unwrap(), [bytes.len() - 3]);
+}
+
+#[test]
+fn a_data_set_is_its_train_split_a_file_or_a_pattern() {
+    let bench = Bench::new();
+    let text = |name: &str| format!("{{\"text\": \"{name}\"}}\n");
+    let train = ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"].map(text);
+    assert_eq!(bench.rows("hf://datasets/owner/rows").unwrap(), train);
+    assert_eq!(bench.rows("hf://datasets/owner/rows@v1/train-*.jsonl").unwrap(), train);
+    let test = "test-00000-of-00001.jsonl";
+    assert_eq!(bench.rows(&format!("hf://datasets/owner/rows/{test}")).unwrap(), [text(test)]);
+}
+
+#[test]
+fn a_data_set_that_is_not_there_is_named_with_the_fields_of_data() {
+    let mut bench = Bench::new();
+    for (uri, named) in [
+        ("hf://datasets/owner/rows@v2", "dataset.train.uri"),
+        ("hf://datasets/owner/rows/train.csv", "there are test-00000-of-00001.jsonl, train-*.jsonl"),
+        ("hf://datasets/owner/absent", "dataset.secretRef"),
+    ] {
+        let error = bench.rows(uri).unwrap_err();
+        assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
+        assert!(error.to_string().contains(uri) && error.to_string().contains(named), "{error}");
+    }
+    bench.stores = bench.stores.with_variable("TUNESMITH_DATASET_HF_TOKEN", "hf_x\ny");
+    let error = bench.rows("hf://datasets/owner/rows").unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::BAD_SPEC);
+    assert!(error.to_string().contains("TUNESMITH_DATASET_HF_TOKEN") && !error.to_string().contains("hf_x"), "{error}");
 }
