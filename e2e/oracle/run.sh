@@ -42,6 +42,10 @@ rm -rf "$cache/gguf"
 "$python" -W ignore gguf_files.py "$cache/gguf" >"$cache/fixtures.log" 2>&1 || { cat "$cache/fixtures.log"; exit 1; }
 "$python" same_fixtures.py ../../trainer-image/tests/fixtures/gguf "$cache/gguf"
 
+echo "Chat templates: text, tokens and masks as transformers has them"
+cargo build --quiet --release -p tunesmith-trainer --example encode
+"$python" -W ignore templates.py "$target/release/examples/encode" "$cache/converted" "$cache/templates"
+
 echo "Published folders: do PEFT, transformers, TensorBoard and gguf read them?"
 rm -rf "$cache/published"
 "$python" -W ignore published.py "$target/release/tunesmith-trainer" "$cache/published"

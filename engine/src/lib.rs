@@ -40,4 +40,4 @@ pub use schedule::{Schedule, ScheduleKind, Warmup};
 pub use trainer::{IGNORE, LossSum, MicroBatch, StateSource, StepStats, TrainState, Trainer, TrainerOptions, Tuning};
 
 /// Changes whenever the same inputs may give other numbers; part of a run's input digest.
-pub const NUMERICS_VERSION: u32 = 6;
+pub const NUMERICS_VERSION: u32 = 7;

@@ -1,6 +1,10 @@
 //! Digests of groups of files: what `sha256sum FILE… | sha256sum` prints, so that anyone can check one.
 
-use std::{fs::File, io, path::Path};
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    path::Path,
+};
 
 use sha2::{Digest, Sha256};
 use tunesmith_crds::adapter_version::ArtifactFile;
@@ -27,9 +31,38 @@ pub fn file_of_bytes(path: &str, bytes: &[u8]) -> ArtifactFile {
 /// # Errors
 /// It can't be read.
 pub fn file_on_disk(path: &Path, name: &str) -> io::Result<ArtifactFile> {
-    let mut hash = Sha256::new();
-    let size = io::copy(&mut File::open(path)?, &mut hash)?;
+    file_through(path, name, &mut io::sink())
+}
+
+/// The same, and the file's bytes go into `also`: a large file is read once for both.
+///
+/// # Errors
+/// It can't be read.
+pub fn file_through(path: &Path, name: &str, also: &mut dyn Write) -> io::Result<ArtifactFile> {
+    let (mut hash, mut size) = (Sha256::new(), 0);
+    read_through(path, |bytes| {
+        hash.update(bytes);
+        size += bytes.len() as u64;
+        also.write_all(bytes)
+    })?;
     Ok(ArtifactFile { path: name.to_owned(), sha256: format!("{:x}", hash.finalize()), size })
+}
+
+/// Reads a file piece by piece.
+///
+/// # Errors
+/// It can't be read, or `take` fails.
+pub fn read_through(path: &Path, mut take: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+    const PIECE: usize = 1 << 18;
+    let (mut file, mut buffer) = (File::open(path)?, vec![0; PIECE]);
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(bytes) => take(&buffer[..bytes])?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -110,7 +110,7 @@ impl Writer {
         let folder = ModelFolder::fetch(&uri(model)?, stores, &work.join("model"))?.folder;
         let adapter =
             adapter.map(|adapter| fetch_adapter(&uri(adapter)?, stores, &work.join("adapter"))).transpose()?;
-        let template = adapter.as_deref().and_then(chat_template);
+        let template = adapter.as_deref().map(chat_template).transpose()?.flatten();
         let vocabulary = Vocabulary::load(&folder, template.as_deref());
         let vocabulary = vocabulary.map_err(|error| Error::Input(format!("{model}: {error}")))?;
         let voice = Voice::new(vocabulary);
@@ -190,8 +190,14 @@ pub(crate) fn fetch_adapter(uri: &Uri, stores: &Stores, work: &Path) -> Result<P
 }
 
 /// The chat template that an adapter was trained with, if it has one of its own.
-pub(crate) fn chat_template(adapter: &Path) -> Option<String> {
-    fs::read_to_string(adapter.join(CHAT_TEMPLATE)).ok()
+pub(crate) fn chat_template(adapter: &Path) -> Result<Option<String>, Error> {
+    let path = adapter.join(CHAT_TEMPLATE);
+    match fs::read_to_string(&path) {
+        Ok(template) => Ok(Some(template)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        // What the adapter was trained with is not what the base model has.
+        Err(error) => Err(Error::Input(format!("{} of the adapter can't be read: {error}", path.display()))),
+    }
 }
 
 #[cfg(test)]

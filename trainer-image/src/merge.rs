@@ -6,14 +6,13 @@ use std::{
     path::Path,
 };
 
-use serde_json::Value;
 use tunesmith_engine::Model;
 
 use crate::{
     error::Error,
     generate::{chat_template, fetch_adapter, uri},
-    model::ModelFolder,
-    publish::{BASE_FILES, CHAT_TEMPLATE, MANIFEST, ModelFiles, full_model},
+    model::{ModelFolder, read_json},
+    publish::{CHAT_TEMPLATE, MANIFEST, ModelFiles, base_files, full_model},
     store::{StoreError, Stores},
 };
 
@@ -38,21 +37,17 @@ pub fn merge(
     let mut model = Model::load(&base)?;
     model.load_adapter(&adapter)?;
     let is_quantized = model.config().stored_as.is_some();
+    let was_quantized = was_quantized(&adapter)?;
 
-    let mut config: Value = read(&base.join("config.json")).and_then(|bytes| {
-        serde_json::from_slice(&bytes).map_err(|error| Error::Input(format!("config.json is no JSON: {error}")))
-    })?;
+    let unusable = |problem: String| Error::Input(format!("config.json of {}: {problem}", base.display()));
+    let mut config = read_json(&base.join("config.json")).map_err(unusable)?;
     // What is written is quantized no more.
     config.as_object_mut().and_then(|config| config.remove("quantization_config"));
     let merged = model.merged();
-    let ModelFiles { shards, others: mut files } = full_model(&merged, config.to_string().as_bytes(), bf16);
-    for name in BASE_FILES {
-        let path = base.join(name);
-        if path.exists() {
-            files.insert(name.into(), read(&path)?);
-        }
-    }
-    files.extend(chat_template(&adapter).map(|template| (CHAT_TEMPLATE.into(), template.into_bytes())));
+    let ModelFiles { shards, others: mut files } =
+        full_model(&merged, config.to_string().as_bytes(), bf16).map_err(unusable)?;
+    files.extend(base_files(&base)?);
+    files.extend(chat_template(&adapter)?.map(|template| (CHAT_TEMPLATE.into(), template.into_bytes())));
     // Beside its place first, so that nothing half-written has the name.
     let part = out.with_extension("part");
     let disk = |path: &Path| {
@@ -68,6 +63,7 @@ pub fn merge(
     }
     for (name, bytes) in files {
         let path = part.join(name);
+        path.parent().map_or(Ok(()), fs::create_dir_all).map_err(disk(&path))?;
         fs::write(&path, bytes).map_err(disk(&path))?;
     }
     fs::rename(&part, out).map_err(disk(out))?;
@@ -75,7 +71,7 @@ pub fn merge(
         Some(
             "the base is quantized: what its weights have lost, the merged ones lack too; the original base has it still",
         )
-    } else if was_quantized(&adapter) {
+    } else if was_quantized {
         Some(
             "the adapter was trained over a quantized base: merged into the unquantized one, its answers differ a little",
         )
@@ -84,13 +80,12 @@ pub fn merge(
     })
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(|source| StoreError::Disk { path: path.to_owned(), source }.into())
-}
-
-/// Whether the manifest beside the adapter says that its base was quantized.
-fn was_quantized(adapter: &Path) -> bool {
-    let manifest = fs::read(adapter.join(MANIFEST)).ok();
-    let manifest: Option<Value> = manifest.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    manifest.is_some_and(|manifest| manifest["method"] == "QLoRA")
+/// Whether the manifest beside the adapter, if there is one, says that its base was quantized.
+fn was_quantized(adapter: &Path) -> Result<bool, Error> {
+    let path = adapter.join(MANIFEST);
+    if !path.exists() {
+        return Ok(false);
+    }
+    let manifest = read_json(&path).map_err(|problem| Error::Input(format!("{}: {problem}", path.display())))?;
+    Ok(manifest["method"] == "QLoRA")
 }

@@ -21,6 +21,7 @@ use super::{
     architecture::Architecture,
     names::{LINEAR, permute},
 };
+use crate::model::json;
 
 /// Writes the adapter of the folder `adapter` over the model of the folder `base`. The file appears when it is whole.
 ///
@@ -113,5 +114,5 @@ fn refuse_what_does_not_fit(adapter: &Json) -> Result<(), String> {
 fn read_json(path: &Path) -> Result<Json, ConvertError> {
     let text = fs::read(path).map_err(ConvertError::io(path))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    serde_json::from_slice(&text).map_err(|error| ConvertError::Adapter(format!("{name} is no JSON: {error}")))
+    json(&text).map_err(|problem| ConvertError::Adapter(format!("{name}: {problem}")))
 }

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::{
     ConvertError, Gguf,
     architecture::{ARCHITECTURES, Architecture},
+    kinds::refuse_unknown_keys,
     tokenizer::Tokenizer,
 };
 
@@ -80,7 +81,11 @@ impl Dimensions {
                 supported: known.join(", "),
             });
         };
+        refuse_unknown_keys(gguf, architecture.name)?;
         let keys = Keys { gguf, architecture };
+        if keys.gguf.optional_flag(&keys.name("attention.causal"))? == Some(false) {
+            return Err(keys.refuse("attention.causal", false, "true"));
+        }
         if let Some(experts @ 1..) = keys.optional_size("expert_count")? {
             return Err(keys.refuse("expert_count", experts, "0 (no mixture of experts)"));
         }
@@ -91,6 +96,9 @@ impl Dimensions {
             None if hidden.is_multiple_of(2 * heads) => hidden / heads,
             None => return Err(keys.refuse("attention.head_count", heads, "a divisor of half the embedding's length")),
         };
+        if let Some(length) = keys.optional_size("attention.value_length")?.filter(|length| *length != head_dim) {
+            return Err(keys.refuse("attention.value_length", length, &format!("{head_dim}, the length of keys")));
+        }
         let key_value_heads = match keys.optional_size("attention.head_count_kv")? {
             Some(0) => return Err(keys.refuse("attention.head_count_kv", 0, "at least 1")),
             found => found.unwrap_or(heads),
@@ -105,6 +113,13 @@ impl Dimensions {
         if rotated != head_dim && !architecture.is_fused {
             return Err(keys.refuse("rope.dimension_count", rotated, &format!("{head_dim}, the whole head")));
         }
+        let context_length = keys.size("context_length")?;
+        if let Some(window) = keys.optional_size("attention.sliding_window")?
+            && ["llama", "qwen2", "qwen3"].contains(&architecture.name)
+            && (1..context_length).contains(&window)
+        {
+            return Err(keys.refuse("attention.sliding_window", window, "none in this architecture"));
+        }
         let of_family = of_family(keys, layers, hidden, heads, head_dim, rotated)?;
         let dimensions = Self {
             architecture,
@@ -115,7 +130,7 @@ impl Dimensions {
             key_value_heads,
             head_dim,
             vocabulary: gguf.texts("tokenizer.ggml.tokens")?.len(),
-            context_length: keys.size("context_length")?,
+            context_length,
             tied: !gguf.has_tensor("output.weight"),
             rms_norm_eps: keys
                 .optional_float("attention.layer_norm_rms_epsilon")?
@@ -124,6 +139,13 @@ impl Dimensions {
             rope_scaling: rope_scaling(keys)?,
             of_family,
         };
+        if LONGROPE_FACTORS.iter().any(|name| gguf.has_tensor(name)) {
+            let rope_scaling = longrope_scaling(gguf, dimensions.rope_scaling, rotated)?;
+            return Ok(Self { rope_scaling, ..dimensions });
+        }
+        if dimensions.rope_scaling["rope_type"] == "longrope" {
+            return Err(ConvertError::MissingTensor(LONGROPE_FACTORS[0].into()));
+        }
         if !gguf.has_tensor(ROPE_FACTORS) {
             return Ok(dimensions);
         }
@@ -162,18 +184,64 @@ impl Dimensions {
     }
 }
 
-/// What llama.cpp's `rope.scaling` is to transformers.
+/// What llama.cpp's `rope.scaling` is to transformers. LongRoPE's divisors are tensors, and come later.
 fn rope_scaling(keys: Keys<'_>) -> Result<Value, ConvertError> {
-    let kind = match keys.gguf.has(&keys.name("rope.scaling.type")) {
-        true => keys.gguf.text(&keys.name("rope.scaling.type"))?,
+    const TYPE: &str = "rope.scaling.type";
+    let kind = match keys.gguf.has(&keys.name(TYPE)) {
+        true => keys.gguf.text(&keys.name(TYPE))?,
+        // Phi 3's files have the divisors alone.
+        false if keys.gguf.has_tensor(LONGROPE_FACTORS[0]) => "longrope",
         false => "none",
     };
-    match (kind, keys.optional_float("rope.scaling.factor")?) {
-        ("none", _) => Ok(Value::Null),
-        ("linear", Some(factor)) => Ok(json!({"rope_type": "linear", "factor": factor})),
-        ("linear", None) => Err(ConvertError::MissingKey(keys.name("rope.scaling.factor"))),
-        (other, _) => Err(keys.refuse("rope.scaling.type", format!("\"{other}\""), "none, linear")),
+    let factor = keys.optional_float("rope.scaling.factor")?;
+    let needed = |key: &str| ConvertError::MissingKey(keys.name(key));
+    if kind != "longrope" {
+        refuse_unless(keys, "rope.scaling.attn_factor", 1.0)?;
     }
+    match kind {
+        "none" => Ok(Value::Null),
+        "linear" => Ok(json!({"rope_type": "linear", "factor": factor.ok_or_else(|| needed("rope.scaling.factor"))?})),
+        "yarn" => {
+            for (key, plain) in [("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)] {
+                refuse_unless(keys, &format!("rope.scaling.{key}"), plain)?;
+            }
+            Ok(json!({
+                "rope_type": "yarn",
+                "factor": factor.ok_or_else(|| needed("rope.scaling.factor"))?,
+                "original_max_position_embeddings": keys.size("rope.scaling.original_context_length")?,
+                "beta_fast": keys.optional_float("rope.scaling.yarn_beta_fast")?,
+                "beta_slow": keys.optional_float("rope.scaling.yarn_beta_slow")?,
+            }))
+        }
+        "longrope" => Ok(json!({
+            "rope_type": "longrope",
+            "original_max_position_embeddings": keys.size("rope.scaling.original_context_length")?,
+            "attention_factor": keys.optional_float("rope.scaling.attn_factor")?,
+        })),
+        other => Err(keys.refuse(TYPE, format!("\"{other}\""), "none, linear, yarn, longrope")),
+    }
+}
+
+/// Refuses a factor that has no counterpart in transformers.
+fn refuse_unless(keys: Keys<'_>, key: &str, plain: f64) -> Result<(), ConvertError> {
+    match keys.optional_float(key)?.filter(|found| *found != plain) {
+        Some(found) => Err(keys.refuse(key, found, &plain.to_string())),
+        None => Ok(()),
+    }
+}
+
+/// Divisors of the rotary frequencies of long rows and of short ones.
+pub(super) const LONGROPE_FACTORS: [&str; 2] = ["rope_factors_long.weight", "rope_factors_short.weight"];
+
+fn longrope_scaling(gguf: &mut Gguf, mut scaling: Value, rotated: usize) -> Result<Value, ConvertError> {
+    if scaling["rope_type"] != "longrope" {
+        return Err(ConvertError::UnknownTensor(LONGROPE_FACTORS[0].into(), "its rope.scaling.type is not longrope"));
+    }
+    for (tensor, field) in LONGROPE_FACTORS.into_iter().zip(["long_factor", "short_factor"]) {
+        gguf.check_tensor(tensor, &[rotated / 2])?;
+        scaling[field] = gguf.dequantize(tensor)?.into();
+    }
+    Ok(scaling)
 }
 
 /// Divisors of the rotary frequencies, which Llama 3.1 and its successors have.
@@ -218,7 +286,10 @@ fn of_family(
             "hidden_act": "silu",
             "embd_pdrop": 0.0,
             "resid_pdrop": 0.0,
-            "original_max_position_embeddings": keys.size("context_length")?,
+            "original_max_position_embeddings": match keys.optional_size("rope.scaling.original_context_length")? {
+                Some(original) => original,
+                None => keys.size("context_length")?,
+            },
             "partial_rotary_factor": rotated as f64 / head_dim as f64,
             "sliding_window": keys.optional_size("attention.sliding_window")?.filter(|window| *window > 0),
         }),

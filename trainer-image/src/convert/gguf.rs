@@ -120,6 +120,23 @@ impl Gguf {
         self.content.metadata.contains_key(key)
     }
 
+    /// All keys of the metadata.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.content.metadata.keys().map(String::as_str)
+    }
+
+    /// Whether a key is missing, or its value is false, 0 or empty.
+    pub(super) fn is_empty(&self, key: &str) -> bool {
+        match self.content.metadata.get(key) {
+            None | Some(Value::Bool(false)) => true,
+            Some(Value::String(text)) => text.is_empty(),
+            Some(Value::Array(values)) => values.is_empty(),
+            Some(Value::F32(x)) => *x == 0.0,
+            Some(Value::F64(x)) => *x == 0.0,
+            Some(other) => number(other) == Some(0),
+        }
+    }
+
     /// Whether there is a tensor of this name.
     pub(super) fn has_tensor(&self, name: &str) -> bool {
         self.content.tensor_infos.contains_key(name)

@@ -7,6 +7,7 @@ mod adapter;
 mod architecture;
 mod config;
 mod gguf;
+mod kinds;
 mod names;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -59,6 +60,9 @@ pub enum ConvertError {
         /// What the parser says.
         source: candle_core::Error,
     },
+    /// Something else than a model that can be converted, and what to do.
+    #[error("{0}")]
+    Kind(String),
     /// A metadata key is missing.
     #[error("the GGUF has no metadata key `{0}`: it is not a complete model")]
     MissingKey(String),
@@ -107,6 +111,7 @@ pub fn convert(model: &Path, out: &Path) -> Result<(), ConvertError> {
         return Err(ConvertError::Exists(out.to_owned()));
     }
     let mut gguf = Gguf::open(model)?;
+    kinds::refuse_other_kinds(&gguf)?;
     let dimensions = config::Dimensions::read(&mut gguf)?;
     let tokenizer = tokenizer::Tokenizer::read(&gguf)?;
 

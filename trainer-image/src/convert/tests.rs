@@ -7,15 +7,15 @@ use std::{
 };
 
 use candle_core::{
-    Device, Tensor,
+    DType, Device, Tensor,
     quantized::{
         GgmlDType, QTensor,
         gguf_file::{Value, write},
     },
 };
 use safetensors::SafeTensors;
-use serde_json::Value as Json;
-use tunesmith_engine::Model;
+use serde_json::{Value as Json, json};
+use tunesmith_engine::{Model, ModelConfig};
 
 use super::{Gguf, convert};
 use crate::{data::vocabulary::Vocabulary, model::ModelFolder, store::Stores};
@@ -60,11 +60,14 @@ pub(crate) fn tensors() -> Vec<(&'static str, Vec<usize>)> {
 }
 
 pub(crate) fn gguf(metadata: &[(&str, Value)], tensors: &[(&str, Vec<usize>)]) -> Vec<u8> {
-    let tensor = |shape: &Vec<usize>| {
-        let values = Tensor::rand(-1f32, 1f32, shape.as_slice(), &Device::Cpu).unwrap();
+    let tensor = |name: &str, shape: &Vec<usize>| {
+        // Divisors are above 0.
+        let (low, high) = if name.starts_with("rope_factors") { (1.0, 2.0) } else { (-1.0, 1.0) };
+        let values =
+            Tensor::rand(low, high, shape.as_slice(), &Device::Cpu).and_then(|x| x.to_dtype(DType::F32)).unwrap();
         QTensor::quantize(&values, if shape.len() == 1 { GgmlDType::F32 } else { GgmlDType::Q4_1 }).unwrap()
     };
-    let tensors: Vec<_> = tensors.iter().map(|(name, shape)| (*name, tensor(shape))).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(name, shape)| (*name, tensor(name, shape))).collect();
     let mut file = Cursor::new(Vec::new());
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
     write(&mut file, &metadata, &tensors.iter().map(|(name, tensor)| (*name, tensor)).collect::<Vec<_>>()).unwrap();
@@ -205,7 +208,23 @@ fn what_is_missing_or_unsupported_is_named_and_leaves_no_folder() {
             gguf(&with("llama.attention.head_count_kv", Value::U32(0)), &tensors()),
             "`llama.attention.head_count_kv` is 0",
         ),
-        (gguf(&with("llama.rope.scaling.type", text("yarn")), &tensors()), "llama.rope.scaling.type"),
+        (gguf(&with("llama.rope.scaling.type", text("yarn")), &tensors()), "llama.rope.scaling.factor"),
+        (gguf(&with("llama.rope.scaling.type", text("ntk")), &tensors()), "none, linear, yarn, longrope"),
+        (gguf(&with("llama.rope.scaling.type", text("longrope")), &tensors()), "original_context_length"),
+        (
+            gguf(&with("llama.rope.scaling.attn_factor", Value::F32(1.5)), &tensors()),
+            "attn_factor` is 1.5; supported: 1",
+        ),
+        (gguf(&with("llama.attention.scale", Value::F32(0.5)), &tensors()), "`llama.attention.scale` is not supported"),
+        (gguf(&with("llama.attention.sliding_window", Value::U32(32)), &tensors()), "sliding_window` is 32"),
+        (gguf(&with("llama.attention.value_length", Value::U32(4)), &tensors()), "value_length` is 4"),
+        (gguf(&with("llama.attention.causal", Value::Bool(false)), &tensors()), "attention.causal` is false"),
+        (gguf(&with("split.count", Value::U16(3)), &tensors()), "llama-gguf-split --merge"),
+        (gguf(&with("general.type", text("adapter")), &tensors()), "an adapter, no model: name its base model"),
+        (gguf(&with("general.type", text("mmproj")), &tensors()), "sees or hears (mmproj)"),
+        (gguf(&with("general.architecture", text("clip")), &tensors()), "sees or hears (mmproj)"),
+        (gguf(&with("general.type", text("imatrix")), &tensors()), "general.type is \"imatrix\""),
+        (gguf(&metadata(), &[]), "a vocabulary at most"),
         (gguf(&with("llama.expert_count", Value::U32(8)), &tensors()), "no mixture of experts"),
         (gguf(&with("tokenizer.ggml.pre", text("deepseek")), &tensors()), "tokenizer.ggml.pre"),
         (gguf(&with("llama.attention.head_count", Value::U32(5)), &tensors()), "llama.attention.head_count"),
@@ -237,6 +256,39 @@ fn what_is_missing_or_unsupported_is_named_and_leaves_no_folder() {
         assert!(error.contains(expected), "expected `{expected}`, got `{error}`");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "{expected}: something is left");
     }
+}
+
+#[test]
+fn yarn_and_longrope_are_what_transformers_calls_them() {
+    let scaled = |keys: &[(&'static str, Value)], more: &[(&'static str, Vec<usize>)]| {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes = gguf(&[metadata(), keys.to_vec()].concat(), &[tensors(), more.to_vec()].concat());
+        convert_bytes(&bytes, folder.path()).unwrap();
+        let config = fs::read(folder.path().join("out/config.json")).unwrap();
+        let config: Json = serde_json::from_slice(&config).unwrap();
+        (config["rope_scaling"].clone(), ModelConfig::parse(&config.to_string()).unwrap())
+    };
+    let yarn = [
+        ("llama.rope.scaling.type", Value::String("yarn".into())),
+        ("llama.rope.scaling.factor", Value::F32(4.0)),
+        ("llama.rope.scaling.original_context_length", Value::U32(16)),
+        ("llama.rope.scaling.yarn_beta_fast", Value::F32(16.0)),
+    ];
+    let (yarn, config) = scaled(&yarn, &[]);
+    let expected = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 16.0,
+        "beta_slow": null});
+    assert_eq!(yarn, expected);
+    assert!((config.ropes[0].attention_factor - 1.138_629_4).abs() < 1e-6);
+
+    let longrope = [
+        ("llama.rope.scaling.attn_factor", Value::F32(1.25)),
+        ("llama.rope.scaling.original_context_length", Value::U32(16)),
+    ];
+    let factors = [("rope_factors_long.weight", vec![4]), ("rope_factors_short.weight", vec![4])];
+    let (longrope, config) = scaled(&longrope, &factors);
+    assert_eq!((longrope["rope_type"].as_str(), longrope["attention_factor"].as_f64()), (Some("longrope"), Some(1.25)));
+    assert_eq!(longrope["long_factor"].as_array().map(Vec::len), Some(4));
+    assert!(config.ropes[0].depends_on_length());
 }
 
 #[test]

@@ -11,7 +11,7 @@ use safetensors::Dtype;
 
 use super::{
     ConvertError, Gguf,
-    config::{Dimensions, ROPE_FACTORS},
+    config::{Dimensions, LONGROPE_FACTORS, ROPE_FACTORS},
     names::unpermute,
 };
 use crate::tensors::header;
@@ -41,7 +41,8 @@ pub(super) fn write(gguf: &mut Gguf, dimensions: &Dimensions, path: &Path) -> Re
     for weight in &weights {
         gguf.check_tensor(&weight.gguf, &weight.shape)?;
     }
-    let known: BTreeSet<&str> = weights.iter().map(|weight| weight.gguf.as_str()).chain([ROPE_FACTORS]).collect();
+    let factors = LONGROPE_FACTORS.into_iter().chain([ROPE_FACTORS]);
+    let known: BTreeSet<&str> = weights.iter().map(|weight| weight.gguf.as_str()).chain(factors).collect();
     if let Some(name) = gguf.tensor_names().find(|name| !known.contains(name)) {
         return Err(ConvertError::UnknownTensor(name.to_owned(), "no model that can be converted has it"));
     }

@@ -159,6 +159,16 @@ mod tests {
     }
 
     #[test]
+    fn a_step_takes_the_global_batch_in_parts_of_what_a_device_takes_at_once() {
+        let training = Training { global_batch_size: Some(8), ..training(3, 1, false) };
+        let batches = Batches::new(&[1; 20], &training);
+        let sizes = |step| batches.step(step).iter().map(Vec::len).collect::<Vec<_>>();
+        assert_eq!((sizes(0), sizes(1), sizes(2)), (vec![3, 3, 2], vec![3, 3, 2], vec![3, 1]));
+        let divided = Training { global_batch_size: Some(8), per_device_train_batch_size: 2, ..training };
+        assert_eq!(Batches::new(&[1; 20], &divided).step(1).concat(), batches.step(1).concat(), "the same rows");
+    }
+
+    #[test]
     fn a_step_follows_from_its_number_alone_whatever_was_asked_before() {
         let fresh = |step| Batches::new(&[1; 10], &training(2, 1, false)).step(step);
         let asked = Batches::new(&[1; 10], &training(2, 1, false));

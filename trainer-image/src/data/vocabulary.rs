@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use tokenizers::{AddedToken, Tokenizer, processors::PostProcessorWrapper};
 
 use super::{ChatTemplate, conversation::Message, template::TemplateDate};
+use crate::model::read_json;
 
 /// A model's tokenizer and chat template, as its folder describes them.
 pub struct Vocabulary {
@@ -185,12 +186,11 @@ fn tokenizer_failed(error: tokenizers::Error) -> String {
 
 /// A JSON file of the folder; None if it is not there, which is another thing than a file that can't be read.
 fn json_file(folder: &Path, name: &str) -> Result<Option<Value>, String> {
-    let text = match std::fs::read(folder.join(name)) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(format!("{name} can't be read: {error}")),
-    };
-    serde_json::from_slice(&text).map(Some).map_err(|error| format!("{name} can't be read: {error}"))
+    let path = folder.join(name);
+    match std::fs::symlink_metadata(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        _ => read_json(&path).map(Some).map_err(|problem| format!("{name}: {problem}")),
+    }
 }
 
 /// `tokenizer_config.json`, completed from files that older versions of transformers write beside it.

@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeSet,
     fs,
+    io::{self, ErrorKind, Write},
     path::{Path, PathBuf},
 };
 
 use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
 
-use super::{INDEX, ModelError, OPTIONAL, WEIGHTS};
+use super::{INDEX, ModelError, OPTIONAL, WEIGHTS, copied_in};
 use crate::{
     digest,
     hub::Repository,
@@ -42,6 +43,10 @@ impl Source {
             return Ok(Self::Hub(Box::new(Repository::open(uri, Role::Model, stores, work)?)));
         }
         let location = stores.open(Role::Model, uri)?;
+        if location.on_disk().is_some_and(Path::is_file) {
+            let problem = "is a file: name the folder that holds the model, or a file that ends in .gguf".into();
+            return Err(ModelError::Unusable { uri: uri.clone(), problem });
+        }
         let files = location.list()?.into_iter().collect();
         let folder = match location.on_disk() {
             Some(folder) => folder.to_owned(),
@@ -73,25 +78,60 @@ impl Source {
         }
     }
 
-    /// Brings one file here, where it may be already, and tells its digest.
-    pub(super) fn fetch(&self, name: &str) -> Result<ArtifactFile, ModelError> {
+    /// Brings one file here, where it may be already, and tells its digest. Its bytes go into `also`, too.
+    pub(super) fn fetch(&self, name: &str, also: &mut dyn Write) -> Result<ArtifactFile, ModelError> {
         match self {
-            Self::Place(place) => Ok(place.fetch(name)?),
-            Self::Hub(repository) => Ok(repository.fetch(name)?),
+            Self::Place(place) => place.fetch(name, also),
+            Self::Hub(repository) => {
+                let file = repository.fetch(name)?;
+                copy(&repository.folder().join(name), also)?;
+                Ok(file)
+            }
         }
     }
 }
 
 impl Place {
-    fn fetch(&self, name: &str) -> Result<ArtifactFile, StoreError> {
+    fn fetch(&self, name: &str, also: &mut dyn Write) -> Result<ArtifactFile, ModelError> {
         let (path, object) = (self.folder.join(name), self.location.join(name));
         if object.on_disk().is_some() {
-            return digest::file_on_disk(&path, name).map_err(|source| StoreError::Disk { path, source });
+            let unreadable = |error| unreadable(&object, &error);
+            return check_is_file(&path).and_then(|()| digest::file_through(&path, name, also)).map_err(unreadable);
         }
         let file = object.download(&path)?;
+        copy(&path, also)?;
         tracing::info!(uri = %object.uri(), bytes = file.size, "downloaded");
         Ok(file)
     }
+}
+
+/// The error of a file of the model on this machine. Another try helps only if the disk itself failed.
+fn unreadable(object: &Location, error: &io::Error) -> ModelError {
+    let problem = match error.kind() {
+        ErrorKind::NotFound => "is missing, or a link that leads nowhere: copy the whole folder of the model there",
+        ErrorKind::IsADirectory => "is a folder, where a file is meant: copy the model's own file there",
+        ErrorKind::InvalidInput => "is a pipe or a device, where a file is meant: copy the model's own file there",
+        ErrorKind::PermissionDenied => {
+            "may not be read: make it readable for user or group 65532, with `chmod -R o+rX` on its folder"
+        }
+        _ => return object.unreadable(error).into(),
+    };
+    ModelError::Unusable { uri: object.uri().clone(), problem: problem.into() }
+}
+
+fn check_is_file(path: &Path) -> io::Result<()> {
+    let metadata = fs::metadata(path)?;
+    match (metadata.is_dir(), metadata.is_file()) {
+        (true, _) => Err(ErrorKind::IsADirectory.into()),
+        (false, true) => Ok(()),
+        (false, false) => Err(ErrorKind::InvalidInput.into()),
+    }
+}
+
+/// Reads a file that has come here from elsewhere.
+fn copy(path: &Path, to: &mut dyn Write) -> Result<(), StoreError> {
+    let disk = |source| StoreError::Disk { path: path.to_owned(), source };
+    digest::read_through(path, |bytes| to.write_all(bytes)).map_err(disk)
 }
 
 /// A file on this machine.
@@ -112,8 +152,8 @@ pub(super) fn fetch_file(uri: &Uri, stores: &Stores, work: &Path, name: &str) ->
     }
     let location = stores.open(Role::Model, uri)?;
     if let Some(path) = location.on_disk() {
-        let disk = |source| StoreError::Disk { path: path.to_owned(), source };
-        let file = digest::file_on_disk(path, name).map_err(disk)?;
+        let file = check_is_file(path).and_then(|()| digest::file_on_disk(path, name));
+        let file = file.map_err(|error| unreadable(&location, &error))?;
         return Ok(Fetched { path: path.to_owned(), file, is_copy: false });
     }
     let path = work.join(name);
@@ -126,7 +166,8 @@ pub(super) fn fetch_file(uri: &Uri, stores: &Stores, work: &Path, name: &str) ->
 fn download_folder(location: &Location, work: &Path, present: &BTreeSet<String>) -> Result<PathBuf, StoreError> {
     let digest = digest::of_bytes(location.uri().to_string().as_bytes());
     let folder = work.join(&digest["sha256:".len()..][..16]);
-    for name in [WEIGHTS, INDEX].into_iter().chain(OPTIONAL).filter(|name| !present.contains(*name)) {
+    let known = [WEIGHTS, INDEX].into_iter().chain(OPTIONAL).map(str::to_owned).chain(copied_in(&folder));
+    for name in known.filter(|name| !present.contains(name)) {
         let path = folder.join(name);
         if path.exists() {
             fs::remove_file(&path).map_err(|source| StoreError::Disk { path, source })?;

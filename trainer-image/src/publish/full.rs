@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
+use serde_json::json as object;
 use tunesmith_engine::LazyTensor;
 
-use crate::tensors::TensorFile;
+use crate::{model::json, tensors::TensorFile};
 
 /// Bytes of a shard at most, as transformers cuts them.
 const SHARD_BYTES: usize = 5_000_000_000;
@@ -21,23 +21,29 @@ pub(crate) struct ModelFiles<'a> {
 }
 
 /// Files of these weights. `config` is the base model's; with `bf16` weights are rounded to it.
-pub(crate) fn files<'a>(weights: &'a [LazyTensor<'a>], config: &[u8], bf16: bool) -> ModelFiles<'a> {
+///
+/// # Errors
+/// `config` is no JSON object.
+pub(crate) fn files<'a>(weights: &'a [LazyTensor<'a>], config: &[u8], bf16: bool) -> Result<ModelFiles<'a>, String> {
     let mut files = shards(weights, bf16, SHARD_BYTES);
     let has_own_output = weights.iter().any(|tensor| tensor.name == OUTPUT);
-    files.others.insert("config.json".into(), configuration(config, bf16, has_own_output));
-    files
+    files.others.insert("config.json".into(), configuration(config, bf16, has_own_output)?);
+    Ok(files)
 }
 
-/// The base model's configuration, with the type of the published weights; an output layer among these is tied to nothing,
-/// whatever the base model's file says.
-fn configuration(config: &[u8], bf16: bool, has_own_output: bool) -> Vec<u8> {
-    let mut config: Value = serde_json::from_slice(config).unwrap_or_default();
-    let key = if config.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
-    config[key] = json!(if bf16 { "bfloat16" } else { "float32" });
-    if has_own_output {
-        config["tie_word_embeddings"] = false.into();
+/// The base model's configuration, with the type of the published weights under both of its names that it has; an output
+/// layer among these is tied to nothing, whatever the base model's file says.
+fn configuration(config: &[u8], bf16: bool, has_own_output: bool) -> Result<Vec<u8>, String> {
+    let mut config = json(config)?;
+    let fields = config.as_object_mut().ok_or("not a JSON object")?;
+    let names: Vec<&str> = ["torch_dtype", "dtype"].into_iter().filter(|name| fields.contains_key(*name)).collect();
+    for name in if names.is_empty() { vec!["dtype"] } else { names } {
+        fields.insert(name.into(), if bf16 { "bfloat16" } else { "float32" }.into());
     }
-    format!("{config:#}\n").into_bytes()
+    if has_own_output {
+        fields.insert("tie_word_embeddings".into(), false.into());
+    }
+    Ok(format!("{config:#}\n").into_bytes())
 }
 
 /// One file, or several and their index.
@@ -65,7 +71,7 @@ fn shards<'a>(weights: &'a [LazyTensor<'a>], bf16: bool, limit: usize) -> ModelF
             files.shards.iter().flat_map(|shard| shard.tensors.iter().map(|tensor| (&tensor.name, &shard.name)));
         let map: BTreeMap<&String, &String> = places.collect();
         let total: usize = weights.iter().map(size).sum();
-        let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+        let index = object!({"metadata": {"total_size": total}, "weight_map": map});
         files.others.insert("model.safetensors.index.json".into(), format!("{index:#}\n").into_bytes());
     }
     files
@@ -73,6 +79,7 @@ fn shards<'a>(weights: &'a [LazyTensor<'a>], bf16: bool, limit: usize) -> ModelF
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
     use tunesmith_engine::NamedTensor;
 
     use super::*;
@@ -86,7 +93,7 @@ mod tests {
         let weights = weights();
         let weights = weights.each_ref().map(LazyTensor::from);
         for (bf16, name) in [(false, "float32"), (true, "bfloat16")] {
-            let files = files(&weights, br#"{"model_type": "llama", "torch_dtype": "float16"}"#, bf16);
+            let files = files(&weights, br#"{"model_type": "llama", "torch_dtype": "float16"}"#, bf16).unwrap();
             let [shard] = files.shards.as_slice() else { panic!("one file") };
             assert_eq!((shard.name.as_str(), shard.tensors.len(), shard.bf16), ("model.safetensors", 3, bf16));
             let config: Value = serde_json::from_slice(&files.others["config.json"]).unwrap();
@@ -100,7 +107,7 @@ mod tests {
         for (name, tied) in [("lm_head.weight", false), ("model.norm.weight", true)] {
             let weight = NamedTensor { name: name.into(), shape: vec![2, 3], data: vec![1.0; 6] };
             let weights = [LazyTensor::from(&weight)];
-            let files = files(&weights, br#"{"model_type": "llama", "tie_word_embeddings": true}"#, true);
+            let files = files(&weights, br#"{"model_type": "llama", "tie_word_embeddings": true}"#, true).unwrap();
             let config: Value = serde_json::from_slice(&files.others["config.json"]).unwrap();
             assert_eq!(config["tie_word_embeddings"], tied, "{name}");
         }
@@ -120,5 +127,15 @@ mod tests {
             }
         }
         assert_eq!(index["weight_map"]["c"], "model-00002-of-00002.safetensors");
+    }
+
+    #[test]
+    fn both_names_of_the_type_are_kept_and_a_byte_order_mark_is_no_loss() {
+        let config =
+            configuration(b"\xef\xbb\xbf{\"dtype\": \"float16\", \"torch_dtype\": \"float16\", \"a\": 1}", true, false);
+        let config: Value = serde_json::from_slice(&config.unwrap()).unwrap();
+        assert_eq!(config, json!({"dtype": "bfloat16", "torch_dtype": "bfloat16", "a": 1}));
+        assert!(configuration(b"{", true, false).unwrap_err().contains("not valid JSON"));
+        assert!(configuration(b"[]", true, false).is_err());
     }
 }

@@ -9,7 +9,7 @@ mod peft;
 mod tensorboard;
 mod trainer_state;
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
 use tunesmith_crds::{
     Method, Uri,
@@ -23,6 +23,7 @@ pub(crate) use self::full::{ModelFiles, files as full_model};
 pub use self::manifest::{MANIFEST, Manifest};
 use crate::{
     digest,
+    model::copied_in,
     store::{Created, Location, StoreError},
     tensors::TensorFile,
     train::{History, lora_of},
@@ -34,8 +35,8 @@ pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// PEFT's users expect.
 const TOKENIZER_FILES: [&str; 4] =
     [CHAT_TEMPLATE, "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
-/// What comes with a whole model.
-pub(crate) const BASE_FILES: [&str; 5] =
+/// What comes with a whole model, besides what other programs read of its tokenizer.
+const BASE_FILES: [&str; 5] =
     [CHAT_TEMPLATE, "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
 
 /// Why a result was not published.
@@ -65,6 +66,9 @@ pub enum PublishError {
         /// What is wrong with it.
         problem: String,
     },
+    /// The base model's configuration can't be read any more.
+    #[error("config.json of the base model: {0}")]
+    Config(String),
     /// The adapter would do nothing.
     #[error(
         "every lora_B is zero after training: the adapter would change nothing, so it is not published. \
@@ -85,7 +89,7 @@ impl PublishError {
         match self {
             Self::Store(error) => error.exit_code(),
             Self::Conflict { .. } | Self::Manifest { .. } => exit_code::BAD_SPEC,
-            Self::ZeroAdapter => exit_code::BAD_INPUT,
+            Self::ZeroAdapter | Self::Config(_) => exit_code::BAD_INPUT,
             Self::ReadBack { .. } => exit_code::STORAGE,
         }
     }
@@ -179,6 +183,7 @@ fn files<'a>(trained: &'a Trained<'_>) -> Result<ModelFiles<'a>, PublishError> {
         None => {
             let config = base_file(trained.model, "config.json")?.unwrap_or_default();
             full::files(&trained.weights, &config, trained.spec.training.computes_in_bf16())
+                .map_err(PublishError::Config)?
         }
     };
     files.extend([
@@ -187,14 +192,25 @@ fn files<'a>(trained: &'a Trained<'_>) -> Result<ModelFiles<'a>, PublishError> {
         (tensorboard::FILE.into(), tensorboard::render(trained.history)),
         ("trainer_state.json".into(), trainer_state::render(trained).into_bytes()),
     ]);
-    let names = if lora_of(trained.method).is_some() { &TOKENIZER_FILES[..] } else { &BASE_FILES };
-    for &name in names {
-        files.extend(base_file(trained.model, name)?.map(|bytes| (name.to_owned(), bytes)));
+    match lora_of(trained.method) {
+        None => files.extend(base_files(trained.model)?),
+        Some(_) => {
+            for name in TOKENIZER_FILES {
+                files.extend(base_file(trained.model, name)?.map(|bytes| (name.to_owned(), bytes)));
+            }
+        }
     }
     // What it was trained with is what it must be asked with.
     let template = trained.spec.dataset.chat_template.clone();
     files.extend(template.map(|template| (CHAT_TEMPLATE.to_owned(), template.into_bytes())));
     Ok(ModelFiles { shards, others: files })
+}
+
+/// The files of a base model's folder that come with a whole model made from it, by name and content.
+pub(crate) fn base_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, StoreError> {
+    let names = BASE_FILES.into_iter().map(str::to_owned).chain(copied_in(folder));
+    let files = names.map(|name| Ok(base_file(folder, &name)?.map(|bytes| (name, bytes))));
+    files.filter_map(Result::transpose).collect()
 }
 
 /// A file of the base model's folder, if it has it.

@@ -1,6 +1,7 @@
 //! Whole runs of a tiny model over folders: checkpoints, resumption and publishing.
 
 mod best;
+mod execution;
 mod gates;
 mod methods;
 mod non_finite;
@@ -32,6 +33,9 @@ use crate::{
     tiny_model,
     verify::verify,
 };
+
+/// The day of a template that writes one.
+const TODAY: chrono::NaiveDate = chrono::NaiveDate::from_ymd_opt(2026, 11, 27).unwrap();
 
 /// A model, data, and folders for results and downloads.
 struct Bench {

@@ -19,7 +19,7 @@ const PROBE: &str = "\u{fdd2}";
 const KNOWN_FIELDS: [&str; 8] =
     ["role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning"];
 
-const ADVICE: &str = "the template leaves it out, as docs/data.md explains: use rows of prompt and completion, of which the last \
+const ADVICE: &str = "the template leaves it out, as docs/templates.md explains: use rows of prompt and completion, of which the last \
                       turn is written as the model will say it, or give a template for training in dataset.chatTemplate";
 
 /// Why a conversation can't be trained on as it is.

@@ -315,3 +315,49 @@ fn conversations_with_tools_have_a_template_of_their_own_where_the_model_brings_
     assert_eq!(template.render(&with_tools, &with_tools.turns, false).unwrap(), "weatherabcd");
     assert_eq!(template.render(&long(), &long().turns, false).unwrap(), "plain");
 }
+
+/// Templates for training, each beside the beginning of its family's own.
+const FOR_TRAINING: [(&str, &str); 7] = [
+    ("qwen3", include_str!("../../../../examples/chat-templates/qwen3.jinja")),
+    ("deepseek-r1", include_str!("../../../../examples/chat-templates/deepseek-r1.jinja")),
+    ("mistral", include_str!("../../../../examples/chat-templates/mistral.jinja")),
+    ("phi3.5", include_str!("../../../../examples/chat-templates/phi3.5.jinja")),
+    ("phi4", include_str!("../../../../examples/chat-templates/phi4.jinja")),
+    ("llama3", include_str!("../../../../examples/chat-templates/llama3.jinja")),
+    ("gemma3", include_str!("../../../../examples/chat-templates/gemma3.jinja")),
+];
+
+#[test]
+fn the_templates_for_training_learn_each_answer_and_its_end() {
+    let conversation =
+        chat(&[("system", "be kind"), ("user", "a"), ("assistant", "yes"), ("user", "c"), ("assistant", "no")]);
+    for (name, source) in FOR_TRAINING {
+        let end = match name {
+            "qwen3" | "phi4" => "<|im_end|>",
+            "deepseek-r1" => "<｜end▁of▁sentence｜>",
+            "phi3.5" => "<|end|>",
+            "llama3" => "<|eot_id|>",
+            "gemma3" => "<end_of_turn>",
+            _ => "</s>",
+        };
+        let said = said(source, &conversation);
+        assert_eq!(said.len(), 2, "{name}");
+        for (said, answer) in said.iter().zip(["yes", "no"]) {
+            assert!(said.ends_with(&format!("{answer}{end}")), "{name}: {said}");
+        }
+        // The model is asked as in the text that it learns.
+        let asked = template_of(source).prompt(&conversation.turns[..4]).unwrap();
+        let whole = text(source, &conversation).replace(SENTINELS, "");
+        assert!(whole.starts_with(&asked), "{name}: {asked:?} {whole:?}");
+    }
+}
+
+#[test]
+fn the_templates_for_training_keep_reasoning_where_the_family_reasons() {
+    let conversation =
+        chat(&[("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"), ("user", "c"), ("assistant", "d")]);
+    for (name, source) in FOR_TRAINING.iter().filter(|(name, _)| ["qwen3", "deepseek-r1"].contains(name)) {
+        let said = said(source, &conversation);
+        assert!(said[0].contains("hm\n</think>\n\nb") && said[1].contains("</think>\n\nd"), "{name}: {said:?}");
+    }
+}
