@@ -34,12 +34,14 @@ pub struct LazyTensor<'a> {
     pub name: String,
     /// Row-major.
     pub shape: Vec<usize>,
+    /// Whether its values are codes: whole numbers from 0 to 255, for which 8 bits are enough.
+    pub is_codes: bool,
     values: Box<dyn Fn() -> Vec<f32> + 'a>,
 }
 
 impl<'a> LazyTensor<'a> {
     pub(crate) fn new(name: String, shape: Vec<usize>, values: impl Fn() -> Vec<f32> + 'a) -> Self {
-        LazyTensor { name, shape, values: Box::new(values) }
+        LazyTensor { name, shape, is_codes: false, values: Box::new(values) }
     }
 
     /// The values, row-major.

@@ -91,22 +91,24 @@ pub(crate) struct Part<'a> {
     pub(crate) name: &'static str,
     pub(crate) shape: [usize; 2],
     pub(crate) values: Box<dyn Fn() -> Vec<f32> + 'a>,
+    /// Whether these are codes of 8 bits.
+    pub(crate) is_codes: bool,
 }
 
 impl<B: Backend> OptimizerState<B> {
-    /// The tensors, with the names of torch or bitsandbytes. Codes are saved as numbers.
+    /// The tensors, with the names of torch or bitsandbytes. Codes are given as numbers.
     pub(crate) fn parts<'a>(&'a self, backend: &'a B) -> Vec<Part<'a>> {
         let plain = |name, x: &'a B::Tensor| {
             let values: Box<dyn Fn() -> Vec<f32> + 'a> = Box::new(|| backend.download(x));
-            Part { name, shape: backend.shape(x), values }
+            Part { name, shape: backend.shape(x), values, is_codes: false }
         };
         let quantized = |names: [&'static str; 2], x: &'a B::State8bit| {
             let lengths = backend.lengths_8bit(x);
             let codes = Box::new(|| backend.download_8bit(x).0.into_iter().map(f32::from).collect());
             let absmax = Box::new(|| backend.download_8bit(x).1);
             [
-                Part { name: names[0], shape: [1, lengths[0]], values: codes },
-                Part { name: names[1], shape: [1, lengths[1]], values: absmax },
+                Part { name: names[0], shape: [1, lengths[0]], values: codes, is_codes: true },
+                Part { name: names[1], shape: [1, lengths[1]], values: absmax, is_codes: false },
             ]
         };
         match self {

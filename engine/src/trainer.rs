@@ -62,7 +62,7 @@ pub trait StateSource {
     type Error: From<Error>;
     /// A tensor's shape, if there is one of this name.
     fn shape(&self, name: &str) -> Option<&[usize]>;
-    /// The values of a tensor that there is.
+    /// The values of a tensor that there is; of one that was saved as codes ([`LazyTensor::is_codes`]), these as numbers.
     ///
     /// # Errors
     /// It can't be read.
@@ -343,10 +343,12 @@ impl<B: Backend> Trainer<B> {
     /// The tensors of [`Trainer::state`].
     pub fn state_tensors(&self) -> Vec<LazyTensor<'_>> {
         let tensors = self.trained().zip(&self.states).flat_map(|((name, param), state)| {
-            let parts =
-                state.parts(&self.model.backend).into_iter().map(|Part { name: part, shape: [rows, cols], values }| {
-                    LazyTensor::new(format!("{name}.{part}"), shape(rows, cols), values)
-                });
+            let parts = state.parts(&self.model.backend).into_iter().map(|part| {
+                let Part { name: part, shape: [rows, cols], values, is_codes } = part;
+                let mut tensor = LazyTensor::new(format!("{name}.{part}"), shape(rows, cols), values);
+                tensor.is_codes = is_codes;
+                tensor
+            });
             let parts: Vec<LazyTensor<'_>> = parts.collect();
             parts.into_iter().chain([self.lazy(name, &param.value)])
         });

@@ -86,6 +86,14 @@ impl HostTensor {
         }
     }
 
+    /// The values' bytes, if they are little-endian f16.
+    pub(crate) fn as_f16(&self) -> Option<&[u8]> {
+        match &self.values {
+            Values::Mapped { map, start, len, dtype: Dtype::F16 } => Some(&map[*start..start + len]),
+            _ => None,
+        }
+    }
+
     /// The values, widened to f32.
     pub fn to_f32(&self) -> Vec<f32> {
         match &self.values {
@@ -116,9 +124,17 @@ impl HostTensor {
         if self.as_bf16().is_some() {
             return;
         }
-        let rounded = match self.as_f32() {
-            Some(values) => Self::bf16(values, self.shape.clone()),
-            None => Self::bf16(&self.to_f32(), self.shape.clone()),
+        let rounded = match (&self.values, self.as_f32()) {
+            (_, Some(values)) => Self::bf16(values, self.shape.clone()),
+            (Values::Mapped { map, start, len, dtype }, None) => {
+                // Chunk by chunk: the whole in f32 would take twice the memory of the tensor.
+                let size = dtype.bitsize() / 8;
+                let mut bytes = vec![0; 2 * (len / size)];
+                let chunks = bytes.par_chunks_mut(2 * CHUNK).zip(map[*start..start + len].par_chunks(size * CHUNK));
+                chunks.for_each(|(bytes, stored)| round_chunk(&widen(stored, *dtype), bytes));
+                HostTensor { shape: self.shape.clone(), values: Values::Bf16(bytes) }
+            }
+            (Values::Floats(_) | Values::Bf16(_), None) => return,
         };
         self.release();
         *self = rounded;
@@ -127,11 +143,13 @@ impl HostTensor {
 
 fn round(values: &[f32], bytes: &mut [u8]) {
     let chunks = bytes.par_chunks_mut(2 * CHUNK).zip(values.par_chunks(CHUNK));
-    chunks.for_each(|(bytes, values)| {
-        for (bytes, x) in bytes.chunks_exact_mut(2).zip(values) {
-            bytes.copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes());
-        }
-    });
+    chunks.for_each(|(bytes, values)| round_chunk(values, bytes));
+}
+
+fn round_chunk(values: &[f32], bytes: &mut [u8]) {
+    for (bytes, x) in bytes.chunks_exact_mut(2).zip(values) {
+        bytes.copy_from_slice(&half::bf16::from_f32(*x).to_le_bytes());
+    }
 }
 
 fn release(map: &Mmap, start: usize, len: usize) {
@@ -397,6 +415,19 @@ mod tests {
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         assert_eq!(checkpoint.tensor("h", &[2]).unwrap().into_f32().as_f32().unwrap(), [1.0, -2.5]);
         assert_eq!(checkpoint.tensor("b", &[1, 2]).unwrap().to_f32(), [1.0, -2.5]);
+    }
+
+    #[test]
+    fn f16_is_rounded_to_bf16_as_its_numbers_are() {
+        // Every number of f16, infinities and NaN too, over more than one chunk.
+        let bits: Vec<u16> = (0..=u16::MAX).collect();
+        let bytes: Vec<u8> = bits.iter().flat_map(|b| b.to_le_bytes()).collect();
+        let data = file(&[("h", Dtype::F16, &[256, 256], &bytes)]);
+        let dir = folder(&[("model.safetensors", &data)]);
+        let mut tensor = Checkpoint::open(dir.path()).unwrap().tensor("h", &[256, 256]).unwrap();
+        tensor.round();
+        let expected = bits.iter().map(|b| half::bf16::from_f32(half::f16::from_bits(*b).to_f32()).to_le_bytes());
+        assert!(tensor.as_bf16().unwrap().chunks_exact(2).eq(expected));
     }
 
     #[test]

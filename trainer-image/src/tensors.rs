@@ -17,13 +17,17 @@ pub struct TensorFile<'a> {
     pub name: String,
     /// Its tensors.
     pub tensors: Vec<&'a LazyTensor<'a>>,
-    /// Whether values are rounded to bf16; they are f32 otherwise.
+    /// Whether values are rounded to bf16; they are f32 otherwise. Codes are bytes in any case.
     pub bf16: bool,
 }
 
 impl TensorFile<'_> {
-    fn dtype(&self) -> Dtype {
-        if self.bf16 { Dtype::BF16 } else { Dtype::F32 }
+    fn dtype(&self, tensor: &LazyTensor<'_>) -> Dtype {
+        match (tensor.is_codes, self.bf16) {
+            (true, _) => Dtype::U8,
+            (false, true) => Dtype::BF16,
+            (false, false) => Dtype::F32,
+        }
     }
 
     /// Writes the file, each tensor read only then.
@@ -31,13 +35,14 @@ impl TensorFile<'_> {
     /// # Errors
     /// `to` can't be written.
     pub fn write(&self, to: &mut dyn Write) -> io::Result<()> {
-        let shapes = self.tensors.iter().map(|tensor| (tensor.name.clone(), tensor.shape.clone()));
-        to.write_all(&header(shapes, self.dtype()))?;
+        let shapes = self.tensors.iter().map(|tensor| (tensor.name.clone(), tensor.shape.clone(), self.dtype(tensor)));
+        to.write_all(&header(shapes))?;
         for tensor in &self.tensors {
             let values = tensor.values().into_iter();
-            let bytes: Vec<u8> = match self.bf16 {
-                true => values.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
-                false => values.flat_map(f32::to_le_bytes).collect(),
+            let bytes: Vec<u8> = match self.dtype(tensor) {
+                Dtype::U8 => values.map(|code| code as u8).collect(),
+                Dtype::BF16 => values.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+                _ => values.flat_map(f32::to_le_bytes).collect(),
             };
             to.write_all(&bytes)?;
         }
@@ -46,14 +51,14 @@ impl TensorFile<'_> {
 }
 
 /// The header of a file that holds these tensors one after the other, with its length before it.
-pub(crate) fn header(shapes: impl IntoIterator<Item = (String, Vec<usize>)>, dtype: Dtype) -> Vec<u8> {
+pub(crate) fn header(tensors: impl IntoIterator<Item = (String, Vec<usize>, Dtype)>) -> Vec<u8> {
     let mut end = 0;
-    let info = |(name, shape): (String, Vec<usize>)| {
+    let info = |(name, shape, dtype): (String, Vec<usize>, Dtype)| {
         let start = end;
         end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
         (name, TensorInfo { dtype, shape, data_offsets: (start, end) })
     };
-    let tensors = shapes.into_iter().map(info).collect();
+    let tensors = tensors.into_iter().map(info).collect();
     // What transformers wants to see.
     let for_pytorch = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let json = Metadata::new(Some(for_pytorch), tensors).map(|metadata| serde_json::to_vec(&metadata));
@@ -68,6 +73,21 @@ mod tests {
     use tunesmith_engine::NamedTensor;
 
     use super::*;
+
+    #[test]
+    fn codes_are_written_as_bytes_among_floats() {
+        let tensors = [("state1", vec![0.0, 127.0, 255.0]), ("absmax1", vec![0.5, 1.5, 2.5])]
+            .map(|(name, data)| NamedTensor { name: name.into(), shape: vec![3], data });
+        let mut lazy = tensors.each_ref().map(LazyTensor::from);
+        lazy[0].is_codes = true;
+        let mut bytes = Vec::new();
+        let file = TensorFile { name: "x".into(), tensors: lazy.iter().collect(), bf16: false };
+        file.write(&mut bytes).unwrap();
+        let read = SafeTensors::deserialize(&bytes).unwrap();
+        let codes = read.tensor("state1").unwrap();
+        assert_eq!((codes.dtype(), codes.data()), (Dtype::U8, &[0, 127, 255][..]));
+        assert_eq!(read.tensor("absmax1").unwrap().data(), [0.5f32, 1.5, 2.5].map(f32::to_le_bytes).concat());
+    }
 
     #[test]
     fn what_is_written_is_what_the_library_reads() {

@@ -12,6 +12,17 @@ fn round(x: f32) -> u32 {
     (if x.is_nan() { bits | 0x0040_0000 } else { rounded }) & 0xFFFF_0000
 }
 
+/// Rounds numbers where they lie.
+#[inline(always)]
+pub(super) fn round_in_place(x: &mut [f32]) {
+    x.iter_mut().for_each(|x| *x = f32::from_bits(round(*x)));
+}
+
+/// Numbers rounded.
+pub(super) fn rounded(x: &[f32]) -> Vec<f32> {
+    x.iter().map(|x| f32::from_bits(round(*x))).collect()
+}
+
 /// Numbers that lie one after the other, each word two of them; the last is followed by zero if their count is odd.
 #[inline(always)]
 pub(super) fn neighbours(x: &[f32], words: &mut [f32]) {

@@ -96,7 +96,7 @@ fn project(x: &Tensor, Layer { w, precision }: Layer<'_>, output: Output, y: &mu
     let (rows, cols) = (y.rows(), y.cols());
     let (own, more) = (Term::new(1.0, view(x), Operand::transposed(w)).with(precision), more.as_slice());
     if rows == 1 {
-        gemm::matvec(w, x.values(), output, y.values_mut());
+        gemm::matvec(w, x.values(), precision, output, y.values_mut());
         return more.iter().for_each(|&term| gemm_sum(ViewMut::new(y.values_mut(), rows, cols), Output::Add, &[term]));
     }
     let y = ViewMut::new(y.values_mut(), rows, cols);

@@ -1,6 +1,7 @@
 //! The engine against torch, transformers and PEFT, whose results `e2e/oracle/fixtures.py` wrote into `tests/fixtures`.
 
 mod adapters;
+mod checkpoints;
 mod run;
 
 use std::path::{Path, PathBuf};

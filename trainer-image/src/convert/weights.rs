@@ -48,8 +48,8 @@ pub(super) fn write(gguf: &mut Gguf, dimensions: &Dimensions, path: &Path) -> Re
     }
 
     let mut file = BufWriter::new(File::create(path).map_err(ConvertError::io(path))?);
-    let shapes = weights.iter().map(|weight| (weight.hugging_face.clone(), weight.shape.clone()));
-    file.write_all(&header(shapes, Dtype::F32)).map_err(ConvertError::io(path))?;
+    let shapes = weights.iter().map(|weight| (weight.hugging_face.clone(), weight.shape.clone(), Dtype::F32));
+    file.write_all(&header(shapes)).map_err(ConvertError::io(path))?;
     for weight in &weights {
         let mut values = gguf.dequantize(&weight.gguf)?;
         match weight.difference {

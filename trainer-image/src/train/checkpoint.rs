@@ -6,7 +6,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
 };
 
-use safetensors::tensor::Metadata;
+use safetensors::{Dtype, tensor::Metadata};
 use serde::{Deserialize, Serialize};
 use tunesmith_crds::{adapter_version::ArtifactFile, fine_tune_job::Training, run::Execution};
 use tunesmith_engine::{LazyTensor, StateSource};
@@ -59,9 +59,13 @@ impl StateSource for SavedState {
     }
 
     fn values(&self, name: &str) -> Result<Vec<f32>, Error> {
-        let (from, to) = self.tensors.info(name).map_or((0, 0), |info| info.data_offsets);
+        let info = self.tensors.info(name);
+        let (from, to) = info.map_or((0, 0), |info| info.data_offsets);
         let bytes = self.object.read_range(self.start + from as u64..self.start + to as u64)?;
-        Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        Ok(match info.map(|info| info.dtype) {
+            Some(Dtype::U8) => bytes.iter().map(|code| f32::from(*code)).collect(),
+            _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        })
     }
 
     fn step(&self) -> u64 {
@@ -283,6 +287,22 @@ mod tests {
         assert_eq!(tensor, (Some(&[2, 1][..]), values(step), vec![0.5; 2]));
         assert_eq!((state.step(), state.micro_step(), state.shape("c")), (step, 2 * step, None));
         *found == history(step)
+    }
+
+    #[test]
+    fn codes_of_the_optimizer_lie_in_8_bits_and_come_back_as_they_were() {
+        with_checkpoints(1, false, |checkpoints, dir| {
+            let codes: Vec<f32> = (0..=255u8).map(f32::from).collect();
+            let tensor = |name: &str| NamedTensor { name: name.into(), shape: vec![256], data: codes.clone() };
+            let tensors = [tensor("w.state1"), tensor("w")];
+            let mut lazy = tensors.each_ref().map(LazyTensor::from);
+            lazy[0].is_codes = true;
+            checkpoints.save(&lazy, &history(1)).unwrap();
+            let (state, _) = checkpoints.newest().unwrap().unwrap();
+            assert_eq!((state.values("w.state1").unwrap(), state.values("w").unwrap()), (codes.clone(), codes));
+            let size = std::fs::metadata(dir.join("step-1").join(STATE)).unwrap().len();
+            assert_eq!(size - state.start, 256 + 4 * 256);
+        });
     }
 
     #[test]

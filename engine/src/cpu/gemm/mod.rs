@@ -18,6 +18,7 @@ mod tile;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::bf16;
 use super::simd::{dot, vectorize};
 use super::weight::Matrix;
 use crate::backend::Precision;
@@ -150,8 +151,14 @@ pub(crate) fn gemm_serial<'b>(c: ViewMut<'_>, output: Output, alpha: f32, a: Vie
     }
 }
 
-/// y [n] = W [n, k] · x [k] (or +=), for writing one token at a time: bound by reading W, so nothing is packed.
-pub(crate) fn matvec(w: Matrix<'_>, x: &[f32], output: Output, y: &mut [f32]) {
+/// y [n] = W [n, k] · x [k] (or +=), for writing one token at a time: bound by reading W, so nothing is packed. Both sides
+/// are rounded as those of [`gemm_sum`] are; only the order of the sum is another.
+pub(crate) fn matvec(w: Matrix<'_>, x: &[f32], precision: Precision, output: Output, y: &mut [f32]) {
+    let rounded = match precision {
+        Precision::F32 => None,
+        Precision::Bf16 => Some(bf16::rounded(x)),
+    };
+    let x = rounded.as_deref().unwrap_or(x);
     let rows = 64;
     y.par_chunks_mut(rows).enumerate().for_each(|(task, y)| {
         PANELS.with_borrow_mut(|scratch| {
@@ -162,10 +169,14 @@ pub(crate) fn matvec(w: Matrix<'_>, x: &[f32], output: Output, y: &mut [f32]) {
                 || {
                     for (i, y) in y.iter_mut().enumerate() {
                         let row = task * rows + i;
-                        let product = match w.row(row) {
-                            Some(row) => dot(row, x),
-                            None => {
+                        let product = match (w.row(row), precision) {
+                            (Some(row), Precision::F32) => dot(row, x),
+                            _ => {
                                 w.widen(row, 0, scratch);
+                                // What is stored in bf16 is rounded already.
+                                if precision == Precision::Bf16 && w.bf16(row, 0, 0).is_none() {
+                                    bf16::round_in_place(scratch);
+                                }
                                 dot(scratch, x)
                             }
                         };

@@ -199,3 +199,34 @@ fn pairs_are_summed_to_the_same_bits_with_and_without_instructions_for_them() {
         }
     }
 }
+
+/// For one row nothing is packed, but all is rounded as for many, in every form that a weight can have.
+#[test]
+fn a_product_of_one_row_is_that_row_of_a_product_of_many() {
+    let (rows, cols, tokens) = (70, 333, 5);
+    let values = crate::random::normal(rows * cols, 1);
+    let tensor = || HostTensor::new(values.clone(), vec![rows, cols]);
+    let four_bit = Quantization::FourBit { code: FourBitCode::Nf4, double_quant: true };
+    let weights = [
+        Weight::new(tensor()),
+        Weight::new(HostTensor::bf16(&values, vec![rows, cols])),
+        Weight::quantized(&tensor(), four_bit),
+        Weight::quantized(&tensor(), Quantization::Int8),
+    ];
+    let x = crate::random::normal(tokens * cols, 2);
+    for (form, weight) in weights.iter().enumerate() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let mut many = vec![0.0; tokens * rows];
+            let term =
+                Term::new(1.0, View::new(&x, tokens, cols), Operand::transposed(weight.matrix())).with(precision);
+            gemm_sum(ViewMut::new(&mut many, tokens, rows), Output::Set, &[term]);
+            for (x, many) in x.chunks_exact(cols).zip(many.chunks_exact(rows)) {
+                let mut one = vec![0.0; rows];
+                matvec(weight.matrix(), x, precision, Output::Set, &mut one);
+                let worst = one.iter().zip(many).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                // Numbers of bf16 multiply exactly: what is left is the order of the sum. Unrounded, it is 0.05.
+                assert!(worst < 1e-4, "form {form}, {precision:?}: {worst:.1e}");
+            }
+        }
+    }
+}
