@@ -82,11 +82,11 @@ pub enum Uri {
     /// `hf://datasets/owner/name`, with `@revision` and `/path` as above: a data set of the Hugging Face Hub.
     HubDataset {
         /// `owner/name`.
-        repo: String,
+        repo: Box<str>,
         /// A branch, tag or commit; `%2F` stands for a slash in it. Without one, the default branch.
-        revision: Option<String>,
+        revision: Option<Box<str>>,
         /// A file of the repository, or a pattern; empty for its training rows.
-        path: String,
+        path: Box<str>,
     },
     /// `pvc://claim/path`: in the volume of a PersistentVolumeClaim of the job's namespace.
     Claim {
@@ -123,7 +123,7 @@ impl Uri {
                 Self::Hub { repo: repo.clone(), revision: revision.clone(), path: below(path, name) }
             }
             Self::HubDataset { repo, revision, path } => {
-                Self::HubDataset { repo: repo.clone(), revision: revision.clone(), path: below(path, name) }
+                Self::HubDataset { repo: repo.clone(), revision: revision.clone(), path: below(path, name).into() }
             }
             Self::Claim { claim, path } => Self::Claim { claim: claim.clone(), path: below(path, name) },
             Self::File { path } => Self::File { path: format!("{path}/{name}") },
@@ -148,24 +148,25 @@ impl Uri {
 
     /// The path in a bucket, repository, volume or file system.
     pub fn path(&self) -> &str {
-        let (Self::S3 { key: path, .. }
-        | Self::Hub { path, .. }
-        | Self::HubDataset { path, .. }
-        | Self::Claim { path, .. }
-        | Self::File { path }) = self;
-        path
+        match self {
+            Self::S3 { key: path, .. } | Self::Hub { path, .. } | Self::Claim { path, .. } | Self::File { path } => {
+                path
+            }
+            Self::HubDataset { path, .. } => path,
+        }
     }
 
     /// The same with another path, which is not empty for a file.
     #[must_use]
     pub fn with_path(&self, path: &str) -> Self {
         let mut uri = self.clone();
-        let (Self::S3 { key: at, .. }
-        | Self::Hub { path: at, .. }
-        | Self::HubDataset { path: at, .. }
-        | Self::Claim { path: at, .. }
-        | Self::File { path: at }) = &mut uri;
-        *at = path.into();
+        match &mut uri {
+            Self::S3 { key: at, .. }
+            | Self::Hub { path: at, .. }
+            | Self::Claim { path: at, .. }
+            | Self::File { path: at } => *at = path.into(),
+            Self::HubDataset { path: at, .. } => *at = path.into(),
+        }
         uri
     }
 
@@ -210,7 +211,11 @@ impl FromStr for Uri {
         let uri = match text.split_once("://") {
             Some(("s3", rest)) => s3(rest),
             Some(("hf", rest)) => match text.strip_prefix(DATASETS) {
-                Some(rest) => hub(rest).map(|(repo, revision, path)| Self::HubDataset { repo, revision, path }),
+                Some(rest) => hub(rest).map(|(repo, revision, path)| Self::HubDataset {
+                    repo: repo.into(),
+                    revision: revision.map(Into::into),
+                    path: path.into(),
+                }),
                 None => hub(rest).map(|(repo, revision, path)| Self::Hub { repo, revision, path }),
             },
             Some(("pvc", rest)) => claim(rest),

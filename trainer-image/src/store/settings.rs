@@ -1,7 +1,12 @@
 //! The settings of a store from environment variables, parsed before a client sees them: some libraries end the process
 //! over a value that they can't use.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use object_store::aws::AmazonS3ConfigKey;
 use url::Url;
@@ -140,7 +145,9 @@ fn check_one(name: &str, Setting { value, .. }: &Setting) -> Result<(), String> 
         return check_credential(value);
     }
     if FILES.contains(&name) {
-        return fs::metadata(value).map(drop).map_err(|error| format!("names {value:?}, which can't be read: {error}"));
+        return fs::File::open(value)
+            .map(drop)
+            .map_err(|error| format!("names {value:?}, which can't be read: {error}"));
     }
     let is_known = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>().is_ok();
     if is_known && name != MULTILINE && !value.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()) {
@@ -286,7 +293,7 @@ impl HubSettings {
         let cache = settings.get("HF_HUB_CACHE").map(|setting| PathBuf::from(&setting.value));
         let token = match named("HF_TOKEN", check_credential)? {
             Some(token) => Some(token.to_owned()),
-            None => home.as_ref().map(token_of_home).transpose()?.flatten(),
+            None => home.as_deref().map(token_of_home).transpose()?.flatten(),
         };
         Ok(Self {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
@@ -298,7 +305,7 @@ impl HubSettings {
 }
 
 /// The token that `hf auth login` left.
-fn token_of_home(home: &PathBuf) -> Result<Option<String>, String> {
+fn token_of_home(home: &Path) -> Result<Option<String>, String> {
     let file = home.join("token");
     // None is there, or it is another user's.
     let Ok(token) = fs::read_to_string(&file) else { return Ok(None) };
