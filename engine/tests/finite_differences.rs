@@ -289,7 +289,8 @@ fn rope() {
     let layout = [Row::new(5), Row { len: 9, prefix: Some(0) }, Row::new(1)];
     // Whole heads, and the first halves of heads.
     for dim in [8, 4] {
-        let rows = cpu.rows(&layout, 3, &[Rope { theta: 77.0, dim, scaling: RopeScaling::None }]);
+        let rows =
+            cpu.rows(&layout, 3, &[Rope { theta: 77.0, dim, scaling: RopeScaling::None, attention_factor: 1.25 }]);
         check(
             "rope",
             [("x", [15, 24])],
