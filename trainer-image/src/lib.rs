@@ -1,7 +1,7 @@
 //! Checks, trains, publishes and verifies what a FineTuneJob asks for.
 //!
-//! The way of one run: [`preflight`] reads the [`inputs`] (the base [`model`] and the [`data`]) from the [`store`];
-//! [`train`] makes the steps and checkpoints, [`publish`] the version, [`verify`] compares it with its manifest.
+//! The way of one run: [`preflight`] reads the [`inputs`] (the base [`model`] and the [`data`]) from the [`store`] or the
+//! [`hub`]; [`train`] makes the steps and checkpoints, [`publish`] the version, [`verify`] compares it with its manifest.
 //! [`exam`] measures recall. [`pod`] is the frame of these in a cluster, [`local`] that of all of them on a laptop.
 
 pub mod chat;

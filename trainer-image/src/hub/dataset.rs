@@ -56,8 +56,15 @@ fn card(repository: &Repository) -> Result<Option<Value>, StoreError> {
     let path = repository.folder().join(CARD);
     let text = fs::read(&path).map_err(|source| StoreError::Disk { path, source })?;
     let text = String::from_utf8_lossy(&text).replace("\r\n", "\n");
-    let yaml = text.strip_prefix("---\n").and_then(|rest| Some(rest.split_once("\n---")?.0.to_owned()));
-    Ok(yaml.and_then(|yaml| serde_saphyr::from_str(&yaml).ok()))
+    let Some((yaml, _)) = text.strip_prefix("---\n").and_then(|rest| rest.split_once("\n---")) else { return Ok(None) };
+    serde_saphyr::from_str(yaml).map(Some).map_err(|error| StoreError::Unreadable {
+        role: Role::Dataset,
+        uri: repository.uri().clone(),
+        problem: format!(
+            "its {CARD} is to say which files are the train split, and begins with no YAML: {error}; \
+                          add a file or a pattern to the URI"
+        ),
+    })
 }
 
 /// The files that a path or a pattern means.

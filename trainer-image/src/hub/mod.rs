@@ -46,8 +46,8 @@ impl Repository {
     /// The settings can't be used, the Hub refuses or does not answer, or `uri` is none of the Hub.
     pub fn open(uri: &Uri, role: Role, stores: &Stores, work: &Path) -> Result<Self, StoreError> {
         let (repo, revision, kind) = match uri {
-            Uri::Hub { repo, revision, .. } => (repo, revision, RepoType::Model),
-            Uri::HubDataset { repo, revision, .. } => (repo, revision, RepoType::Dataset),
+            Uri::Hub { repo, revision, .. } => (repo.as_str(), revision.as_deref(), RepoType::Model),
+            Uri::HubDataset { repo, revision, .. } => (&**repo, revision.as_deref(), RepoType::Dataset),
             _ => {
                 let problem = "it is no repository of the Hub".into();
                 return Err(StoreError::Settings { role, uri: uri.clone(), problem });
@@ -57,8 +57,8 @@ impl Repository {
         let cache = absolute(cache.unwrap_or_else(|| work.join("hub")));
         let cache = Cache::new(cache.map_err(|source| StoreError::Disk { path: work.to_owned(), source })?);
         let transfer = Transfer::new(token, timeout);
-        let at = |revision: String| Repo::with_revision(repo.clone(), kind, revision);
-        let named = at(revision.as_ref().map_or_else(|| "main".to_owned(), |revision| revision.replace("%2F", "/")));
+        let at = |revision: String| Repo::with_revision(repo.to_owned(), kind, revision);
+        let named = at(revision.map_or_else(|| "main".to_owned(), |revision| revision.replace("%2F", "/")));
         let info: RepoInfo = transfer
             .json(&format!("{endpoint}/api/{}", named.api_url()))
             .map_err(|failure| explain(role, uri, stores, failure))?;

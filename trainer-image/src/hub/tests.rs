@@ -54,7 +54,7 @@ impl Hub {
     fn refuses(&self, repo: &str, headers: &HeaderMap) -> Option<StatusCode> {
         let token = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         match repo {
-            "tiny" | "broken" | "slow" | "mute" | "plain" | "rows" => None,
+            "tiny" | "broken" | "slow" | "mute" | "plain" | "rows" | "renamed" | "elsewhere" => None,
             "gated" if token == Some(&format!("Bearer {TOKEN}")) => None,
             // What the real one says to strangers, too.
             _ => Some(StatusCode::UNAUTHORIZED),
@@ -84,10 +84,31 @@ async fn resolve(
     if let Some(status) = hub.refuses(&repo, &headers) {
         return status.into_response();
     }
+    match repo.as_str() {
+        "renamed" => {
+            let location = [("location", format!("/owner/tiny/resolve/{revision}/{file}"))];
+            return (StatusCode::TEMPORARY_REDIRECT, location).into_response();
+        }
+        "elsewhere" => {
+            let host = headers[header::HOST].to_str().unwrap();
+            let bytes = fs::read(hub.folder.join(&file)).unwrap();
+            let headers = [
+                ("location", format!("http://{host}/owner/tiny/resolve/{revision}/{file}")),
+                ("x-linked-etag", format!("\"{}\"", &digest::of_bytes(&bytes)["sha256:".len()..])),
+            ];
+            return (StatusCode::FOUND, headers).into_response();
+        }
+        _ => {}
+    }
     hub.asked.fetch_add(1, Ordering::Relaxed);
     assert_eq!(revision, COMMIT, "files are asked for by commit");
     let Ok(bytes) = fs::read(hub.folder(&repo).join(&file)) else { return StatusCode::NOT_FOUND.into_response() };
-    let range = headers[header::RANGE].to_str().unwrap().strip_prefix("bytes=").unwrap();
+    let Some(range) = headers.get(header::RANGE).filter(|_| !bytes.is_empty()) else {
+        let status =
+            if headers.contains_key(header::RANGE) { StatusCode::RANGE_NOT_SATISFIABLE } else { StatusCode::OK };
+        return (status, [("etag", "\"0123456789\"")]).into_response();
+    };
+    let range = range.to_str().unwrap().strip_prefix("bytes=").unwrap();
     let (first, last) = range.split_once('-').unwrap();
     let (first, last) = (first.parse::<usize>().unwrap(), last.parse().unwrap_or(bytes.len() - 1));
     let etag = match repo.as_str() {
@@ -192,7 +213,13 @@ fn a_repository_is_the_same_model_as_its_folder() {
             fs::remove_dir_all(bench.folder.path().join("work")).unwrap();
         }
         let on_disk = bench.fetch(&format!("file://{}", bench.model().display())).unwrap();
-        for uri in ["hf://owner/tiny", "hf://owner/tiny@v1", &format!("hf://owner/tiny@{COMMIT}")] {
+        for uri in [
+            "hf://owner/tiny",
+            "hf://owner/tiny@v1",
+            &format!("hf://owner/tiny@{COMMIT}"),
+            "hf://owner/renamed",
+            "hf://owner/elsewhere",
+        ] {
             let model = bench.fetch(uri).unwrap();
             assert_eq!(model.digest, on_disk.digest, "{uri}");
             tunesmith_engine::Model::load(&model.folder).unwrap();
@@ -301,6 +328,12 @@ fn a_data_set_is_its_train_split_a_file_or_a_pattern() {
     assert_eq!(bench.rows("hf://datasets/owner/rows@v1/train-*.jsonl").unwrap(), train);
     let test = "test-00000-of-00001.jsonl";
     assert_eq!(bench.rows(&format!("hf://datasets/owner/rows/{test}")).unwrap(), [text(test)]);
+    fs::write(bench.hub.rows.join("empty.jsonl"), "").unwrap();
+    assert_eq!(bench.rows("hf://datasets/owner/rows/empty.jsonl").unwrap(), [""]);
+    fs::write(bench.hub.rows.join("README.md"), "---\nconfigs: [\n---\n").unwrap();
+    fs::remove_dir_all(bench.folder.path().join("work")).unwrap();
+    let error = bench.rows("hf://datasets/owner/rows").unwrap_err().to_string();
+    assert!(error.contains("README.md") && error.contains("add a file or a pattern"), "{error}");
 }
 
 #[test]

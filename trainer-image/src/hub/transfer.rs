@@ -147,7 +147,11 @@ impl Transfer {
     fn first_answer(&self, url: &str) -> Result<HeaderMap, Failure> {
         let mut url = url.to_owned();
         for _ in 0..REDIRECTS {
-            let answer = self.get(&self.stay, &url, Some("bytes=0-0"))?;
+            let answer = match self.get(&self.stay, &url, Some("bytes=0-0")) {
+                // An empty file has no first byte.
+                Err(Failure::Status(416)) => self.get(&self.stay, &url, None)?,
+                answer => answer?,
+            };
             let location = answer.headers().get("location").and_then(|value| value.to_str().ok());
             match location {
                 // The repository has another name now.
@@ -186,8 +190,9 @@ impl Transfer {
     fn download_rest(&self, url: &str, file: &mut File) -> Result<(), Failure> {
         let start = file.metadata()?.len();
         let answer = match self.get(&self.agent, url, Some(&format!("bytes={start}-"))) {
+            Err(Failure::Status(416)) if start == 0 => return Ok(()),
             // There is nothing after the last byte: another client left the whole file, or a wrong one.
-            Err(Failure::Status(416)) if start > 0 => return self.check_whole(url, start, file),
+            Err(Failure::Status(416)) => return self.check_whole(url, start, file),
             answer => answer?,
         };
         let total = match (answer.status().as_u16(), content_range(answer.headers())) {

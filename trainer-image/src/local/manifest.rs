@@ -42,7 +42,7 @@ pub(super) fn read(path: &Path) -> Result<FineTuneJob, Error> {
 }
 
 fn parse(text: &str) -> Result<FineTuneJob, String> {
-    let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|error| format!("it is no YAML: {error}"))?;
+    let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|error| no_yaml(&error))?;
     let objects: Vec<Value> = documents.into_iter().flat_map(items).collect();
     let (jobs, others): (Vec<Value>, Vec<Value>) = objects.into_iter().partition(|object| object["kind"] == KIND);
     let mut jobs = jobs.into_iter();
@@ -58,6 +58,11 @@ fn parse(text: &str) -> Result<FineTuneJob, String> {
     let job: FineTuneJob = serde_json::from_value(manifest).map_err(|error| error.to_string())?;
     job.validate_cel().map_err(|errors| errors.to_string())?;
     Ok(job)
+}
+
+/// The parser's words, but for its advice to programmers.
+fn no_yaml(error: &serde_saphyr::Error) -> String {
+    format!("it is no YAML: {error}").replace(", set DuplicateKeyPolicy in Options if acceptable", "")
 }
 
 /// The objects of a document: itself, or what a List holds.
@@ -238,15 +243,15 @@ spec:
             ),
             (training("packing: 1"), "spec.training.packing is 1 (a number); expected true or false"),
             (training("packing: \"true\""), "spec.training.packing is \"true\" (a string); expected true or false"),
-            (training("learningRate: .nan"), "spec.training.learningRate is "),
+            (training("learningRate: .nan"), "non-finite float"),
             (training("numTrainEpochs: [3]"), "spec.training.numTrainEpochs is a list of 1; expected a number"),
             (training("optim: AdamW"), "spec.training.optim is \"AdamW\" (a string); it must be one of "),
             (training("learning_rate: 1"), "spec.training has no field `learning_rate`; it is spelled `learningRate`"),
             (
                 JOB.replace("method: LoRA", "method: lora"),
-                "spec.method is \"lora\" (a string); it must be one of Auto, Full, LoRA, QLoRA",
+                "spec.method is \"lora\" (a string); it must be one of Full, LoRA, QLoRA, Auto",
             ),
-            (JOB.replace("method: LoRA", "method: off"), "spec.method is false (a boolean); expected one of Auto"),
+            (JOB.replace("method: LoRA", "method: off"), "spec.method is false (a boolean); expected one of Full"),
             (
                 JOB.replace("adapterName: support", "adapterName: no"),
                 "spec.output.adapterName is false (a boolean); expected a string: write it in quotes",

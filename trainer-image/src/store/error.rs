@@ -157,12 +157,7 @@ fn settings_advice(role: Role, uri: &Uri) -> String {
             role.secret_field(),
             role.env_prefix()
         ),
-        Uri::Hub { .. } | Uri::HubDataset { .. } => format!(
-            "; correct the HF_… keys of the Secret that {} names, or the environment ({}HF_…, HF_…)",
-            role.secret_field(),
-            role.env_prefix()
-        ),
-        Uri::Claim { .. } | Uri::File { .. } => String::new(),
+        _ => String::new(),
     }
 }
 

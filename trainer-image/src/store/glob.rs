@@ -44,7 +44,7 @@ fn found(folder: &Uri, present: &[String]) -> String {
         [] => format!("there is nothing in {folder}"),
         _ => {
             let more = if present.len() > SHOWN { ", …" } else { "" };
-            let names = present[..present.len().min(SHOWN)].join(", ");
+            let names = present[..present.len().min(SHOWN)].join(", ").replace(char::is_control, "\u{fffd}");
             format!("in {folder} there are {} objects ({names}{more})", present.len())
         }
     }

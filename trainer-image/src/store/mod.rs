@@ -127,10 +127,11 @@ impl Stores {
     /// # Errors
     /// One of them can't be used.
     pub fn hub_settings(&self, role: Role, uri: &Uri) -> Result<HubSettings, StoreError> {
-        HubSettings::of_role(&self.environment, role).map_err(|problem| StoreError::Settings {
-            role,
-            uri: uri.clone(),
-            problem,
+        HubSettings::of_role(&self.environment, role).map_err(|problem| {
+            let (field, prefix) = (role.secret_field(), role.env_prefix());
+            let advice = format!("correct the HF_… keys of the Secret that {field} names, or the environment");
+            let problem = format!("{problem}; {advice} ({prefix}HF_…, HF_…)");
+            StoreError::Settings { role, uri: uri.clone(), problem }
         })
     }
 

@@ -72,13 +72,24 @@ fn certificates(file: &str) -> Result<Vec<Certificate>, String> {
 /// The client's own words name no variable, so each setting is tried alone beside sound ones.
 fn name_the_culprit(settings: &Settings, bucket: &str) -> Option<String> {
     let sound = || AmazonS3Builder::new().with_bucket_name(bucket).with_access_key_id("k").with_secret_access_key("s");
+    if let Err(error) = sound().build() {
+        return Some(format!("no client works here: {error}; check SSL_CERT_FILE and SSL_CERT_DIR"));
+    }
     let problem = |(key, setting): (AmazonS3ConfigKey, &super::settings::Setting)| {
         // Encryption needs several settings at once.
         let alone = !matches!(key, AmazonS3ConfigKey::Encryption(_));
         let error = alone.then(|| sound().with_config(key, &setting.value).build().err()).flatten()?;
-        Some(format!("{} can't be used: {error}", setting.variable))
+        let is_time = setting.variable.ends_with("TIMEOUT") || setting.variable.ends_with("INTERVAL");
+        let unit = if is_time { "; write a number with its unit, such as 60s" } else { "" };
+        Some(format!("{} can't be used: {error}{unit}", setting.variable))
     };
-    let problems: Vec<String> = known(settings).filter_map(problem).collect();
+    let mut problems: Vec<String> = known(settings).filter_map(problem).collect();
+    if problems.is_empty()
+        && let Some(encryption) = settings.get("AWS_SERVER_SIDE_ENCRYPTION")
+    {
+        let error = build(settings, bucket).err()?;
+        problems.push(format!("{} and the AWS_SSE_… settings can't be used: {error}", encryption.variable));
+    }
     (!problems.is_empty()).then(|| problems.join("; "))
 }
 
@@ -143,6 +154,11 @@ mod tests {
             ("AWS_USER_AGENT", "a\nb"),
             ("AWS_DEFAULT_CONTENT_TYPE", "té"),
             ("AWS_PROXY_URL", "http://"),
+            ("AWS_PROXY_URL", "x y"),
+            ("AWS_PROXY_CA_CERTIFICATE", "junk"),
+            ("AWS_SERVER_SIDE_ENCRYPTION", "sse-c"),
+            ("AWS_SERVER_SIDE_ENCRYPTION", "rot13"),
+            ("AWS_SSE_CUSTOMER_KEY_BASE64", "k3y="),
             ("AWS_CA_BUNDLE", "/absent.pem"),
             ("AWS_WEB_IDENTITY_TOKEN_FILE", "/absent/token"),
         ] {

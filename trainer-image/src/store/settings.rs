@@ -1,7 +1,12 @@
 //! The settings of a store from environment variables, parsed before a client sees them: some libraries end the process
 //! over a value that they can't use.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use object_store::aws::AmazonS3ConfigKey;
 use url::Url;
@@ -48,6 +53,10 @@ const REGIONS: [&str; 2] = ["AWS_REGION", "AWS_DEFAULT_REGION"];
 const FILES: [&str; 3] = ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", CA_BUNDLE];
 /// A file of certificates to trust besides the system's.
 pub(super) const CA_BUNDLE: &str = "AWS_CA_BUNDLE";
+/// What begins a certificate in PEM.
+const PEM_BEGINS: &str = "-----BEGIN ";
+/// Details of an encryption, which is named by another variable.
+const ENCRYPTION: [&str; 3] = ["AWS_SSE_KMS_KEY_ID", "AWS_SSE_BUCKET_KEY_ENABLED", "AWS_SSE_CUSTOMER_KEY_BASE64"];
 /// PEM, which has several lines.
 const MULTILINE: &str = "AWS_PROXY_CA_CERTIFICATE";
 /// How long the Hub may say nothing.
@@ -124,6 +133,11 @@ pub(super) fn check_aws(settings: &Settings) -> Result<(), String> {
     for (name, setting) in settings {
         check_one(name, setting).map_err(|problem| format!("{} {problem}", setting.variable))?;
     }
+    if !settings.contains_key("AWS_SERVER_SIDE_ENCRYPTION")
+        && let Some(Setting { variable, .. }) = ENCRYPTION.iter().find_map(|name| settings.get(*name))
+    {
+        return Err(format!("{variable} is set, but AWS_SERVER_SIDE_ENCRYPTION is not"));
+    }
     check_identity(settings)
 }
 
@@ -136,11 +150,19 @@ fn check_one(name: &str, Setting { value, .. }: &Setting) -> Result<(), String> 
             "is {value:?}, which is no region: a region has letters, digits and '-', such as eu-central-1"
         ));
     }
+    if name == "AWS_PROXY_URL" {
+        return check_proxy(value);
+    }
+    if name == MULTILINE && !value.contains(PEM_BEGINS) {
+        return Err("holds no PEM certificate".into());
+    }
     if SECRET.contains(&name) {
         return check_credential(value);
     }
     if FILES.contains(&name) {
-        return fs::metadata(value).map(drop).map_err(|error| format!("names {value:?}, which can't be read: {error}"));
+        return fs::File::open(value)
+            .map(drop)
+            .map_err(|error| format!("names {value:?}, which can't be read: {error}"));
     }
     let is_known = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>().is_ok();
     if is_known && name != MULTILINE && !value.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()) {
@@ -234,7 +256,10 @@ pub(super) fn check_network(environment: &Environment) -> Result<(), String> {
         check_proxy(value).map_err(|problem| format!("{name} {problem}"))?;
     }
     if let Some((name, file)) = set("SSL_CERT_FILE") {
-        fs::File::open(file).map_err(|error| format!("{name} names {file:?}, which can't be read: {error}"))?;
+        let pem = fs::read(file).map_err(|error| format!("{name} names {file:?}, which can't be read: {error}"))?;
+        if !String::from_utf8_lossy(&pem).contains(PEM_BEGINS) {
+            return Err(format!("{name} names {file:?}, which holds no PEM certificate"));
+        }
     }
     Ok(())
 }
@@ -243,7 +268,7 @@ fn check_proxy(value: &str) -> Result<(), String> {
     let with_scheme = if value.contains("://") { value.to_owned() } else { format!("http://{value}") };
     match with_scheme.split_once("://") {
         Some((scheme, _)) if scheme.to_ascii_lowercase().starts_with("socks") => {
-            tracing::warn!("a SOCKS proxy is left out: only HTTP proxies are used");
+            tracing::warn!("a SOCKS proxy is used for hf:// alone, not for S3");
             Ok(())
         }
         _ => check_url(&with_scheme).map(drop),
@@ -286,7 +311,7 @@ impl HubSettings {
         let cache = settings.get("HF_HUB_CACHE").map(|setting| PathBuf::from(&setting.value));
         let token = match named("HF_TOKEN", check_credential)? {
             Some(token) => Some(token.to_owned()),
-            None => home.as_ref().map(token_of_home).transpose()?.flatten(),
+            None => home.as_deref().map(token_of_home).transpose()?.flatten(),
         };
         Ok(Self {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
@@ -298,7 +323,7 @@ impl HubSettings {
 }
 
 /// The token that `hf auth login` left.
-fn token_of_home(home: &PathBuf) -> Result<Option<String>, String> {
+fn token_of_home(home: &Path) -> Result<Option<String>, String> {
     let file = home.join("token");
     // None is there, or it is another user's.
     let Ok(token) = fs::read_to_string(&file) else { return Ok(None) };
@@ -421,6 +446,8 @@ mod tests {
             let error = check_network(&environment(&[("https_proxy", broken)])).unwrap_err();
             assert!(error.starts_with("https_proxy is "), "{error}");
         }
+        let error = check_network(&environment(&[("SSL_CERT_FILE", "/etc/passwd")])).unwrap_err();
+        assert!(error.contains("SSL_CERT_FILE") && error.contains("no PEM certificate"), "{error}");
         let error = check_network(&environment(&[("SSL_CERT_FILE", "/absent.pem")])).unwrap_err();
         assert!(error.contains("SSL_CERT_FILE names \"/absent.pem\""), "{error}");
     }
