@@ -212,7 +212,7 @@ mod tests {
         let header = br#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},
             "b":{"dtype":"F16","shape":[1],"data_offsets":[2,4]},"c":{"dtype":"F32","shape":[1],"data_offsets":[9,5]}}"#;
         let bytes = [&(header.len() as u64).to_le_bytes(), &header[..], &[0xff; 16]].concat();
-        assert!(names(&bytes, 3).contains(&"a".to_owned()));
+        (1..30).for_each(|piece| drop(names(&bytes, piece)));
     }
 
     proptest! {
