@@ -290,7 +290,7 @@ fn rope() {
     // Whole heads, and the first halves of heads.
     for dim in [8, 4] {
         let rows =
-            cpu.rows(&layout, 3, &[Rope { theta: 77.0, dim, scaling: RopeScaling::None, attention_factor: 1.0 }]);
+            cpu.rows(&layout, 3, &[Rope { theta: 77.0, dim, scaling: RopeScaling::None, attention_factor: 1.25 }]);
         check(
             "rope",
             [("x", [15, 24])],

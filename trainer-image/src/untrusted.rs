@@ -1,10 +1,10 @@
 //! What reads a model's, a data set's or an operator's bytes first, one function each, for `make fuzz` and the tests below: whatever the bytes are, it ends
 //! in a value or an error, without a panic, and in memory of about their size.
 
-use std::{fs, path::Path};
+use std::{fs, io::Write, path::Path};
 
 use tunesmith_crds::RunSpec;
-use tunesmith_engine::{Model, ModelConfig};
+use tunesmith_engine::{FiniteScan, Model, ModelConfig};
 
 use crate::{
     convert::convert,
@@ -20,9 +20,12 @@ pub fn config_json(bytes: &[u8]) {
     }
 }
 
-/// The header of a safetensors file.
+/// The header of a safetensors file, and what goes by its offsets.
 pub fn safetensors_header(bytes: &[u8]) {
     let _ = read_header(&mut &*bytes, bytes.len() as u64);
+    let mut scan = FiniteScan::default();
+    let _ = scan.write_all(bytes);
+    scan.into_names();
 }
 
 /// A GGUF file, converted.

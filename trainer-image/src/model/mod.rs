@@ -61,14 +61,12 @@ pub enum ModelError {
         uri: Uri,
     },
     /// A file is missing.
-    #[error("{uri} (base model) has no {file}{hint}")]
+    #[error("{uri} (base model) has no {what}")]
     MissingFile {
         /// Where the model is.
         uri: Uri,
-        /// What is missing.
-        file: &'static str,
-        /// What to do about it.
-        hint: String,
+        /// What is missing, and what to do about it.
+        what: String,
     },
     /// A file holds what can't be used.
     #[error("{uri}: {problem}")]
@@ -100,7 +98,10 @@ impl ModelFolder {
         if present.is_empty() {
             return Err(ModelError::Empty { uri: source.uri().clone() });
         }
-        let missing = |file| ModelError::MissingFile { uri: source.uri().clone(), file, hint: hint(file, present) };
+        let missing = |file| {
+            let what = format!("{file}{}", hint(file, present));
+            ModelError::MissingFile { uri: source.uri().clone(), what }
+        };
         if let Some(file) = REQUIRED.into_iter().find(|file| !present.contains(*file)) {
             return Err(missing(file));
         }

@@ -11,6 +11,9 @@ use tunesmith_crds::names::exit_code;
 use super::*;
 use crate::{error::Error, tiny_model};
 
+/// Types, shapes and bytes of tensors, by name.
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
 /// A folder with a tiny model, and stores to read it from.
 struct Bench {
     folder: TempDir,
@@ -40,7 +43,7 @@ impl Bench {
         self
     }
 
-    fn tensors(&self) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
+    fn tensors(&self) -> Tensors {
         let bytes = fs::read(self.model().join(WEIGHTS)).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let tensor = |(name, view): (&str, TensorView<'_>)| {
@@ -49,7 +52,7 @@ impl Bench {
         tensors.iter().map(tensor).collect()
     }
 
-    fn write_tensors(&self, file: &str, tensors: &BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>) -> &Self {
+    fn write_tensors(&self, file: &str, tensors: &Tensors) -> &Self {
         let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
             (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
         });
@@ -116,7 +119,7 @@ fn tensors_that_are_not_used_may_be_anything() {
 #[test]
 fn tensors_that_are_used_are_checked_as_loading_checks_them() {
     const NORM: &str = "model.norm.weight";
-    let damaged = |change: &dyn Fn(&mut BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>)| {
+    let damaged = |change: &dyn Fn(&mut Tensors)| {
         let bench = Bench::new();
         let mut tensors = bench.tensors();
         change(&mut tensors);

@@ -52,7 +52,7 @@ pub enum PublishError {
     )]
     Conflict {
         /// Folder of the version.
-        uri: Uri,
+        uri: Box<Uri>,
         /// Input digest of what is there.
         found: String,
         /// Input digest of this run.
@@ -129,7 +129,7 @@ pub fn published(folder: &Location, input_digest: &str) -> Result<Option<TrainRe
     match manifest.source.input_digest == input_digest {
         true => Ok(Some(manifest.report(folder.uri(), &bytes))),
         false => Err(PublishError::Conflict {
-            uri: folder.uri().clone(),
+            uri: Box::new(folder.uri().clone()),
             found: manifest.source.input_digest,
             expected: input_digest.to_owned(),
         }),

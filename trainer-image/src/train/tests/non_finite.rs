@@ -2,8 +2,9 @@
 
 use super::*;
 
-/// Rows with a `Z` give a NaN: that byte's embedding is one. The output layer is another tensor, so that no other row
-/// is touched.
+/// Rows with a `Z` give a NaN, of weights that are all finite: that byte's embedding alone has a first feature, by which the
+/// first block's queries and keys grow until their product overflows. The output layer is another tensor, so that no other
+/// row is touched.
 fn poison(bench: &Bench, rows: impl Fn(usize) -> bool) {
     let model = bench.path("model");
     let config = fs::read_to_string(model.join("config.json")).unwrap();
@@ -20,9 +21,18 @@ fn poison(bench: &Bench, rows: impl Fn(usize) -> bool) {
     tensors.push(("lm_head.weight".into(), embedding.clone()));
     let shape =
         |name: &str| file.tensor(name).or_else(|_| file.tensor("model.embed_tokens.weight")).unwrap().shape().to_vec();
-    let width = shape("lm_head.weight")[1] * 4;
-    let (_, embedding) = tensors.iter_mut().find(|(name, _)| name == "model.embed_tokens.weight").unwrap();
-    embedding[token * width..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let width = shape("lm_head.weight")[1];
+    for (name, data) in &mut tensors {
+        let is = |end: &str| name.ends_with(end);
+        let first_feature = |row: usize| match () {
+            () if is("embed_tokens.weight") => Some(if row == token { 1e4f32 } else { 0.0 }),
+            () if is("layers.0.self_attn.q_proj.weight") || is("layers.0.self_attn.k_proj.weight") => Some(1e20),
+            () => None,
+        };
+        for (row, values) in data.chunks_exact_mut(4 * width).enumerate() {
+            first_feature(row).into_iter().for_each(|value| values[..4].copy_from_slice(&value.to_le_bytes()));
+        }
+    }
     let views = tensors.iter().map(|(name, data)| {
         (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape(name), data).unwrap())
     });
