@@ -9,6 +9,7 @@ use std::{
 use super::{
     container::{BadRow, Columns, Wanted},
     lines::MAX_ROW_BYTES,
+    quoting::{BadLines, Quoting, has_bad},
 };
 use csv::{ByteRecord, ReaderBuilder, Terminator};
 
@@ -48,6 +49,7 @@ pub(super) struct Delimited {
     reader: csv::Reader<Limited>,
     header: Vec<String>,
     left: Rc<Cell<u64>>,
+    bad_quotes: BadLines,
     record: ByteRecord,
     has_ended: bool,
 }
@@ -60,7 +62,12 @@ impl Delimited {
     pub fn new(reader: impl Read + 'static, delimiter: u8) -> Result<Self, String> {
         let left = Rc::new(Cell::new(MAX_ROW_BYTES));
         let end = Cursor::new(format!("\n{END}\n").into_bytes());
-        let reader = Limited { inner: (Box::new(reader) as Box<dyn Read>).chain(end), left: Rc::clone(&left) };
+        let bad_quotes = BadLines::default();
+        let reader = Limited {
+            inner: (Box::new(reader) as Box<dyn Read>).chain(end),
+            left: Rc::clone(&left),
+            quoting: Quoting::new(delimiter, Rc::clone(&bad_quotes)),
+        };
         // A carriage return before the line break is taken off below: the reader would not count the line at it.
         let lines = Terminator::Any(b'\n');
         let mut reader = ReaderBuilder::new().delimiter(delimiter).terminator(lines).from_reader(reader);
@@ -70,10 +77,13 @@ impl Delimited {
         if header.iter().any(|name| name.contains(END)) {
             return Err("a quote in its header is never closed".into());
         }
+        if has_bad(&bad_quotes, 1..reader.position().line()) {
+            return Err(format!("its header: {AFTER_QUOTE}"));
+        }
         let twice = header.iter().enumerate().find(|(i, name)| !name.is_empty() && header[..*i].contains(name));
         match twice {
             Some((_, name)) => Err(format!("its header names the column {name:?} twice")),
-            None => Ok(Self { reader, header, left, record: ByteRecord::new(), has_ended: false }),
+            None => Ok(Self { reader, header, left, bad_quotes, record: ByteRecord::new(), has_ended: false }),
         }
     }
 
@@ -101,11 +111,14 @@ impl Delimited {
                 _ if self
                     .record
                     .iter()
-                    .last()
+                    .next_back()
                     .is_some_and(|field| field.trim_ascii_end().ends_with(END.as_bytes())) =>
                 {
                     let problem = "a quote is never closed, so that the rest of the file is one field";
                     return Err(BadRow::fatal(self.first_line(0), problem));
+                }
+                _ if has_bad(&self.bad_quotes, self.first_line(1)..self.reader.position().line()) => {
+                    return Err(BadRow::alone(self.first_line(1), AFTER_QUOTE));
                 }
                 Err(error) => return Err(BadRow::alone(self.first_line(1), problem(&error))),
                 Ok(true) => return self.columns(self.first_line(1)).map(Some),
@@ -135,6 +148,9 @@ impl Delimited {
     }
 }
 
+const AFTER_QUOTE: &str =
+    "a field goes on after its closing quote; put all of it in quotes, and write its own quotes twice";
+
 fn problem(error: &csv::Error) -> String {
     match error.kind() {
         csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
@@ -150,11 +166,13 @@ fn problem(error: &csv::Error) -> String {
 struct Limited {
     inner: Chain<Box<dyn Read>, Cursor<Vec<u8>>>,
     left: Rc<Cell<u64>>,
+    quoting: Quoting,
 }
 
 impl Read for Limited {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
+        self.quoting.read(buffer.get(..read).unwrap_or_default());
         match self.left.get().checked_sub(read as u64) {
             Some(left) => self.left.set(left),
             None => {
@@ -214,6 +232,7 @@ mod tests {
             (b"prompt,completion\na\n", 2, "has 1 fields, and the header 2", false),
             (b"prompt,completion\na,b\n\"c,d\ne,f\n", 3, "a quote is never closed", true),
             (b"prompt,completion\na,b\nc,\"d\n", 3, "a quote is never closed", true),
+            (b"prompt,completion\na,b\n\"Yes\" he said,c\n", 3, "a field goes on after its closing quote", false),
             (b"prompt,completion\na,\xff\n", 2, "completion is not UTF-8", false),
             (b"text,text\na,b\n", 0, "names the column \"text\" twice", true),
         ] {

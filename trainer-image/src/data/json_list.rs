@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::{
     container::{BadRow, Columns},
+    json,
     lines::{MAX_ROW_BYTES, not_an_object},
 };
 
@@ -34,9 +35,10 @@ impl JsonList {
         let row = self.row;
         let element = self.element().map_err(|problem| BadRow::fatal(row, problem))?;
         let Some(element) = element else { return Ok(None) };
-        match serde_json::from_slice(&element) {
+        match json::parse(&element) {
             Ok(Value::Object(columns)) => Ok(Some((row, columns))),
             Ok(_) => Err(BadRow::alone(row, not_an_object())),
+            Err(error) if error.is_data() => Err(BadRow::alone(row, format!("not valid JSON: {error}"))),
             // A string without its end hides the rows after it, so nothing after an error can be trusted.
             Err(error) => Err(BadRow::fatal(row, format!("not valid JSON: {error}"))),
         }

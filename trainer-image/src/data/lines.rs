@@ -4,7 +4,10 @@ use std::io::{BufRead, BufReader, Read};
 
 use serde_json::Value;
 
-use super::container::{BadRow, Columns};
+use super::{
+    container::{BadRow, Columns},
+    json,
+};
 
 /// Longest row that is read, in bytes. A longer one is a file of another format.
 pub(super) const MAX_ROW_BYTES: u64 = 32 << 20;
@@ -72,7 +75,7 @@ fn parse(row: u64, text: &str, is_first: bool) -> Result<Columns, BadRow> {
     if !text.starts_with('{') {
         return Err(BadRow::alone(row, not_an_object()));
     }
-    match serde_json::from_str(text) {
+    match json::parse(text.as_bytes()) {
         Ok(Value::Object(columns)) => Ok(columns),
         Ok(_) => Err(BadRow::alone(row, not_an_object())),
         Err(error) if is_first && error.is_eof() && text.ends_with(['{', '[', ',']) => Err(BadRow::fatal(

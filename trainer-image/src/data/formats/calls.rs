@@ -1,9 +1,10 @@
 //! Functions that the assistant may call, and its calls: as transformers' templates take them, from all the shapes in
 //! which data has them.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::{Columns, is_given, take};
+use crate::data::json;
 
 /// Definitions of a row's functions: `tools`, or OpenAI's older `functions`.
 ///
@@ -45,7 +46,8 @@ fn definition(item: Value, path: &str) -> Result<Value, String> {
     match item {
         Value::Object(fields) if !fields.contains_key("function") && fields.contains_key("name") => {
             let function: Map<String, Value> = fields.into_iter().filter(|(name, _)| name != "type").collect();
-            Ok(json!({"type": "function", "function": function}))
+            let wrapping = [("type".to_owned(), "function".into()), ("function".to_owned(), function.into())];
+            Ok(Value::Object(Map::from_iter(wrapping)))
         }
         Value::Object(fields) => Ok(Value::Object(fields)),
         _ => Err(format!("{path} is not an object that defines a function")),
@@ -123,7 +125,7 @@ fn bare(mut function: Map<String, Value>, path: &str) -> Result<Map<String, Valu
 
 /// A value that is written as JSON text.
 pub(super) fn parsed(text: &str, path: &str) -> Result<Value, String> {
-    serde_json::from_str(text).map_err(|error| format!("{path} is a text that is not valid JSON: {error}"))
+    json::parse(text.as_bytes()).map_err(|error| format!("{path} is a text that is not valid JSON: {error}"))
 }
 
 /// Turns OpenAI's older `function_call` into `tool_calls`.
@@ -141,6 +143,8 @@ pub(super) fn take_legacy_call(fields: &mut Map<String, Value>, path: &str) -> R
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn tools_of(columns: Value) -> Result<Vec<Value>, String> {

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use super::{Columns, is_given};
+use super::{Columns, is_given, shorten};
 
 /// Columns that hold an answer to be learned.
 const ANSWERS: [&str; 6] = ["messages", "conversations", "completion", "output", "response", "prompt"];
@@ -85,15 +85,20 @@ fn kto(columns: &Columns) -> Result<(), String> {
     }
 }
 
-/// The kind of data that has none of the formats' columns but these.
-pub(super) fn other_kind(columns: &Columns) -> Option<&'static str> {
+/// Says of which kind data is that has none of the formats' columns.
+pub(super) fn other_kind(columns: &Columns) -> Option<String> {
     let given = |name: &str| columns.get(name).is_some_and(is_given);
+    let is_rows = |value: &Value| value.as_array().is_some_and(|rows| rows.first().is_some_and(Value::is_object));
     if given("prompt") && given("completions") {
-        Some("; several completions of a prompt (rankings, stepwise supervision) are not supported")
+        Some("; several completions of a prompt (rankings, stepwise supervision) are not supported".into())
     } else if given("prompt") && columns.iter().all(|(name, value)| name == "prompt" || !is_given(value)) {
-        Some("; prompts alone (for reinforcement learning) are not supported, as there is no answer to learn")
+        Some("; prompts alone (for reinforcement learning) are not supported, as there is no answer to learn".into())
     } else {
-        None
+        let (name, _) = columns.iter().find(|(_, value)| is_rows(value))?;
+        let name = shorten(name);
+        Some(format!(
+            "; if {name} holds turns, set {{messages: {name}}}; if it holds the rows, write them as a list of their own"
+        ))
     }
 }
 
