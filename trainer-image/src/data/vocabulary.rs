@@ -364,7 +364,9 @@ fn stop_tokens(folder: &Path) -> Result<Vec<u32>, String> {
     let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
     ids.iter()
         .map(|value| {
-            id(value).ok_or_else(|| format!("generation_config.json: eos_token_id has {value}, which is no token"))
+            id(value).ok_or_else(|| {
+                format!("generation_config.json: eos_token_id holds {value}; expected numbers of tokens")
+            })
         })
         .collect()
 }
