@@ -386,7 +386,7 @@ impl RunReport {
         Self { schema_version: SCHEMA_VERSION, outcome }
     }
 
-    /// JSON of at most [`MAX_REPORT_BYTES`]; a failure's message is cut if need be.
+    /// JSON of at most [`MAX_REPORT_BYTES`]; a failure's message is cut and a preflight's warnings are left out if need be.
     pub fn to_termination_message(&self) -> String {
         let json = serde_json::to_string(self).unwrap_or_default();
         match &self.outcome {
@@ -394,6 +394,11 @@ impl RunReport {
                 // Every character may take 6 bytes when escaped.
                 let short = message.chars().take(MAX_REPORT_BYTES / 6 - 64).chain(['…']).collect();
                 serde_json::to_string(&Self::new(Outcome::Failed { message: short })).unwrap_or_default()
+            }
+            Outcome::Preflight(report) if json.len() > MAX_REPORT_BYTES => {
+                let warnings = vec![format!("{} warnings, which the pod's log tells", report.warnings.len())];
+                let short = Outcome::Preflight(PreflightReport { warnings, ..report.clone() });
+                serde_json::to_string(&Self::new(short)).unwrap_or_default()
             }
             _ => json,
         }
@@ -437,6 +442,21 @@ mod tests {
         assert!(text.len() <= MAX_REPORT_BYTES, "{}", text.len());
         let Outcome::Failed { message } = RunReport::from_termination_message(&text).unwrap().outcome else { panic!() };
         assert!(message.ends_with('…'));
+    }
+
+    #[test]
+    fn a_preflight_of_many_warnings_still_fits_the_termination_message() {
+        let report = serde_json::json!({
+            "baseDigest": "sha256:b", "dataset": {"digest": "sha256:d", "rows": 1, "tokens": 1}, "evalRows": 1,
+            "truncatedRows": 0, "totalSteps": 1, "model": ModelShape::default(), "loraParameters": 1,
+            "numericsVersion": 1, "highestVersion": 0, "warnings": vec!["é".repeat(1000); 9],
+        });
+        let report: PreflightReport = serde_json::from_value(report).unwrap();
+        let text = RunReport::new(Outcome::Preflight(report.clone())).to_termination_message();
+        assert!(text.len() <= MAX_REPORT_BYTES, "{}", text.len());
+        let warnings = vec!["9 warnings, which the pod's log tells".to_owned()];
+        let expected = Outcome::Preflight(PreflightReport { warnings, ..report });
+        assert_eq!(RunReport::from_termination_message(&text).unwrap().outcome, expected);
     }
 
     #[test]

@@ -236,10 +236,23 @@ fn refuse_for_texts(columns: &mut Columns) -> Result<(), String> {
     }
 }
 
+/// Whether a prompt or completion is turns. CSV has them as JSON text, which is told by the role of its first turn.
+fn is_turns(value: &Value) -> bool {
+    let has_role = |turn: &Value| turn.get("role").is_some() || turn.get("from").is_some();
+    match value {
+        Value::Array(_) | Value::Object(_) => true,
+        Value::String(text) if text.trim_start().starts_with('[') => {
+            let turns = serde_json::from_str::<Vec<Value>>(text);
+            turns.is_ok_and(|turns| turns.first().is_some_and(has_role))
+        }
+        _ => false,
+    }
+}
+
 /// A prompt and its completion, both texts or both turns. A system text goes before the prompt, with a blank line
 /// between, as texts have no turns.
 fn prompt_completion(columns: &mut Columns, notes: &mut Notes) -> Result<Row, String> {
-    let is_list = |name| columns.get(name).is_some_and(|value| value.is_array() || value.is_object());
+    let is_list = |name| columns.get(name).is_some_and(is_turns);
     match (is_list("prompt"), is_list("completion")) {
         (true, true) => {
             let system = optional_text(columns, "system")?;

@@ -43,7 +43,7 @@ pub(super) fn refuse(columns: &Columns, is_mapped: impl Fn(&str) -> bool) -> Res
     }
     let has_answer = ANSWERS.iter().any(|name| given(name).is_some());
     for name in GRADES.iter().filter(|_| has_answer) {
-        if given(name).is_some_and(|value| value.is_number() || value.is_array() || value.is_object()) {
+        if given(name).is_some_and(|value| number(value).is_some() || value.is_array() || value.is_object()) {
             return Err(format!(
                 "{name}: graded answers (rewards, rankings) are not supported; keep the rows that are to be learned, and \
                  remove the column {name}"
@@ -51,7 +51,7 @@ pub(super) fn refuse(columns: &Columns, is_mapped: impl Fn(&str) -> bool) -> Res
         }
     }
     for name in WEIGHTS {
-        if let Some(weight) = given(name).filter(|weight| weight.as_f64() != Some(1.0)) {
+        if let Some(weight) = given(name).filter(|weight| number(weight) != Some(1.0)) {
             return Err(format!(
                 "{name} is {weight}: weights of rows are not supported; remove or repeat rows instead"
             ));
@@ -61,6 +61,11 @@ pub(super) fn refuse(columns: &Columns, is_mapped: impl Fn(&str) -> bool) -> Res
         Some(name) => Err(format!("{name}: only text is trained; remove the column {name} if the text stands alone")),
         None => Ok(()),
     }
+}
+
+/// A number, or its text: CSV has no others.
+fn number(value: &Value) -> Option<f64> {
+    value.as_f64().or_else(|| value.as_str()?.trim().parse().ok())
 }
 
 /// Refuses an answer that is marked good or bad (Kahneman-Tversky Optimization).
@@ -128,6 +133,7 @@ mod tests {
             (json!({"prompt": "a", "completions": ["b"], "labels": [true]}), "stepwise supervision"),
             (json!({"prompt": "a", "completion": "b", "reward": 0.5}), "reward: graded answers"),
             (json!({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}), "scores: graded answers"),
+            (json!({"prompt": "a", "completion": "b", "score": "0.5"}), "score: graded answers"),
             (json!({"messages": [{}], "weight": 0.5}), "weight is 0.5: weights of rows"),
             (json!({"messages": [{}], "images": ["a.png"]}), "images: only text is trained"),
         ] {
@@ -140,7 +146,7 @@ mod tests {
     fn empty_columns_and_labels_of_other_kinds_refuse_no_row() {
         for columns in [
             json!({"messages": [{}], "chosen": null, "rejected": [], "label": null, "images": [], "weight": 1}),
-            json!({"text": "a", "label": 1}),
+            json!({"text": "a", "label": 1, "weight": "1.0"}),
             json!({"text": "a", "label": "sport", "score": 3}),
             json!({"prompt": "a", "completion": "b", "label": 7}),
         ] {

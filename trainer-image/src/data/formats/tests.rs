@@ -36,6 +36,10 @@ fn each_format_is_told_from_its_columns() {
     let split = row(json!({"prompt": [messages[0]], "completion": [messages[1]]})).unwrap();
     assert_eq!(said(&split), chat);
     assert!(matches!(split, Row::Conversation(Conversation { given: 1, .. })));
+    let as_text = json!({"prompt": json!([messages[0]]).to_string(), "completion": json!([messages[1]]).to_string()});
+    assert_eq!(row(as_text).unwrap(), split);
+    let list = json!({"prompt": "a", "completion": "[{\"x\": 1}]"});
+    assert!(matches!(row(list), Ok(Row::PromptCompletion { .. })), "a list that is no conversation is a text");
     let alpaca = Row::Alpaca(Alpaca { input: "2, 2".into(), ..task("Add.", "4") });
     let columns = json!({"instruction": "Add.", "input": "2, 2", "output": "4", "text": "Below is an instruction"});
     assert_eq!(row(columns), Ok(alpaca));
