@@ -18,7 +18,7 @@ pub struct Conversation {
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
-    /// Its fields: a chat template may use any of them. None is null.
+    /// Its fields: a chat template may use any of them. A null content is what transformers leaves out.
     fields: Map<String, Value>,
     /// What an error calls it: `messages[3]`.
     path: String,
