@@ -71,12 +71,6 @@ ROWS = {
     },
     "first": {"messages": turns(("assistant", "Welcome!"), ("user", "Hi"), ("assistant", "Hello!"))},
 }
-# A template that leaves out what is to be learned: the row is refused, and the message names the turn.
-REFUSED = {
-    ("deepseek_r1_distill", "thinking"),
-    ("deepseek_r1_distill", "thought"),
-    ("deepseek_r1_distill", "tools"),
-}
 
 
 def templates():
@@ -123,17 +117,28 @@ def reference(tokenizer, row, mask):
     return out["input_ids"], out.get("assistant_masks")
 
 
-def without_white_space(tokenizer, tokens, mask):
-    """A mask without the white space behind each turn's end, which we leave out and transformers does not."""
-    mask = list(mask)
-    for i in reversed(range(len(mask))):
-        ends = i + 1 == len(mask) or not mask[i + 1]
-        if mask[i] and ends and not tokenizer.decode([tokens[i]]).strip():
-            mask[i] = 0
-    return mask
+def words(turn):
+    """What a turn says: its reasoning, its answer and the functions that it calls."""
+    parts = [turn.get("reasoning_content", ""), *re.split("</?think>", turn["content"])]
+    parts += [call["function"]["name"] for call in turn.get("tool_calls", [])]
+    return [part.strip() for part in parts if part.strip()]
 
 
-def check(name, family, folder, tokenizer, ours, marked):
+def is_lost(tokenizer, row, tokens, mask):
+    """Whether the template leaves words out, of what is to be learned or of what the model is to see."""
+    text = tokenizer.decode(tokens)
+    learned = text if mask is None else tokenizer.decode([token for token, m in zip(tokens, mask) if m])
+    written = {"assistant": learned}
+    lost = [w for turn in row["messages"] for w in words(turn) if w not in written.get(turn["role"], text) and json.dumps(w)[1:-1] not in text]
+    return lost or any(tool["function"]["name"] not in text for tool in row.get("tools", []))
+
+
+def learned_words(tokenizer, tokens, mask):
+    """The learned tokens without white space: we leave out that behind a turn's end, transformers does not."""
+    return [(i, token) for i, (token, m) in enumerate(zip(tokens, mask)) if m and tokenizer.decode([token]).strip()]
+
+
+def check(name, folder, tokenizer, ours, marked):
     for (kind, row), line in zip(ROWS.items(), ours):
         label = f"{name} {kind}"
         try:
@@ -142,20 +147,20 @@ def check(name, family, folder, tokenizer, ours, marked):
             compare(f"{label}: refused as by transformers ({str(error)[:40]!r})", "error" in line, line)
             continue
         if "error" in line:
-            refused = "would not be" in line["error"]
-            compare(f"{label}: refused, as words are lost", refused and ((family, kind) in REFUSED or not marked), line["error"][:160])
+            compare(f"{label}: refused, as words are lost", is_lost(tokenizer, row, tokens, mask), line["error"][:160])
             continue
+        compare(f"{label}: nothing is lost", not is_lost(tokenizer, row, tokens, mask), tokenizer.decode(tokens))
         # Behind a turn that the template does not end, we put the end token.
         own = line["tokens"][: len(tokens)]
         compare(f"{label}: tokens", own == tokens and len(line["tokens"]) <= len(tokens) + 1, (own, tokens))
         if marked:
-            expected, found = (without_white_space(tokenizer, tokens, m) for m in (mask, line["trained"][: len(tokens)]))
-            compare(f"{label}: mask", expected == found, (tokenizer.decode([t for t, m in zip(tokens, expected) if m]), tokenizer.decode([t for t, m in zip(tokens, found) if m])))
+            expected, found = (learned_words(tokenizer, tokens, m) for m in (mask, line["trained"][: len(tokens)]))
+            compare(f"{label}: mask", expected == found, (expected, found))
         else:
             learned = tokenizer.decode([t for t, m in zip(line["tokens"], line["trained"]) if m])
-            said = [turn["content"].split("</think>")[-1].strip() for turn in row["messages"] if turn["role"] == "assistant"]
-            others = [turn["content"].strip() for turn in row["messages"] if turn["role"] == "user" and len(turn["content"].strip()) > 3]
-            compare(f"{label}: learned", all(s in learned for s in said) and not any(o in learned for o in others), learned)
+            said = [w for turn in row["messages"] if turn["role"] == "assistant" for w in words(turn)]
+            others = [w for turn in row["messages"] if turn["role"] == "user" for w in words(turn) if len(w) > 3]
+            compare(f"{label}: learned", all(w in learned for w in said) and not any(w in learned for w in others), learned)
 
 
 def main():
@@ -171,7 +176,7 @@ def main():
             compare(name, False, out.stderr)
             continue
         ours = [json.loads(line) for line in out.stdout.splitlines()]
-        check(name, family, folder, tokenizer, ours, "{%- generation" in template or "{% generation" in template)
+        check(name, folder, tokenizer, ours, "{%- generation" in template or "{% generation" in template)
     sys.exit(bool(failed))
 
 
