@@ -54,7 +54,8 @@ pub struct Lora {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), inner(length(min = 1, max = 253)))]
     pub modules_to_save: Vec<String>,
-    /// Other ranks for some layers: each key is a regular expression for the end of a layer's name.
+    /// Other ranks for some layers: each key is a regular expression for the end of a layer's name. Each must match a
+    /// layer; keys that match the same layer must agree.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("x-kubernetes-validations" = rule(
         "self.size() <= 64 && self.all(key, self[key] >= 1 && self[key] <= 1024)", "each rank must lie in 1..=1024, in at most 64 entries")))]
