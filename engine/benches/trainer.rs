@@ -258,7 +258,7 @@ fn compare() {
             ours.push(child(*work, None));
         }
         if let Some(python) = &python {
-            for (dtype, theirs) in DTYPES.into_iter().zip(&mut theirs) {
+            for (dtype, theirs) in DTYPES.into_iter().zip(&mut theirs).filter(|(dtype, _)| torch_computes_in(dtype)) {
                 theirs.extend(peft(python, dtype));
             }
         }
@@ -342,6 +342,9 @@ fn print(report: &Report) {
             Some(Ratio { speed, cpu_time, memory }) => {
                 println!("{name}: {speed:.2}× PEFT's speed ({cpu_time:.2}× by CPU time), {memory:.2}× its memory")
             }
+            None if name == "bf16" && !torch_computes_in(DTYPES[1]) => {
+                println!("{name}: PEFT was not measured: without instructions for bf16, torch takes half a minute a step")
+            }
             None => {
                 println!("{name}: PEFT was not measured: no Python, or one without peft (make oracle installs one)")
             }
@@ -389,6 +392,7 @@ fn summary(rounds: &[Measured], tokens_per_second: f64, cpu_seconds_per_step: f6
 /// The example data's rows on both sides. Steps differ in size, so that all but the first count together.
 fn telecom(python: &Option<PathBuf>, model: &Option<PathBuf>, work: Work) -> Option<Telecom> {
     let (python, model) = (python.as_ref()?, model.as_ref()?);
+    torch_computes_in(dtype(work)).then_some(())?;
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let file = std::env::temp_dir().join(format!("tunesmith-bench-{}.json", std::process::id()));
     let script = || {
@@ -420,7 +424,17 @@ fn dtype(work: Work) -> &'static str {
     DTYPES[usize::from(work.precision == Precision::Bf16)]
 }
 
+/// Whether this CPU has instructions for a precision. Torch computes in bf16 without them, too, but only to have it done.
+fn torch_computes_in(dtype: &str) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    let bf16 = std::arch::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    let bf16 = true;
+    dtype == DTYPES[0] || bf16
+}
+
 fn child(work: Work, batches: Option<&Path>) -> Measured {
+    eprintln!("measures tunesmith, {}", work.name);
     let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
     command.env(CHILD, work.name).envs(batches.map(|batches| (BATCHES, batches)));
     parse(&mut command).expect("the engine runs")
@@ -438,6 +452,7 @@ fn cache(path: &str) -> Option<PathBuf> {
 }
 
 fn peft(python: &Path, dtype: &str) -> Option<Measured> {
+    eprintln!("measures PEFT, {dtype}");
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/reference.py");
     let mut command = Command::new(python);
     command.args(["-W", "ignore"]).arg(script).arg(STEPS.to_string()).arg(dtype).args(model_dir());
