@@ -79,7 +79,8 @@ pub fn plan(
     };
     let offered: Vec<Offer> = offers.classes.iter().map(|class| offer(class, &offers.nodes)).collect();
     let memory = |method, device, gpus| Some(estimate_for(method, device)?.bytes_per_device(gpus));
-    let request = Request { methods: &methods, resources: &spec.resources, memory: &memory };
+    let global_batch = spec.training.global_batch_size;
+    let request = Request { methods: &methods, resources: &spec.resources, global_batch, memory: &memory };
     let placement = place(&request, &offered)?;
 
     let no_class = || NoPlacement::NoClass(placement.method);

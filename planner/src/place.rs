@@ -28,6 +28,8 @@ pub struct Request<'a> {
     pub methods: &'a [MethodName],
     /// What the user fixed.
     pub resources: &'a Resources,
+    /// Rows of a step over all devices, if the user fixed them.
+    pub global_batch: Option<u64>,
     /// Memory that each device needs.
     pub memory: &'a dyn Fn(MethodName, Device, u32) -> Option<u64>,
 }
@@ -77,6 +79,19 @@ pub enum NoPlacement {
         /// What it has.
         has: String,
     },
+    /// The devices can't share a step's rows.
+    #[error(
+        "training.globalBatchSize {rows} can't be divided among the {devices} devices of class {class}: set a multiple of \
+         {devices}"
+    )]
+    Indivisible {
+        /// Rows of a step.
+        rows: u64,
+        /// Devices of all pods.
+        devices: u32,
+        /// Their class.
+        class: String,
+    },
 }
 
 /// Finds the smallest class that offers one of the methods and fits. GPUs go before CPUs, then an earlier method before
@@ -85,6 +100,17 @@ pub enum NoPlacement {
 /// # Errors
 /// If no class will do: why, and what to change.
 pub fn place(request: &Request, offers: &[Offer]) -> Result<Placement, NoPlacement> {
+    let placement = place_anywhere(request, offers)?;
+    let devices = (placement.pods * placement.gpus_per_pod).max(placement.pods);
+    match request.global_batch {
+        Some(rows) if !rows.is_multiple_of(u64::from(devices.max(1))) => {
+            Err(NoPlacement::Indivisible { rows, devices, class: placement.class })
+        }
+        _ => Ok(placement),
+    }
+}
+
+fn place_anywhere(request: &Request, offers: &[Offer]) -> Result<Placement, NoPlacement> {
     let mut candidates: Vec<Candidate> = request
         .methods
         .iter()
@@ -196,7 +222,7 @@ mod tests {
     ) -> Result<Placement, NoPlacement> {
         let classes = shipped();
         let offers: Vec<Offer> = classes.iter().map(|(name, spec)| Offer { name, spec, largest_node }).collect();
-        place(&Request { methods, resources, memory }, &offers)
+        place(&Request { methods, resources, global_batch: None, memory }, &offers)
     }
 
     fn placed(class: &str, method: MethodName, pods: u32, gpus_per_pod: u32) -> Result<Placement, NoPlacement> {
@@ -231,6 +257,23 @@ mod tests {
             error.to_string(),
             "method Full needs about 100Gi on each GPU, and a100-80gb, the largest GpuClass that offers it, has 80Gi: \
              set training.gradientCheckpointing, a smaller batch or maxLength, or another method"
+        );
+    }
+
+    #[test]
+    fn devices_that_can_not_share_the_rows_of_a_step_are_refused() {
+        let (classes, methods, resources) = (shipped(), [MethodName::Full], Resources::default());
+        let offers: Vec<Offer> =
+            classes.iter().map(|(name, spec)| Offer { name, spec, largest_node: Some(4) }).collect();
+        let of = |rows| {
+            let request =
+                Request { methods: &methods, resources: &resources, global_batch: Some(rows), memory: UNKNOWN };
+            place(&request, &offers)
+        };
+        assert_eq!(of(8), placed("a100-80gb", MethodName::Full, 1, 4));
+        assert_eq!(
+            of(6).unwrap_err().to_string(),
+            "training.globalBatchSize 6 can't be divided among the 4 devices of class a100-80gb: set a multiple of 4"
         );
     }
 
