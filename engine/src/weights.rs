@@ -13,6 +13,7 @@ use serde::Deserialize;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::peft::WEIGHTS;
 use crate::projection::Projection;
 use crate::quantize::{StoredWeight, read_stored};
 
@@ -264,7 +265,7 @@ impl Checkpoint {
             ));
         }
         let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
-        let map = serde_json::from_str::<Index>(&text)
+        let map = serde_json::from_str::<Index>(text.strip_prefix('\u{feff}').unwrap_or(&text))
             .map_err(|e| Error::weights(&index, format!("not a safetensors index: {e}")))?
             .weight_map;
         let mut shards: Vec<&String> = map.values().collect();
@@ -366,10 +367,9 @@ impl Checkpoint {
             .get(name)
             .ok_or_else(|| Error::weights(&self.dir, format!("{name} is missing; expected shape {shape:?}")))?;
         if entry.shape != shape {
-            return Err(Error::weights(
-                &self.dir,
-                format!("{name} has shape {:?}; config.json asks for {shape:?}", entry.shape),
-            ));
+            let config = if self.dir.ends_with(WEIGHTS) { "adapter_config.json" } else { "config.json" };
+            let message = format!("{name} has shape {:?}; {config} asks for {shape:?}", entry.shape);
+            return Err(Error::weights(&self.dir, message));
         }
         let Entry { map, start, len, dtype, .. } = entry;
         if !is_float(*dtype) {

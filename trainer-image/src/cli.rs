@@ -3,12 +3,13 @@
 use std::{
     io::{IsTerminal, Write},
     net::{Ipv4Addr, SocketAddr},
+    num::NonZero,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 use tunesmith_crds::{
     RunSpec,
@@ -18,11 +19,12 @@ use tunesmith_crds::{
 use tunesmith_engine::{Sampling, cpu::profile};
 
 use crate::{
+    adapter::fetch_adapter,
     chat::Chat,
     convert::{convert, gguf_lora},
     error::Error,
     evaluate::{self, evaluate},
-    generate::{Writer, fetch_adapter, uri},
+    generate::{Writer, uri},
     local,
     merge::merge,
     model::ModelFolder,
@@ -228,19 +230,14 @@ impl From<SamplingArgs> for Sampling {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let Cli { command } = Cli::parse();
-    let logs = start_logs();
-    let runtime = match Runtime::new() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("error: no threads: {error}");
-            return ExitCode::FAILURE;
+    let code = match start_logs().map_err(Error::Spec).and_then(|()| start_threads()) {
+        Ok(runtime) => {
+            let code = run(command, &runtime);
+            runtime.shutdown_background();
+            code
         }
+        Err(error) => refuse(&command, error),
     };
-    let code = match logs {
-        Ok(()) => run(command, &runtime),
-        Err(problem) => refuse(&command, problem),
-    };
-    runtime.shutdown_background();
     ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
 }
 
@@ -267,9 +264,29 @@ fn start_logs() -> Result<(), String> {
     problem.map_or(Ok(()), Err)
 }
 
+/// The threads that wait for stores. Those that compute start when they are needed, as many as RAYON_NUM_THREADS says.
+fn start_threads() -> Result<Runtime, Error> {
+    let variable = |name| threads(name, &std::env::var_os(name).unwrap_or_default().to_string_lossy());
+    variable("RAYON_NUM_THREADS")?;
+    let waiting = variable("TOKIO_WORKER_THREADS")?.filter(|&number| number > 0);
+    let waiting = waiting.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get));
+    let runtime = Builder::new_multi_thread().enable_all().worker_threads(waiting).build();
+    runtime.map_err(|error| Error::Internal(format!("no threads: {error}")))
+}
+
+/// A number of threads from a variable; 0 leaves it to this program. The libraries that read such variables end the
+/// process over some values, and pass over others.
+fn threads(name: &str, value: &str) -> Result<Option<usize>, Error> {
+    const MOST: usize = 1024;
+    match (value.trim(), value.trim().parse()) {
+        ("", _) => Ok(None),
+        (_, Ok(number @ ..=MOST)) => Ok(Some(number)),
+        _ => Err(Error::Spec(format!("{name} is {value:?}: it must be a whole number of threads, at most {MOST}"))),
+    }
+}
+
 /// Ends a command whose environment can't be used.
-fn refuse(command: &Command, problem: String) -> i32 {
-    let error = Error::Spec(problem);
+fn refuse(command: &Command, error: Error) -> i32 {
     match command {
         Command::Preflight { pod } | Command::Train { pod, .. } | Command::Verify { pod } => {
             report_to(&pod.report, || Err(error))
@@ -435,4 +452,21 @@ fn verify_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
 
 fn no_signals(error: std::io::Error) -> Error {
     Error::Internal(format!("signals can't be listened to: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_of_threads_that_libraries_would_stumble_over_is_refused_by_name() {
+        for (value, expected) in [("", None), (" 3\n", Some(3)), ("0", Some(0)), ("1024", Some(1024))] {
+            assert_eq!(threads("RAYON_NUM_THREADS", value).unwrap(), expected);
+        }
+        for value in ["abc", "-1", "1.5", "1025", "99999999999999999999", "\u{fffd}"] {
+            let error = threads("TOKIO_WORKER_THREADS", value).unwrap_err();
+            assert_eq!(error.exit_code(), exit_code::BAD_SPEC);
+            assert!(error.to_string().starts_with("TOKIO_WORKER_THREADS is"), "{error}");
+        }
+    }
 }

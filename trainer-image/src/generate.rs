@@ -1,28 +1,20 @@
 //! `generate`: lets a model answer, with or without an adapter.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use tunesmith_crds::Uri;
 use tunesmith_engine::{Generator, Model, Sampling};
 
 use crate::{
+    adapter::{chat_template, fetch_adapter},
     data::{
         conversation::Message,
         vocabulary::{Vocabulary, VocabularyError},
     },
     error::Error,
     model::ModelFolder,
-    publish::{CHAT_TEMPLATE, MANIFEST},
-    store::{Role, StoreError, Stores},
+    store::Stores,
 };
-
-/// What the engine reads of an adapter.
-const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
-/// What an adapter may have besides.
-const OPTIONAL_FILES: [&str; 2] = [CHAT_TEMPLATE, MANIFEST];
 
 /// What lets a model be asked in words: its tokenizer and chat template, and the tokens at which it stops.
 pub struct Voice {
@@ -165,43 +157,10 @@ fn without_dots(path: &Path) -> PathBuf {
     resolved.unwrap_or_else(|_| path.to_owned())
 }
 
-/// An adapter's files on disk.
-pub(crate) fn fetch_adapter(uri: &Uri, stores: &Stores, work: &Path) -> Result<PathBuf, Error> {
-    let location = stores.open(Role::Output, uri)?;
-    if let Some(folder) = location.on_disk() {
-        return Ok(folder.to_owned());
-    }
-    for name in ADAPTER_FILES {
-        location.join(name).download(&work.join(name))?;
-    }
-    for name in OPTIONAL_FILES {
-        let path = work.join(name);
-        match location.join(name).read_if_exists()? {
-            Some(bytes) => fs::write(&path, bytes),
-            // The folder may hold that of another adapter.
-            None => fs::remove_file(&path).or_else(|error| match error.kind() {
-                io::ErrorKind::NotFound => Ok(()),
-                _ => Err(error),
-            }),
-        }
-        .map_err(|source| StoreError::Disk { path, source })?;
-    }
-    Ok(work.to_owned())
-}
-
-/// The chat template that an adapter was trained with, if it has one of its own.
-pub(crate) fn chat_template(adapter: &Path) -> Result<Option<String>, Error> {
-    let path = adapter.join(CHAT_TEMPLATE);
-    match fs::read_to_string(&path) {
-        Ok(template) => Ok(Some(template)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        // What the adapter was trained with is not what the base model has.
-        Err(error) => Err(Error::Input(format!("{} of the adapter can't be read: {error}", path.display()))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

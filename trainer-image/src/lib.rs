@@ -4,6 +4,7 @@
 //! [`hub`]; [`train`] makes the steps and checkpoints, [`publish`] the version, [`verify`] compares it with its manifest.
 //! [`exam`] measures recall. [`pod`] is the frame of these in a cluster, [`local`] that of all of them on a laptop.
 
+mod adapter;
 pub mod chat;
 pub mod cli;
 pub mod convert;

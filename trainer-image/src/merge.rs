@@ -1,19 +1,23 @@
 //! `merge`: puts an adapter into its base model, as a Hugging Face folder that needs no PEFT.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
-    io::{BufWriter, Write},
+    io::{self, BufWriter, Write},
     path::Path,
 };
 
 use tunesmith_engine::Model;
 
 use crate::{
+    adapter::{chat_template, fetch_adapter},
+    convert::sibling,
     error::Error,
-    generate::{chat_template, fetch_adapter, uri},
+    generate::uri,
     model::{ModelFolder, read_json},
     publish::{CHAT_TEMPLATE, MANIFEST, ModelFiles, base_files, full_model},
     store::{StoreError, Stores},
+    tensors::TensorFile,
 };
 
 /// Merges and writes the folder, which must not exist; `bf16` rounds the weights to it. The result says what to know
@@ -49,24 +53,13 @@ pub fn merge(
     files.extend(base_files(&base)?);
     files.extend(chat_template(&adapter)?.map(|template| (CHAT_TEMPLATE.into(), template.into_bytes())));
     // Beside its place first, so that nothing half-written has the name.
-    let part = out.with_extension("part");
-    let disk = |path: &Path| {
-        let path = path.to_owned();
-        move |source| Error::from(StoreError::Disk { path, source })
-    };
-    fs::create_dir_all(&part).map_err(disk(&part))?;
-    for shard in shards {
-        let path = part.join(&shard.name);
-        let file = File::create(&path).map_err(disk(&path))?;
-        let mut file = BufWriter::new(file);
-        shard.write(&mut file).and_then(|()| file.flush()).map_err(disk(&path))?;
+    let part = sibling(out);
+    let written = write(&part, &shards, &files).and_then(|()| fs::rename(&part, out).map_err(disk(out)));
+    if written.is_err() {
+        // The error says more than that of a failed clean-up would.
+        let _ = fs::remove_dir_all(&part);
     }
-    for (name, bytes) in files {
-        let path = part.join(name);
-        path.parent().map_or(Ok(()), fs::create_dir_all).map_err(disk(&path))?;
-        fs::write(&path, bytes).map_err(disk(&path))?;
-    }
-    fs::rename(&part, out).map_err(disk(out))?;
+    written?;
     Ok(if is_quantized {
         Some(
             "the base is quantized: what its weights have lost, the merged ones lack too; the original base has it still",
@@ -78,6 +71,33 @@ pub fn merge(
     } else {
         None
     })
+}
+
+fn disk(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| StoreError::Disk { path, source }.into()
+}
+
+/// Writes all files into a new folder.
+fn write(folder: &Path, shards: &[TensorFile<'_>], files: &BTreeMap<String, Vec<u8>>) -> Result<(), Error> {
+    folder.parent().map_or(Ok(()), fs::create_dir_all).map_err(disk(folder))?;
+    if folder.exists() {
+        // Of a process with this one's number, that was killed.
+        fs::remove_dir_all(folder).map_err(disk(folder))?;
+    }
+    fs::create_dir(folder).map_err(disk(folder))?;
+    for shard in shards {
+        let path = folder.join(&shard.name);
+        let file = File::create(&path).map_err(disk(&path))?;
+        let mut file = BufWriter::new(file);
+        shard.write(&mut file).and_then(|()| file.flush()).map_err(disk(&path))?;
+    }
+    for (name, bytes) in files {
+        let path = folder.join(name);
+        path.parent().map_or(Ok(()), fs::create_dir_all).map_err(disk(&path))?;
+        fs::write(&path, bytes).map_err(disk(&path))?;
+    }
+    Ok(())
 }
 
 /// Whether the manifest beside the adapter, if there is one, says that its base was quantized.

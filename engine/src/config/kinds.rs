@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::known::shown;
+use super::known::{is_empty, shown};
 
 /// Objects that hold the configuration of a part of a model that sees or hears, and that of its text.
 const PARTS: [&str; 8] = [
@@ -37,7 +37,8 @@ pub(super) fn refuse_other_kinds(fields: &Fields<'_>) -> Result<(), String> {
     if fields.flag("use_bidirectional_attention")? {
         return Err("use_bidirectional_attention is true; only causal models can be trained".into());
     }
-    let part = PARTS.iter().find(|part| fields.get(part).is_some_and(|value| value.is_object() || value.is_string()));
+    let is_part = |value: &Value| (value.is_object() || value.is_string()) && !is_empty(value);
+    let part = PARTS.iter().find(|part| fields.get(part).is_some_and(is_part));
     if let Some(part) = part {
         return Err(format!(
             "has {part}: a multimodal model can't be trained, not even its text part; name a model of text alone, such as \

@@ -174,7 +174,7 @@ fn is_dropout(name: &str) -> bool {
     ["dropout", "pdrop", "dropout_prob", "layerdrop"].iter().any(|end| name.ends_with(end))
 }
 
-fn is_empty(value: &Value) -> bool {
+pub(super) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::String(text) => text.is_empty(),

@@ -85,6 +85,9 @@ pub(super) struct RopeContext {
 const COMMON: [&str; 5] = ["partial_rotary_factor", "rope_theta", "rope_type", "type", ORIGINAL];
 const ORIGINAL: &str = "original_max_position_embeddings";
 
+/// Every `rope_type`.
+const KINDS: [&str; 6] = ["default", "linear", "dynamic", "llama3", "yarn", "longrope"];
+
 /// The fields of this `rope_type`, besides those that all have.
 fn fields_of(kind: &str) -> &'static [&'static str] {
     match kind {
@@ -171,7 +174,10 @@ fn kind<'a>(rope: &Fields<'a>) -> Result<&'a str, String> {
         (Some(newer), Some(older)) if newer != older => {
             Err(format!("rope_type is {newer:?}, and type {older:?}: remove the one that does not hold"))
         }
-        (newer, older) => Ok(newer.or(older).unwrap_or("default")),
+        (newer, older) => match newer.or(older).unwrap_or("default") {
+            kind if KINDS.contains(&kind) => Ok(kind),
+            other => Err(format!("rope_type is {other:?}; supported: {}", KINDS.join(", "))),
+        },
     }
 }
 
@@ -207,7 +213,6 @@ impl RopeContext {
 
     fn scaling(self, kind: &str, rope: &Fields<'_>, theta: f64, dim: usize) -> Result<(RopeScaling, f64), String> {
         let plain = match kind {
-            "default" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: rope.positive("factor")? },
             "dynamic" => self.dynamic(rope)?,
             "llama3" => RopeScaling::Llama3 {
@@ -218,10 +223,7 @@ impl RopeContext {
             },
             "yarn" => return self.yarn(rope, theta, dim),
             "longrope" => return self.longrope(rope, dim),
-            other => {
-                let supported = "default, linear, dynamic, llama3, yarn, longrope";
-                return Err(format!("rope_type is {other:?}; supported: {supported}"));
-            }
+            _ => RopeScaling::None,
         };
         Ok((plain, 1.0))
     }

@@ -173,10 +173,15 @@ fn what_is_said_twice_must_be_the_same() {
         json!({"original_max_position_embeddings": 4096, "rope_scaling": yarn}),
         &["original_max_position_embeddings is 4096 at the top", "2048"],
     );
+    refused(
+        json!({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}),
+        &["rope_type is \"mrope\"; supported: default, linear"],
+    );
 }
 
 #[test]
 fn other_kinds_of_models_are_named() {
+    with(json!({"text_config": {}, "vision_config": {}, "mm_vision_tower": ""})).unwrap();
     for (changes, parts) in [
         (
             json!({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"a": 1}}),

@@ -88,7 +88,7 @@ impl<T> OneOrMany<T> {
 
 impl AdapterConfig {
     pub(super) fn load(dir: &Path) -> Result<Self> {
-        let path = dir.join("adapter_config.json");
+        let path = dir.join(super::CONFIG);
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
         Self::parse(&text).map_err(|message| Error::config(&path, message))
     }

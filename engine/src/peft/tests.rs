@@ -78,4 +78,13 @@ fn a_refused_configuration_names_its_file() {
     assert!(error.contains("adapter_config.json: use_qalora is true"), "{error}");
     let error = message(load_changed("tied/adapter", json!({"target_modules": "(?i).*Q_PROJ"}), as_it_is));
     assert!(error.contains("target_modules: \"(?i).*Q_PROJ\" has \"(?i\""), "{error}");
+    for (changes, expected) in [
+        (json!({"alpha_pattern": {"[": 2}}), "adapter_config.json: alpha_pattern: \"[\" is no regular expression"),
+        (json!({"rank_pattern": {"(?!x)q": 2}}), "adapter_config.json: rank_pattern: \"(?!x)q\" has"),
+        (json!({"modules_to_save": ["score"]}), "adapter_config.json: modules_to_save: \"score\" is no"),
+        (json!({"r": 9}), "adapter_config.json asks for [9,"),
+    ] {
+        let error = message(load_changed("tied/adapter", changes, as_it_is));
+        assert!(error.contains(expected), "{error}");
+    }
 }

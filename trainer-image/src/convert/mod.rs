@@ -139,7 +139,7 @@ pub fn convert(model: &Path, out: &Path) -> Result<(), ConvertError> {
 }
 
 /// A hidden folder beside `out`, so that a rename moves no data.
-fn sibling(out: &Path) -> PathBuf {
+pub(crate) fn sibling(out: &Path) -> PathBuf {
     let name = out.file_name().unwrap_or_default().to_string_lossy();
     out.with_file_name(format!(".{name}.{}.partial", std::process::id()))
 }

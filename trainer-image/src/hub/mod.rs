@@ -110,10 +110,13 @@ impl Repository {
         if !stays_inside(name) {
             return Err(StoreError::Missing { role: self.role, uri });
         }
-        if !path.exists() {
-            self.download(name, &path).map_err(|failure| explain(self.role, &uri, &self.stores, failure))?;
-        }
         let disk = |source| StoreError::Disk { path: path.clone(), source };
+        if !path.exists() {
+            self.download(name, &path).map_err(|failure| match failure {
+                Failure::Disk(source) => disk(source),
+                failure => explain(self.role, &uri, &self.stores, failure),
+            })?;
+        }
         let file = digest::file_on_disk(&path, name).map_err(disk)?;
         // The cache keeps a large file under the digest that the Hub gave for it.
         let blob = fs::canonicalize(&path).map_err(disk)?;

@@ -16,16 +16,18 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 /// What every model folder needs besides weights.
 pub(super) const REQUIRED: [&str; 3] = ["config.json", "tokenizer.json", "tokenizer_config.json"];
 /// What is used where it is there.
-pub(super) const OPTIONAL: [&str; 3] = ["generation_config.json", "chat_template.jinja", "special_tokens_map.json"];
+pub(super) const OPTIONAL: [&str; 4] =
+    ["added_tokens.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json"];
 /// What other programs read of a tokenizer. It is published with a whole model, and no part of the digest: no number
 /// depends on it.
-const COPIED: [&str; 8] = [
-    "added_tokens.json",
+const COPIED: [&str; 9] = [
     "chat_template.json",
     "merges.txt",
+    "sentencepiece.bpe.model",
     "spiece.model",
     "tekken.json",
     "tokenizer.model",
+    "tokenizer.model.v3",
     "vocab.json",
     "vocab.txt",
 ];
@@ -69,7 +71,7 @@ pub(super) const SPLIT: &str = "a GGUF file that is split in parts: join them wi
                                 FIRST-PART JOINED.gguf`, and name the joined file";
 
 /// Weights of formats that are not read, and what to do about them.
-const FORMATS: [(&str, &str); 10] = [
+const FORMATS: [(&str, &str); 13] = [
     (".bin", ", but pickled weights: save the model as safetensors"),
     (".pt", ", but pickled weights: save the model as safetensors"),
     (".pth", ", but pickled weights: save the model as safetensors"),
@@ -78,6 +80,9 @@ const FORMATS: [(&str, &str); 10] = [
     (".h5", ", but weights of TensorFlow: save the model as safetensors"),
     (".msgpack", ", but weights of Flax: save the model as safetensors"),
     (".npz", ", but weights of MLX: name the model that they were made from"),
+    (".7z", ", but an archive: unpack it and upload its files"),
+    (".tar", ", but an archive: unpack it and upload its files"),
+    (".tgz", ", but an archive: unpack it and upload its files"),
     (".tar.gz", ", but an archive: unpack it and upload its files"),
     (".zip", ", but an archive: unpack it and upload its files"),
 ];
@@ -176,7 +181,7 @@ pub(crate) fn json(bytes: &[u8]) -> Result<Value, String> {
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
 /// Checks that a file is not empty, nor git-lfs' pointer to one.
-pub(super) fn check_whole(path: &Path) -> Result<(), String> {
+pub(crate) fn check_whole(path: &Path) -> Result<(), String> {
     let mut start = Vec::new();
     let file = File::open(path).and_then(|file| file.take(LFS_POINTER.len() as u64).read_to_end(&mut start));
     match file {

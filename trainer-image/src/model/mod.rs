@@ -17,14 +17,12 @@ use tunesmith_crds::{Uri, adapter_version::ArtifactFile, run::ModelShape};
 use tunesmith_engine::{Error as EngineError, FiniteScan, ModelConfig, weights};
 
 use self::{
-    files::{
-        INDEX, OPTIONAL, REQUIRED, SPLIT, WEIGHTS, check_whole, hint, is_copied, is_gguf, is_part_of_gguf, shards,
-    },
+    files::{INDEX, OPTIONAL, REQUIRED, SPLIT, WEIGHTS, hint, is_copied, is_gguf, is_part_of_gguf, shards},
     source::{Fetched, Source, fetch_file},
     tensors::{Tensor, header, not_finite, shape, used},
 };
 pub(crate) use self::{
-    files::{copied_in, json, read_json},
+    files::{check_whole, copied_in, json, read_json},
     tensors::read_header,
 };
 use crate::{
@@ -107,6 +105,11 @@ impl ModelFolder {
         }
         let weights =
             [WEIGHTS, INDEX].into_iter().find(|name| present.contains(*name)).ok_or_else(|| missing(WEIGHTS))?;
+        let is_folder = |name: &str| present.iter().any(|file| file.starts_with(&format!("{name}/")));
+        if let Some(name) = OPTIONAL.into_iter().find(|name| !present.contains(*name) && is_folder(name)) {
+            let problem = "is a folder there, where a file is meant: put the model's own file there".into();
+            return Err(ModelError::Unusable { uri: source.uri().join(name), problem });
+        }
         let mut files = Vec::new();
         for name in REQUIRED.into_iter().chain(OPTIONAL.into_iter().filter(|name| present.contains(*name))) {
             files.push(fetch_whole(source, name, &mut io::sink())?);
@@ -124,12 +127,18 @@ impl ModelFolder {
         for name in present.iter().filter(|name| is_copied(name)) {
             source.fetch(name, &mut io::sink())?;
         }
-        let tensors = fetch_weights(source, &config, &names, &mut files)?;
+        let (tensors, not_finite_of) = fetch_weights(source, &names, &mut files)?;
         // An output layer beside the embedding may be used although the configuration ties them.
         let config = match config.tie_word_embeddings && tensors.contains_key("lm_head.weight") {
             true => ModelConfig::of_folder(folder).map_err(|error| unusable("config.json", problem_of(error)))?,
             false => config,
         };
+        for (file, names) in &not_finite_of {
+            let used = used(names, &config, &tensors);
+            if !used.is_empty() {
+                return Err(unusable(file, not_finite(&used)));
+            }
+        }
         weights::check(folder, &config).map_err(|error| unusable(weights, problem_of(error)))?;
         let (digest, shape) = (digest::of_files(&files), shape(&config, &tensors));
         Ok(Self { digest, shape, folder: folder.to_owned(), config })
@@ -144,14 +153,16 @@ fn fetch_whole(source: &Source, name: &str, also: &mut dyn io::Write) -> Result<
     Ok(file)
 }
 
-/// Brings the files `names` of weights here, adds them to `files`, and tells their tensors. Those that are used must be
-/// finite, which shows as the bytes go by.
-fn fetch_weights(
+/// Names of tensors that are not finite, by the file that holds them.
+type NotFinite<'a> = Vec<(&'a String, Vec<String>)>;
+
+/// Brings the files `names` of weights here, adds them to `files`, and tells their tensors; and for each file those
+/// that are not finite, which shows as the bytes go by.
+fn fetch_weights<'a>(
     source: &Source,
-    config: &ModelConfig,
-    names: &[String],
+    names: &'a [String],
     files: &mut Vec<ArtifactFile>,
-) -> Result<BTreeMap<String, Tensor>, ModelError> {
+) -> Result<(BTreeMap<String, Tensor>, NotFinite<'a>), ModelError> {
     let unusable = |file: &str, problem: String| ModelError::Unusable { uri: source.uri().join(file), problem };
     let (mut tensors, mut not_finite_of) = (BTreeMap::new(), Vec::new());
     for name in names {
@@ -161,13 +172,7 @@ fn fetch_weights(
         tensors.extend(found);
         not_finite_of.push((name, scan.into_names()));
     }
-    for (file, names) in &not_finite_of {
-        let used = used(names, config, &tensors);
-        if !used.is_empty() {
-            return Err(unusable(file, not_finite(&used)));
-        }
-    }
-    Ok(tensors)
+    Ok((tensors, not_finite_of))
 }
 
 /// What the engine says, without the path of a file on this machine.
@@ -175,8 +180,8 @@ fn problem_of(error: EngineError) -> String {
     match error {
         EngineError::Config { message, .. } => message,
         EngineError::Weights { path, message } => match path.file_name() {
-            // A shard; the folder's own name says nothing.
-            Some(name) if path.is_file() => format!("{}: {message}", name.display()),
+            // A shard; the folder's own name says nothing, and the index is named as it is.
+            Some(name) if path.is_file() && name != INDEX => format!("{}: {message}", name.display()),
             _ => message,
         },
         EngineError::Io { source, .. } => format!("can't be read: {source}"),

@@ -48,9 +48,8 @@ pub(crate) fn read_header(file: &mut impl Read, bytes: u64) -> Result<BTreeMap<S
         serde_json::from_slice(&header).map_err(|error| format!("not a whole safetensors file: {error}"))?;
     let expected = 8 + header_bytes + metadata.data_len() as u64;
     if bytes != expected {
-        return Err(format!(
-            "has {bytes} bytes, its header says {expected}: the upload was cut short; upload it again"
-        ));
+        let what = if bytes < expected { "the upload was cut short" } else { "something else follows" };
+        return Err(format!("has {bytes} bytes, its header says {expected}: {what}; upload it again"));
     }
     let tensor = |info: &TensorInfo| Tensor { dtype: info.dtype, shape: info.shape.clone() };
     Ok(metadata.tensors().into_iter().map(|(name, info)| (name, tensor(info))).collect())

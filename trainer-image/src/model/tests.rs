@@ -142,6 +142,14 @@ fn tensors_that_are_used_are_checked_as_loading_checks_them() {
             "convert the model again",
         ]);
     }
+    // An output layer of its own is used, although the configuration ties it.
+    damaged(&|tensors| {
+        let (dtype, shape, _) = &tensors["model.embed_tokens.weight"];
+        let nan = f32::NAN.to_le_bytes().repeat(shape.iter().product());
+        let output = (*dtype, shape.clone(), nan);
+        tensors.insert("lm_head.weight".into(), output);
+    })
+    .refused(&["NaN or infinite values in lm_head.weight"]);
 }
 
 #[test]
@@ -192,6 +200,7 @@ fn shards_are_all_there_and_hold_what_the_index_says() {
     let with_absent = index.replacen("{\"weight_map\":{", "{\"weight_map\":{\"absent\":\"a.safetensors\",", 1);
     bench.write(INDEX, with_absent).refused(&["says that absent is in a.safetensors, which does not hold it"]);
     bench.write(INDEX, index.replace("b.safetensors", "a.safetensors")).refused(&["which does not hold it"]);
+    bench.write(INDEX, format!("\u{feff}{index}")).load();
     bench.write(INDEX, &index);
     let b = fs::read(bench.model().join("b.safetensors")).unwrap();
     bench.write("a.safetensors", &b).refused(&["says that model.embed_tokens.weight is in a.safetensors"]);
@@ -220,6 +229,7 @@ fn what_is_no_whole_file_is_refused_for_good_and_says_so() {
     }
     for name in OPTIONAL {
         Bench::new().write(name, "").refused(&[name, "is empty"]);
+        Bench::new().write(&format!("{name}/x"), "x").refused(&[name, "is a folder there"]);
     }
     Bench::new().write("config.json", "{").refused(&["config.json: not valid JSON"]);
     Bench::new().write("config.json", "[]").refused(&["config.json: not a JSON object"]);
@@ -246,7 +256,7 @@ fn a_byte_order_mark_is_skipped() {
 #[test]
 fn other_things_than_a_model_folder_are_named_with_what_to_do() {
     // Each: what lies in the folder, and what is said.
-    let cases: [(&[&str], &[&str]); 15] = [
+    let cases: [(&[&str], &[&str]); 16] = [
         (
             &["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
             &["it is an adapter", "tunesmith-trainer merge"],
@@ -270,6 +280,7 @@ fn other_things_than_a_model_folder_are_named_with_what_to_do() {
             &["nor model.safetensors.index.json, which names the shards"],
         ),
         (&["model.tar.gz"], &["an archive: unpack it"]),
+        (&["model.tgz"], &["an archive: unpack it"]),
         (&["v1/config.json", "v1/tokenizer.json"], &["but v1/ in it does: add that to baseModel.uri"]),
     ];
     for (files, parts) in cases {
@@ -316,6 +327,10 @@ fn what_is_only_copied_is_no_part_of_the_digest_and_comes_with_a_whole_model() {
     bench.write("README.md", "no").write("additional_chat_templates/a/b.jinja", "no");
     let model = bench.load();
     assert_eq!(model.digest, digest);
+    // Of this one, tokens depend where an old tokenizer_config.json lacks them.
+    bench.write("added_tokens.json", r#"{"<tool>": 258}"#);
+    assert_ne!(bench.load().digest, digest);
+    bench.remove("added_tokens.json");
     let files = crate::publish::base_files(&model.folder).unwrap();
     let names: Vec<&str> = files.keys().map(String::as_str).collect();
     let expected = [

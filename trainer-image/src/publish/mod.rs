@@ -33,11 +33,17 @@ use crate::{
 pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Files of the base model's that tell how to turn text into tokens. They come with the adapter, where it has them, as
 /// PEFT's users expect.
-const TOKENIZER_FILES: [&str; 4] =
-    [CHAT_TEMPLATE, "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
+const TOKENIZER_FILES: [&str; 5] =
+    ["added_tokens.json", CHAT_TEMPLATE, "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
 /// What comes with a whole model, besides what other programs read of its tokenizer.
-const BASE_FILES: [&str; 5] =
-    [CHAT_TEMPLATE, "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
+const BASE_FILES: [&str; 6] = [
+    "added_tokens.json",
+    CHAT_TEMPLATE,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
 
 /// Why a result was not published.
 #[derive(Debug, thiserror::Error)]

@@ -146,6 +146,7 @@ mod tests {
             ("AWS_UNSIGNED_PAYLOAD", "2"),
             ("AWS_ALLOW_HTTP", "sure"),
             ("AWS_TIMEOUT", "soon"),
+            ("AWS_READ_TIMEOUT", "0s"),
             ("AWS_CONNECT_TIMEOUT", "10 parsecs"),
             ("AWS_READ_TIMEOUT", "-1s"),
             ("AWS_POOL_MAX_IDLE_PER_HOST", "many"),

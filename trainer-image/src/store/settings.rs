@@ -61,6 +61,8 @@ const ENCRYPTION: [&str; 3] = ["AWS_SSE_KMS_KEY_ID", "AWS_SSE_BUCKET_KEY_ENABLED
 const MULTILINE: &str = "AWS_PROXY_CA_CERTIFICATE";
 /// How long the Hub may say nothing.
 const HUB_TIMEOUT_SECONDS: u64 = 30;
+/// Proxies that are no HTTP servers.
+const SOCKS: [&str; 5] = ["socks", "socks4", "socks4a", "socks5", "socks5h"];
 /// What every HTTP client of this process obeys.
 const PROXIES: [&str; 6] = ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
 
@@ -149,6 +151,10 @@ fn check_one(name: &str, Setting { value, .. }: &Setting) -> Result<(), String> 
         return Err(format!(
             "is {value:?}, which is no region: a region has letters, digits and '-', such as eu-central-1"
         ));
+    }
+    let is_zero = || value.bytes().all(|byte| byte == b'0' || byte.is_ascii_alphabetic()) && value.starts_with('0');
+    if name.ends_with("TIMEOUT") && is_zero() {
+        return Err(format!("is {value:?}, at which every request ends at once; write a time above 0, such as 60s"));
     }
     if name == "AWS_PROXY_URL" {
         return check_proxy(value);
@@ -267,9 +273,9 @@ pub(super) fn check_network(environment: &Environment) -> Result<(), String> {
 fn check_proxy(value: &str) -> Result<(), String> {
     let with_scheme = if value.contains("://") { value.to_owned() } else { format!("http://{value}") };
     match with_scheme.split_once("://") {
-        Some((scheme, _)) if scheme.to_ascii_lowercase().starts_with("socks") => {
+        Some((scheme, rest)) if SOCKS.contains(&scheme.to_ascii_lowercase().as_str()) => {
             tracing::warn!("a SOCKS proxy is used for hf:// alone, not for S3");
-            Ok(())
+            check_url(&format!("http://{rest}")).map(drop)
         }
         _ => check_url(&with_scheme).map(drop),
     }
@@ -442,7 +448,7 @@ mod tests {
         for sound in ["proxy:3128", "http://me:pa55@proxy:3128", "socks5h://127.0.0.1:1080"] {
             check_network(&environment(&[("HTTPS_PROXY", sound)])).unwrap();
         }
-        for broken in ["http://", "proxy:port", "http://a b", "gopher://x"] {
+        for broken in ["http://", "proxy:port", "http://a b", "gopher://x", "socks9://x", "socks5://x:99999"] {
             let error = check_network(&environment(&[("https_proxy", broken)])).unwrap_err();
             assert!(error.starts_with("https_proxy is "), "{error}");
         }

@@ -119,8 +119,25 @@ fn bare(mut function: Map<String, Value>, path: &str) -> Result<Map<String, Valu
     if !arguments.is_object() {
         return Err(format!("{path}.arguments is not an object (nor the JSON text of one)"));
     }
+    if let Some(number) = beyond_64_bits(&arguments) {
+        return Err(format!(
+            "{path}.arguments holds a number beyond 64 bits, which would become {number}: write it as a text"
+        ));
+    }
     function.insert("arguments".into(), arguments);
     Ok(function)
+}
+
+/// A whole number that was too large to be read digit by digit.
+fn beyond_64_bits(value: &Value) -> Option<f64> {
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            number.as_f64().filter(|number| number.fract() == 0.0 && number.abs() >= 2f64.powi(63))
+        }
+        Value::Array(items) => items.iter().find_map(beyond_64_bits),
+        Value::Object(fields) => fields.values().find_map(beyond_64_bits),
+        _ => None,
+    }
 }
 
 /// A value that is written as JSON text.
@@ -213,6 +230,10 @@ mod tests {
                 "c[0].function.arguments is a text that is not valid",
             ),
             (json!([{"function": {"name": "f", "arguments": "[1]"}}]), "c[0].function.arguments is not an object"),
+            (
+                json!([{"name": "f", "arguments": "{\"ids\": [18446744073709551615, 123456789012345678901234]}"}]),
+                "c[0].arguments holds a number beyond 64 bits",
+            ),
         ] {
             let error = calls(value, "c").unwrap_err();
             assert!(error.contains(expected), "{error}");

@@ -151,10 +151,16 @@ fn a_merged_model_has_the_loss_of_its_adapter_and_needs_nothing_else() {
     let bench = Bench::new();
     let lora = Lora { dropout: 0.0, ..Lora::default() };
     let (folder, _, after) = published_by(&bench, Method::LoRA { lora }, json!({"learningRate": 0.02}));
-    let (base, merged) = (bench.path("model"), bench.path("merged"));
+    let (base, merged) = (bench.path("model"), bench.path("merged-1.5"));
+    // What others left behind is no part of it.
+    for stale in [merged.with_extension("part"), crate::convert::sibling(&merged)] {
+        fs::create_dir(&stale).unwrap();
+        fs::write(stale.join("model.safetensors.index.json"), "{}").unwrap();
+    }
     let stores = Stores::from_environment(bench.runtime.handle().clone());
     let run = || merge(base.to_str().unwrap(), folder.to_str().unwrap(), &merged, false, &stores, &bench.path("work"));
     assert_eq!(run().unwrap(), None);
+    assert!(!merged.join("model.safetensors.index.json").exists());
     let mut spec = bench.spec(json!({}));
     spec.base_model = format!("file://{}", merged.display()).parse().unwrap();
     let inputs =
