@@ -76,7 +76,7 @@ ROWS = {
 def templates():
     shipped = files("trl") / "chat_templates"
     names = ["qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3", "llama3_1", "llama3_2", "phi3", "phi3_5", "gemma", "gemma3"]
-    for name in [*names, "deepseek_r1_distill"]:
+    for name in [*names, "deepseek_r1_distill", "qwen3_5_think", "qwen3_5_nothink", "nemotron_3_nano"]:
         yield name, name, (shipped / f"{name}.jinja").read_text()
         training = shipped / f"{name}_training.jinja"
         if training.is_file():

@@ -343,7 +343,9 @@ fn print(report: &Report) {
                 println!("{name}: {speed:.2}× PEFT's speed ({cpu_time:.2}× by CPU time), {memory:.2}× its memory")
             }
             None if name == "bf16" && !torch_computes_in(DTYPES[1]) => {
-                println!("{name}: PEFT was not measured: without instructions for bf16, torch takes half a minute a step")
+                println!(
+                    "{name}: PEFT was not measured: without instructions for bf16, torch takes half a minute a step"
+                )
             }
             None => {
                 println!("{name}: PEFT was not measured: no Python, or one without peft (make oracle installs one)")

@@ -135,9 +135,9 @@ impl Encoder {
         let learned = conversation.turns.iter().enumerate().filter(|turn| is_learned(*turn));
         let contents: Vec<&str> = learned.map(|(_, turn)| turn.content().trim()).collect();
         // A template that marks what is learned may mark several parts of a turn.
-        let content = |i: usize| contents.get(i).copied().filter(|_| contents.len() == spans.len()).unwrap_or_default();
+        let said = |i: usize| if contents.len() == spans.len() { &contents[i..=i] } else { &contents[..] };
         let spans: Vec<_> =
-            spans.iter().enumerate().map(|(i, span)| self.until_end(&text, span.clone(), content(i))).collect();
+            spans.iter().enumerate().map(|(i, span)| self.until_end(&text, span.clone(), said(i))).collect();
         let is_ended = spans.last().is_some_and(|span| self.ends_with_end(&text[span.clone()]));
         let mut tokens = Tokens::of_spans(self.vocabulary.rendered(&text)?, &spans, notes);
         // After a turn that is not learned there is nothing to end.
@@ -150,12 +150,12 @@ impl Encoder {
     /// A turn up to its end token: the line break that templates put after it is never asked for. A template that ends
     /// `{% generation %}` before the end token leaves it outside, and the model would never learn to stop. An end token in
     /// the turn's content is a part of the answer.
-    fn until_end(&self, text: &str, span: Range<usize>, content: &str) -> Range<usize> {
+    fn until_end(&self, text: &str, span: Range<usize>, contents: &[&str]) -> Range<usize> {
         let ends = || self.vocabulary.ends.iter().map(|(_, end)| end.as_str());
         let said = text[span.clone()].trim_end();
         let (mut rest, mut first_end) = (said, None);
         while let Some(end) = ends().find(|end| rest.ends_with(end)) {
-            if content.ends_with(end) && rest.ends_with(content) {
+            if contents.iter().any(|content| content.ends_with(end) && rest.ends_with(content)) {
                 break;
             }
             first_end = Some(span.start + rest.len());

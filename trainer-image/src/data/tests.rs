@@ -112,6 +112,16 @@ fn an_end_token_outside_the_generation_tags_is_trained_after_every_turn() {
 }
 
 #[test]
+fn an_answer_that_ends_in_an_end_token_has_another_one_in_a_template_that_marks_more() {
+    let template = "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}\
+        <|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}\
+        {% generation %}<|im_start|>{% endgeneration %}";
+    let encoder = encoder_with(template);
+    let example = encode(&encoder, &chat(&[("user", "a"), ("assistant", "the end: <|im_end|>")]));
+    assert_eq!(trained(&encoder, &example), "the end: $$$", "its own, that of the turn, and one behind the last mark");
+}
+
+#[test]
 fn an_end_token_is_trained_whether_it_is_the_pad_token_or_there_is_none() {
     for pad_token in [json!("<|im_end|>"), json!("<|endoftext|>"), Value::Null] {
         let encoder = encoder_of(vocabulary(|_, config| config["pad_token"] = pad_token.clone()));

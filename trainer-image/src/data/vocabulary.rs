@@ -353,22 +353,22 @@ fn set_ends(tokenizer: &mut Tokenizer, config: &Value) -> Result<(), String> {
     Ok(())
 }
 
-/// The end tokens of `generation_config.json`, one or several.
+/// The end tokens of `generation_config.json`, one or several. Where that file is absent, transformers makes it from
+/// `config.json`.
 fn stop_tokens(folder: &Path) -> Result<Vec<u32>, String> {
-    let config = json_file(folder, "generation_config.json")?.unwrap_or_default();
-    let ids = match &config["eos_token_id"] {
-        Value::Null => return Ok(Vec::new()),
-        Value::Array(ids) => ids.clone(),
-        id => vec![id.clone()],
+    let (name, config) = match json_file(folder, "generation_config.json")? {
+        Some(config) => ("generation_config.json", config),
+        None => ("config.json", json_file(folder, "config.json")?.unwrap_or_default()),
     };
+    let ids =
+        match [&config["eos_token_id"], &config["text_config"]["eos_token_id"]].into_iter().find(|id| !id.is_null()) {
+            None => return Ok(Vec::new()),
+            Some(Value::Array(ids)) => ids.clone(),
+            Some(id) => vec![id.clone()],
+        };
     let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
-    ids.iter()
-        .map(|value| {
-            id(value).ok_or_else(|| {
-                format!("generation_config.json: eos_token_id holds {value}; expected numbers of tokens")
-            })
-        })
-        .collect()
+    let refuse = |value: &Value| format!("{name}: eos_token_id holds {value}; expected numbers of tokens");
+    ids.iter().map(|value| id(value).ok_or_else(|| refuse(value))).collect()
 }
 
 /// A warning about words in a template that look like tokens and are none.

@@ -15,11 +15,22 @@ const WEIGHTS: [&str; 3] = ["weight", "sample_weight", "loss_weight"];
 const MEDIA: [&str; 6] = ["image", "images", "video", "videos", "audio", "audios"];
 
 /// Columns that mark an answer.
-const MARKS: [&str; 6] = ["chosen", "rejected", "label", "labels", "kto_tag", "completions"];
+const MARKS: [&str; 4] = ["label", "labels", "kto_tag", "completions"];
+/// Columns of pairs: a better answer and a worse one.
+const PAIRS: [&str; 8] = [
+    "chosen",
+    "rejected",
+    "chosen_response",
+    "rejected_response",
+    "response_chosen",
+    "response_rejected",
+    "chosen_messages",
+    "rejected_messages",
+];
 
 /// Every column that tells such a row.
 pub(super) fn columns() -> impl Iterator<Item = &'static str> {
-    MARKS.into_iter().chain(GRADES).chain(WEIGHTS).chain(MEDIA)
+    MARKS.into_iter().chain(PAIRS).chain(GRADES).chain(WEIGHTS).chain(MEDIA)
 }
 
 /// Refuses a row whose columns have a meaning that is not carried out; `is_mapped` tells the columns that the user has
@@ -29,11 +40,12 @@ pub(super) fn columns() -> impl Iterator<Item = &'static str> {
 /// It is of such a kind; the message says which, and how its good answers can be used.
 pub(super) fn refuse(columns: &Columns, is_mapped: impl Fn(&str) -> bool) -> Result<(), String> {
     let given = |name: &str| columns.get(name).filter(|value| is_given(value));
-    for name in ["chosen", "rejected"] {
-        if given(name).is_some() && !is_mapped("chosen") {
+    for name in PAIRS {
+        if given(name).is_some() && !PAIRS.into_iter().any(|name| name.contains("chosen") && is_mapped(name)) {
             return Err(format!(
                 "{name}: pairs of a chosen and a rejected answer (DPO) are not supported; to learn the chosen answers \
-                 alone, name their column: dataset.columns {{completion: chosen}}, or {{messages: chosen}} if it holds turns"
+                 alone, name their column: dataset.columns {{completion: chosen}}, or {{messages: chosen}} if it holds turns; \
+                 or remove the column {name} if another one holds them"
             ));
         }
     }
@@ -125,6 +137,7 @@ mod tests {
                 "chosen: pairs of a chosen and a rejected answer (DPO)",
             ),
             (json!({"messages": [{}], "rejected": [{}]}), "rejected: pairs"),
+            (json!({"messages": [{}], "rejected_response": "c"}), "rejected_response: pairs"),
             (json!({"prompt": "a", "completion": "b", "label": false}), "label is false: answers that are marked"),
             (json!({"prompt": "a", "completion": "b", "label": true}), "keep the rows whose label is true"),
             (json!({"prompt": "a", "completion": "b", "label": 0}), "label is 0: answers that are marked"),

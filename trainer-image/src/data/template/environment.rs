@@ -53,16 +53,19 @@ pub(super) fn environment(calendar: &Calendar) -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(python::method);
     environment.set_formatter(|out, _, value| Ok(out.write_str(&python::str(value))?));
     environment.add_function("raise_exception", raise_exception);
     let calendar = calendar.clone();
     environment.add_function("strftime_now", move |format: &str| calendar.format(format));
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |value: Value| python::str(&value));
+    environment.add_filter("length", length);
+    environment.add_filter("count", length);
     // In Python, texts can be iterated over too, and are sequences.
     let is_text = |value: &Value| value.kind() == ValueKind::String;
-    environment.add_test("iterable", move |value: Value| is_text(&value) || value.try_iter().is_ok());
+    environment
+        .add_test("iterable", move |value: Value| is_text(&value) || (!value.is_none() && value.try_iter().is_ok()));
     environment.add_test("sequence", move |value: Value| {
         is_text(&value) || matches!(value.kind(), ValueKind::Seq | ValueKind::Map)
     });
@@ -71,6 +74,12 @@ pub(super) fn environment(calendar: &Calendar) -> Environment<'static> {
 
 fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// In Python's Jinja, what is not there has no items.
+fn length(value: Value) -> Result<usize, Error> {
+    let unknown = || Error::new(ErrorKind::InvalidOperation, format!("cannot calculate length of {}", value.kind()));
+    if value.is_undefined() { Ok(0) } else { value.len().ok_or_else(unknown) }
 }
 
 fn to_json(value: Value, indent: Option<Value>, options: Kwargs) -> Result<String, Error> {
@@ -89,6 +98,13 @@ pub(super) fn prepare(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source.as_str();
     while let Some(start) = rest.find("{%") {
+        // What stands in a comment is no tag.
+        let comment = rest[..start].find("{#");
+        if let Some(end) = comment.and_then(|start| Some(start + rest[start..].find("#}")? + 2)) {
+            out.push_str(&rest[..end]);
+            rest = &rest[end..];
+            continue;
+        }
         let Some(end) = rest[start..].find("%}").map(|end| start + end + 2) else { break };
         let inner = rest.get(start + 2..end - 2).unwrap_or_default();
         let dash = |is_there: bool| if is_there { "-" } else { "" };

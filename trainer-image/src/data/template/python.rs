@@ -3,9 +3,91 @@
 use std::fmt::Write;
 
 use minijinja::{
-    Value,
-    value::{Kwargs, ValueKind},
+    Error, ErrorKind, State, Value,
+    value::{Kwargs, ValueKind, from_args},
 };
+use minijinja_contrib::pycompat::unknown_method_callback;
+
+/// Most spaces that a template may write at once, to indent JSON or to fill a field of `format`.
+const MAX_WIDTH: usize = 1000;
+
+/// Methods of Python's types.
+pub(super) fn method(state: &State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+    let Some(text) = value.as_str() else { return unknown_method_callback(state, value, method, args) };
+    let one = || from_args::<(&str,)>(args).map(|(part,)| part);
+    let three = |before: &str, part: &str, after: &str| Value::from([before, part, after].map(Value::from).to_vec());
+    Ok(match method {
+        "rsplit" => rsplit(text, args)?.into(),
+        "partition" => match text.split_once(one()?) {
+            Some((before, after)) => three(before, one()?, after),
+            None => three(text, "", ""),
+        },
+        "rpartition" => match text.rsplit_once(one()?) {
+            Some((before, after)) => three(before, one()?, after),
+            None => three("", "", text),
+        },
+        "removeprefix" => text.strip_prefix(one()?).unwrap_or(text).into(),
+        "removesuffix" => text.strip_suffix(one()?).unwrap_or(text).into(),
+        "format" if widest(text) > MAX_WIDTH => return Err(too_wide("format")),
+        "ljust" | "rjust" | "center" | "zfill" if args.first().is_some_and(is_wide) => return Err(too_wide(method)),
+        _ => return unknown_method_callback(state, value, method, args),
+    })
+}
+
+/// The largest number in the braces of a format.
+fn widest(format: &str) -> usize {
+    let fields = format.split('{').skip(1).filter_map(|rest| rest.split('}').next());
+    let numbers =
+        fields.flat_map(|field| field.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty()));
+    numbers.map(|digits| digits.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
+}
+
+fn is_wide(value: &Value) -> bool {
+    value.as_usize().is_some_and(|width| width > MAX_WIDTH)
+}
+
+fn too_wide(what: &str) -> Error {
+    let message = format!("{what}: a width above {MAX_WIDTH}");
+    Error::new(ErrorKind::InvalidOperation, message)
+}
+
+/// The parts of a text, of which so many are split off from its end.
+fn rsplit(text: &str, args: &[Value]) -> Result<Vec<String>, Error> {
+    let (separator, most, named): (Option<Value>, Option<i64>, Kwargs) = from_args(args)?;
+    let separator = match separator {
+        Some(separator) => Some(separator),
+        None => named.get("sep")?,
+    };
+    let most = match most {
+        Some(most) => Some(most),
+        None => named.get("maxsplit")?,
+    };
+    named.assert_all_used()?;
+    let separator = separator.filter(|separator| !separator.is_none());
+    let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
+    if separator.as_ref().is_some_and(|separator| separator.as_str().is_none_or(str::is_empty)) {
+        return Err(Error::new(ErrorKind::InvalidOperation, "rsplit: the separator must be a string, and not empty"));
+    }
+    let (mut rest, mut parts) = (text, Vec::new());
+    while parts.len() < most {
+        let split = match separator.as_ref().map(Value::as_str) {
+            Some(separator) => rest.rsplit_once(separator.unwrap_or_default()),
+            None => {
+                rest = rest.trim_end();
+                rest.rsplit_once(char::is_whitespace)
+            }
+        };
+        let Some((before, part)) = split else { break };
+        parts.push(part.to_owned());
+        rest = before;
+    }
+    let rest = if separator.is_none() { rest.trim_end() } else { rest };
+    if separator.is_some() || !rest.is_empty() {
+        parts.push(rest.to_owned());
+    }
+    parts.reverse();
+    Ok(parts)
+}
 
 /// Options of `json.dumps`, with transformers' defaults.
 pub(super) struct Dumps {
@@ -37,6 +119,9 @@ impl Dumps {
             dumps.sort_keys = sort_keys;
         }
         let indent: Option<Value> = options.get("indent")?;
+        if indent.as_ref().is_some_and(is_wide) {
+            return Err(too_wide("tojson"));
+        }
         dumps.indent = indent.filter(|indent| !indent.is_none()).map(|indent| match indent.as_str() {
             Some(text) => text.to_owned(),
             None => " ".repeat(indent.as_usize().unwrap_or_default()),
@@ -225,7 +310,7 @@ fn repr(out: &mut String, value: &Value) {
             }
             out.push('}');
         }
-        ValueKind::Seq => {
+        ValueKind::Seq | ValueKind::Iterable => {
             out.push('[');
             if let Ok(mut items) = value.try_iter() {
                 list(out, &mut items, &repr);
@@ -298,6 +383,23 @@ mod tests {
     #[test]
     fn an_option_that_dumps_does_not_have_is_refused() {
         let options: Kwargs = [("intent", Value::from(2))].into_iter().collect();
+        assert!(Dumps::new(&options).is_err());
+    }
+
+    #[test]
+    fn a_template_can_not_ask_for_more_spaces_than_there_is_memory() {
+        let mut environment = minijinja::Environment::new();
+        environment.set_unknown_method_callback(method);
+        for (template, is_fine) in [
+            ("{{ '{:>8}|{}'.format(1, 2) }}", true),
+            ("{{ '{:>99999999999}'.format(1) }}", false),
+            ("{{ '{0:99999999999999999999999999}'.format(1) }}", false),
+            ("{{ '{:.99999999999f}'.format(1.5) }}", false),
+        ] {
+            let rendered = environment.render_str(template, ());
+            assert_eq!(rendered.is_ok(), is_fine, "{template}: {rendered:?}");
+        }
+        let options: Kwargs = [("indent", Value::from(99_999_999_999_u64))].into_iter().collect();
         assert!(Dumps::new(&options).is_err());
     }
 

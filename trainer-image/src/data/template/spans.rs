@@ -7,7 +7,10 @@ use std::{collections::BTreeSet, ops::Range};
 
 use serde_json::Value;
 
-use super::{ChatTemplate, Rendered, SENTINELS, words::words};
+use super::{
+    ChatTemplate, Rendered, SENTINELS,
+    words::{stands_in, words},
+};
 use crate::data::{
     conversation::{Conversation, Message},
     notes::Notes,
@@ -59,7 +62,7 @@ impl ChatTemplate {
             rendered => rendered,
         };
         let (rendered, lost_reasoning) = rendered.map_err(Problem::explain)?;
-        scene.note(lost_reasoning, notes);
+        scene.note(&rendered.text, lost_reasoning, notes);
         Ok(rendered)
     }
 
@@ -80,7 +83,7 @@ impl ChatTemplate {
             whole => whole,
         }
         .map_err(Problem::explain)?;
-        scene.note(lost_reasoning, notes);
+        scene.note(&text, lost_reasoning, notes);
         let excluded = (0..conversation.turns.len()).filter(|&i| conversation.turns[i].is_excluded());
         let excluded = excluded.map(|i| scene.region(&text, conversation.turns.len(), i)).collect::<Result<_, _>>()?;
         Ok((text, excluded))
@@ -174,7 +177,7 @@ impl<'a> Scene<'a> {
         }
         let (prompt, whole) = (self.text(last, true)?, self.text(last + 1, false)?);
         let region = self.region(&whole, last + 1, last)?;
-        let Some(start) = end_of_longest_match(&prompt, &whole, 0..region.start) else { return Err(problem) };
+        let Some((_, start)) = end_of_longest_match(&prompt, &whole, 0..region.start) else { return Err(problem) };
         let text = prompt.clone() + &whole[start..];
         let spans = vec_of(prompt.len()..text.len());
         let is_learned = |turn: &Message| std::ptr::eq(turn, &self.turns()[last]);
@@ -193,30 +196,60 @@ impl<'a> Scene<'a> {
     /// The place of a learned turn in the whole text: from the end of what the model is asked with to the end of the
     /// turn, after the byte `after`.
     fn span(&self, text: &str, i: usize, after: usize) -> Result<Range<usize>, Problem> {
-        // A conversation of no turn is none.
-        let asked = if i == 0 { None } else { Some(self.text(i, true)?) };
-        let answered = self.text(i + 1, false)?;
-        if let Some(asked) = &asked
-            && answered.starts_with(asked.as_str())
-            && text.starts_with(&answered)
-        {
+        // A conversation of no turn is none, and a template may refuse one that breaks off before any question.
+        let asked = if i == 0 { String::new() } else { self.text(i, true).unwrap_or_default() };
+        let answered = match self.text(i + 1, false) {
+            Err(_) if !self.turns()[i].fields().contains_key("tool_calls") => String::new(),
+            answered => answered?,
+        };
+        if !asked.is_empty() && answered.starts_with(&asked) && text.starts_with(&answered) {
             return Ok(asked.len()..answered.len());
         }
-        let (region, own_region) = (self.region(text, self.turns().len(), i)?, self.region(&answered, i + 1, i)?);
+        let region = self.region(text, self.turns().len(), i)?;
+        let own_region = if answered.is_empty() { 0..0 } else { self.region(&answered, i + 1, i)? };
         if region.is_empty() || region.start < after {
             let first = words(&self.turns()[i]).into_iter().next();
             let path = first.map_or(self.turns()[i].path().to_owned(), |words| words.path);
             return Err(Problem::Lost { path, is_learned: true });
         }
-        let header = common_prefix(asked.as_deref().unwrap_or_default(), &answered).min(own_region.start);
+        let prompt = self.generation_prompt(i);
+        let mut header = floor(&answered, common_prefix(&asked, &answered).min(own_region.start));
+        let unasked = asked.len().saturating_sub(prompt.len());
+        if header < asked.len() && unasked < header {
+            header = unasked + whole_markers(&answered[floor(&answered, unasked)..header]);
+        }
         let header = &answered[..floor(&answered, header)];
         let start = match text.starts_with(header) && header.len() >= after && header.len() <= region.start {
             true if !header.is_empty() => header.len(),
-            _ => end_of_longest_match(header, text, after..region.start).unwrap_or(region.start),
+            _ => self.beginning(text, i, (&prompt, header), after..region.start),
         };
         let rest = &text[region.end..];
         let end = region.end + end_of_turn(rest, &answered[own_region.end..]);
         Ok(start..end)
+    }
+
+    /// Where the model begins to write turn `i`, whose words stand behind this part of the text: after as much as there is
+    /// of the prompt's beginning or of the header's end, and after the words of the turn before.
+    fn beginning(&self, text: &str, i: usize, (prompt, header): (&str, &str), part: Range<usize>) -> usize {
+        let before = i.checked_sub(1).and_then(|i| self.region(text, self.turns().len(), i).ok());
+        let before = before.filter(|before| before.end <= part.end).map_or(0, |before| before.end);
+        let part = part.start.max(before)..part.end;
+        let begun = end_of_longest_beginning(prompt, text, part.clone());
+        match (begun, end_of_longest_match(header, text, part.clone())) {
+            (Some((length, at)), other) if other.is_none_or(|(other, _)| other <= length) => at,
+            (_, Some((_, at))) => at,
+            _ => part.end,
+        }
+    }
+
+    /// What the template writes to make the model say turn `i`; empty if nothing.
+    fn generation_prompt(&self, i: usize) -> String {
+        let of = |count: usize| -> Result<String, String> {
+            let (asked, told) = (self.text(count, true)?, self.text(count, false)?);
+            Ok(asked[floor(&asked, common_prefix(&asked, &told))..].to_owned())
+        };
+        let own = if i == 0 { Err(String::new()) } else { of(i) };
+        own.or_else(|_| of(self.turns().len())).unwrap_or_default()
     }
 
     /// The part of `text`, which is that of the first `count` turns, that changes with the words of turn `i`; empty if
@@ -252,32 +285,80 @@ impl<'a> Scene<'a> {
             let parts = if is_learned { parts(i) } else { vec_of(0..text.len()) };
             // Templates put what the system says where they like.
             let start = if turn.role() == "system" { 0 } else { from };
+            let mut used: Vec<Range<usize>> = Vec::new();
             for words in words(turn) {
-                let found = parts.iter().find_map(|part| words.find(text, part.start.max(start)..part.end.max(start)));
+                let behind = used.last().map_or(start, |last| last.end);
+                // Some templates write a call's arguments before its name.
+                let found = [behind, start].into_iter().find_map(|start| {
+                    parts
+                        .iter()
+                        .find_map(|part| words.find_apart(text, part.start.max(start)..part.end.max(start), &used))
+                });
                 match found {
-                    Some(found) if turn.role() != "system" => from = from.max(found.end),
-                    Some(_) => {}
+                    Some(found) => {
+                        from = if turn.role() == "system" { from } else { from.max(found.end) };
+                        used.push(found);
+                    }
                     None if words.is_reasoning && !is_learned => lost_reasoning = true,
                     None => return Err(Problem::Lost { path: words.path, is_learned }),
                 }
             }
         }
-        for tool in &self.conversation.tools {
-            let name = tool.pointer("/function/name").or(tool.get("name")).and_then(Value::as_str);
-            if let Some(name) = name.filter(|name| !text.contains(*name)) {
-                return Err(Problem::Lost { path: format!("tools: {name}"), is_learned: false });
+        match self.lost_tool(text) {
+            Some(name) => Err(Problem::Lost { path: format!("tools: {name}"), is_learned: false }),
+            None => Ok(lost_reasoning),
+        }
+    }
+
+    /// The name of a function whose definition is not in the text. Calls hold the name too, so that it is looked for under
+    /// other names as well.
+    fn lost_tool(&self, text: &str) -> Option<&'a str> {
+        let tools = &self.conversation.tools;
+        let names =
+            tools.iter().map(|tool| tool.pointer("/function/name").or(tool.get("name")).and_then(Value::as_str));
+        let names: Vec<&str> = names.map(Option::unwrap_or_default).collect();
+        if names.iter().all(|name| name.is_empty()) {
+            return None;
+        }
+        let mark = |i: usize| format!("{PROBE}{i}{PROBE}");
+        let mut other = self.conversation.clone();
+        for (i, tool) in other.tools.iter_mut().enumerate() {
+            let path = if tool.get("function").is_some() { "/function/name" } else { "/name" };
+            if let Some(name) = tool.pointer_mut(path) {
+                *name = mark(i).into();
             }
         }
-        Ok(lost_reasoning)
+        let last = self.turns().len() - 1;
+        let render = |(count, ask): (usize, bool)| self.template.render(&other, &self.turns()[..count], ask).ok();
+        let written: Vec<String> =
+            [(last + 1, false), (last, true)].into_iter().filter(|(count, _)| *count > 0).filter_map(render).collect();
+        let is_written = |i: usize| written.is_empty() || written.iter().any(|text| text.contains(&mark(i)));
+        let stands = |(i, name): &(usize, &str)| name.is_empty() || text.contains(name) && is_written(*i);
+        names.into_iter().enumerate().find(|tool| !stands(tool)).map(|(_, name)| name)
+    }
+
+    /// Whether the texts of a field change nothing. A template may mention its name for another purpose.
+    fn is_without_effect(&self, name: &str) -> bool {
+        let is_text = |turn: &Message| turn.fields().get(name).is_none_or(Value::is_string);
+        let without = |turn: &Message| {
+            let fields = turn.fields().iter().filter(|(other, _)| *other != name || turn.role() == "tool");
+            turn.with_fields(fields.map(|(name, value)| (name.clone(), value.clone())).collect())
+        };
+        let others: Vec<Message> = self.turns().iter().map(without).collect();
+        let render = |turns: &[Message]| self.template.render(self.conversation, turns, false).ok();
+        self.turns().iter().all(is_text) && render(self.turns()).is_some_and(|text| render(&others) == Some(text))
     }
 
     /// Counts what of the conversation the template does not use.
-    fn note(&self, lost_reasoning: bool, notes: &mut Notes) {
+    fn note(&self, text: &str, lost_reasoning: bool, notes: &mut Notes) {
         let mut unused: BTreeSet<String> = BTreeSet::new();
-        let fields = self.turns().iter().flat_map(|turn| turn.fields().iter());
-        for (name, value) in fields.filter(|(name, _)| !KNOWN_FIELDS.contains(&name.as_str())) {
-            if !value.is_null() && !self.template.mentions(name) {
-                unused.insert(format!("a turn's field \"{name}\" is not used by the chat template"));
+        let names: BTreeSet<&String> = self.turns().iter().flat_map(extra_fields).collect();
+        for name in names.into_iter().filter(|name| !self.template.mentions(name) || self.is_without_effect(name)) {
+            unused.insert(format!("a turn's field \"{name}\" is not used by the chat template"));
+        }
+        for (of, said) in self.conversation.tools.iter().flat_map(details) {
+            if !stands_in(said, text) {
+                unused.insert(format!("the chat template leaves the {of} of functions out"));
             }
         }
         for name in self.conversation.variables.keys().filter(|name| !self.template.mentions(name)) {
@@ -291,6 +372,21 @@ impl<'a> Scene<'a> {
         }
         unused.into_iter().for_each(|sentence| notes.add(sentence));
     }
+}
+
+/// Fields of a turn that the template need not know. The name of a tool is that of its call.
+fn extra_fields(turn: &Message) -> impl Iterator<Item = &String> {
+    let is_extra = |name: &str| !KNOWN_FIELDS.contains(&name) || (name == "name" && turn.role() != "tool");
+    turn.fields().iter().filter(move |(name, value)| is_extra(name) && !value.is_null()).map(|(name, _)| name)
+}
+
+/// What the definition of a function says besides its name, and what that is called.
+fn details(tool: &Value) -> impl Iterator<Item = (&'static str, &str)> {
+    let function = tool.get("function").unwrap_or(tool);
+    let description = function.get("description").and_then(Value::as_str);
+    let properties = function.pointer("/parameters/properties").and_then(Value::as_object);
+    let parameters = properties.into_iter().flatten().map(|(name, _)| ("parameters", name.as_str()));
+    description.map(|text| ("descriptions", text)).into_iter().chain(parameters)
 }
 
 /// A turn's fields with other words: each text that is not blank is replaced.
@@ -348,12 +444,14 @@ fn marked_spans(marked: &str) -> Result<(String, Vec<Range<usize>>), String> {
 /// that only begins alike (`<|` of `<|user|>` and `<|endoftext|>`).
 fn end_of_turn(here: &str, elsewhere: &str) -> usize {
     let shared = &here[..floor(here, common_prefix(here, elsewhere))];
-    if shared.len() == elsewhere.len() {
-        return shared.len();
-    }
-    let cut = [('<', '>'), ('[', ']')].map(|(open, close)| match (shared.rfind(open), shared.rfind(close)) {
+    if shared.len() == elsewhere.len() { shared.len() } else { whole_markers(shared) }
+}
+
+/// The length of a text without the marker that only begins at its end.
+fn whole_markers(text: &str) -> usize {
+    let cut = [('<', '>'), ('[', ']')].map(|(open, close)| match (text.rfind(open), text.rfind(close)) {
         (Some(open), close) if close.is_none_or(|close| close < open) => open,
-        _ => shared.len(),
+        _ => text.len(),
     });
     cut[0].min(cut[1])
 }
@@ -376,10 +474,22 @@ fn floor(text: &str, mut at: usize) -> usize {
     at
 }
 
-/// The place in this part of a text, its end included, that most of the end of `pattern` stands before; the last one if
-/// there are several. None if nothing of it does.
-fn end_of_longest_match(pattern: &str, text: &str, part: Range<usize>) -> Option<usize> {
+/// The place in this part of a text, its end included, that most of the beginning of `pattern` stands before, and how much
+/// of it does; the last one if there are several. None if nothing of it does.
+fn end_of_longest_beginning(pattern: &str, text: &str, part: Range<usize>) -> Option<(usize, usize)> {
+    let matching = |at: usize| match common_prefix(pattern, &text[at..part.end]) {
+        length if length == pattern.len() => length,
+        length => whole_markers(&pattern[..floor(pattern, length)]),
+    };
+    let starts = part.clone().filter(|&at| text.is_char_boundary(at));
+    let found = starts.map(|at| (matching(at), at)).filter(|(length, _)| *length > 0).max();
+    found.map(|(length, at)| (length, at + length))
+}
+
+/// The place in this part of a text, its end included, that most of the end of `pattern` stands before, and how much of it
+/// does; the last one if there are several. None if nothing of it does.
+fn end_of_longest_match(pattern: &str, text: &str, part: Range<usize>) -> Option<(usize, usize)> {
     let matching = |at: usize| pattern.bytes().rev().zip(text[..at].bytes().rev()).take_while(|(a, b)| a == b).count();
     let ends = (part.start..=part.end).filter(|&at| text.is_char_boundary(at));
-    ends.map(|at| (matching(at), at)).filter(|(length, _)| *length > 0).max().map(|(_, at)| at)
+    ends.map(|at| (matching(at), at)).filter(|(length, _)| *length > 0).max()
 }

@@ -129,6 +129,45 @@ fn a_template_that_writes_earlier_turns_otherwise_has_its_spans_found() {
     );
 }
 
+/// As Qwen 3.5: the model is asked without thoughts by empty ones, which earlier turns have not, and there must be a
+/// question.
+const UNTHINKING: &str = "{%- if not messages | selectattr('role', 'equalto', 'user') | list %}\
+    {{- raise_exception('No user query found in messages.') }}{%- endif %}\
+    {%- set ns = namespace(last=0) %}\
+    {%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}\
+    {%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}\
+    {%- if m.role == 'assistant' and loop.index0 > ns.last %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}\
+    {{- m.content or '' }}{%- for call in m.tool_calls or [] %}\
+    {{- '<tool_call>\n<function=' + call.function.name + '>\n</tool_call>' }}{%- endfor %}\
+    {{- '<|im_end|>\n' }}{%- endfor %}\
+    {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{%- endif %}";
+
+#[test]
+fn a_turn_begins_behind_the_turn_before_it_whatever_the_model_is_asked_with() {
+    let conversation = chat(&[("user", "a>\n\nb"), ("assistant", "x"), ("user", "\n\n"), ("assistant", "y")]);
+    assert_eq!(said(UNTHINKING, &conversation), ["x<|im_end|>\n", "y<|im_end|>\n"]);
+    let call = json!([{"type": "function", "function": {"name": "weather", "arguments": {}}}]);
+    let calling = of_turns([
+        turn(0, json!({"role": "system", "content": "</think>\n\n"})),
+        turn(1, json!({"role": "user", "content": "hot?\n\n"})),
+        turn(2, json!({"role": "assistant", "tool_calls": call})),
+        turn(3, json!({"role": "tool", "content": "21"})),
+        turn(4, json!({"role": "user", "content": "so?"})),
+        turn(5, json!({"role": "assistant", "content": "no"})),
+    ]);
+    let called = "<tool_call>\n<function=weather>\n</tool_call><|im_end|>\n";
+    assert_eq!(said(UNTHINKING, &calling), [called, "no<|im_end|>\n"]);
+    let asked_to_think = UNTHINKING
+        .replace("assistant\n<think>\n\n</think>\n\n' }}{%- endif %}", "assistant\n<think>\n' }}{%- endif %}");
+    assert_eq!(said(&asked_to_think, &calling)[0], called);
+}
+
+#[test]
+fn a_template_may_refuse_a_conversation_that_breaks_off_before_a_question() {
+    let conversation = chat(&[("system", "be kind"), ("assistant", "hello"), ("user", "hi"), ("assistant", "yes")]);
+    assert_eq!(said(UNTHINKING, &conversation), ["hello", "yes<|im_end|>\n"]);
+}
+
 #[test]
 fn an_assistant_may_speak_first() {
     let first = chat(&[("assistant", "hello"), ("user", "hi"), ("assistant", "yes")]);
@@ -227,10 +266,58 @@ fn calls_of_tools_are_learned_with_what_is_written_around_them() {
 }
 
 #[test]
+fn a_function_that_only_its_calls_name_is_lost() {
+    let calls = "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}\
+        {{ call.function.name }}{% endfor %}";
+    let source = format!(
+        "{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content or '' }}}}{calls};{{% endfor %}}\
+        {{% if add_generation_prompt %}}<assistant>{{% endif %}}"
+    );
+    let call = json!([{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]);
+    let mut conversation = of_turns([
+        turn(0, json!({"role": "user", "content": "hot?"})),
+        turn(1, json!({"role": "assistant", "tool_calls": call})),
+    ]);
+    assert_eq!(said(&source, &conversation), ["{\"city\": \"Oslo\"}weather;"], "arguments may stand before the name");
+    let tool = |name: &str| {
+        let parameters = json!({"type": "object", "properties": {"city": {"type": "string"}}});
+        json!({"type": "function", "function": {"name": name, "description": "Tells \"it\".", "parameters": parameters}})
+    };
+    conversation.tools = vec![tool("weather")];
+    assert!(error(&source, &conversation).starts_with("tools: weather would not be seen"));
+    let names = format!("{{% for t in tools or [] %}}{{{{ t.function.name }}}}{{% endfor %}}{source}");
+    let lines = |source: &str| {
+        let mut notes = Notes::default();
+        template_of(source).conversation(&conversation, &mut notes).unwrap();
+        notes.lines()
+    };
+    assert_eq!(lines(&names), ["the chat template leaves the descriptions of functions out (1 row)"]);
+    assert!(lines(&format!("{{{{ tools | tojson }}}}{source}")).is_empty());
+}
+
+#[test]
+fn a_speakers_name_that_is_not_written_is_counted() {
+    let conversation = of_turns([
+        turn(0, json!({"role": "user", "content": "a", "name": "Ann"})),
+        turn(1, json!({"role": "assistant", "content": "b"})),
+    ]);
+    let lines = |source: &str| {
+        let mut notes = Notes::default();
+        template_of(source).conversation(&conversation, &mut notes).unwrap();
+        notes.lines()
+    };
+    let for_tools = format!("{{% for t in tools or [] %}}{{{{ t.function.name }}}}{{% endfor %}}{CHATML}");
+    for source in [CHATML, &for_tools] {
+        assert_eq!(lines(source), ["a turn's field \"name\" is not used by the chat template (1 row)"]);
+    }
+    assert!(lines("{% for m in messages %}<{{ m.name or m.role }}>{{ m.content }};{% endfor %}").is_empty());
+}
+
+#[test]
 fn fields_and_variables_that_a_template_ignores_are_counted() {
     let mut notes = Notes::default();
     let mut conversation = of_turns([
-        turn(0, json!({"role": "user", "content": "a", "mood": "good", "name": "Ann"})),
+        turn(0, json!({"role": "user", "content": "a", "mood": "good"})),
         turn(1, json!({"role": "assistant", "content": "b", "refusal": null})),
     ]);
     conversation.variables.insert("enable_thinking".into(), false.into());
@@ -272,6 +359,18 @@ fn jinja_is_that_of_python() {
         ("{{ {'a': [1]} | tojson(indent=2) }}", "{\n  \"a\": [\n    1\n  ]\n}"),
         ("{{ 'abc'[0] }}{{ 'abc'[-1] }}{{ 'abc'[::-1] }}{{ [1, 2][::-1] }}", "accba[2, 1]"),
         ("a\r\nb{{ 'c\r\nd' }}\r", "a\nbc\nd"),
+        ("{{ [1] + ['a'] }}{{ {'a': 1}.items() | list }}", "[1, 'a'][['a', 1]]"),
+        ("{{ none is iterable }}{{ nope is iterable }}{{ nope | length }}{{ 'é' | count }}", "FalseTrue01"),
+        (
+            "{{ 'a,b,c'.rsplit(',', 1) }}{{ ' a  b '.rsplit() }}{{ '  a b'.rsplit(maxsplit=1) }}",
+            "['a,b', 'c']['a', 'b']['  a', 'b']",
+        ),
+        (
+            "{{ 'a-b-c'.partition('-') | join('|') }}{{ 'a-b-c'.rpartition('-')[0] }}{{ 'ab'.partition('-')[0] }}",
+            "a|-|b-ca-bab",
+        ),
+        ("{{ 'abc'.removeprefix('a') }}{{ 'abc'.removesuffix('c') }}{{ 'abc'.removesuffix('x') }}", "bcababc"),
+        ("{# {% generation %} #}{# a #}a{% if true %}b{% endif %}", "ab"),
     ] {
         assert_eq!(text(source, &long()), expected, "{source}");
     }

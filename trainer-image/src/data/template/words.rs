@@ -76,13 +76,34 @@ impl Words {
     /// Where in this part of a text they are first: as they stand, or as JSON has them.
     pub(super) fn find(&self, text: &str, part: Range<usize>) -> Option<Range<usize>> {
         let searched = text.get(part.clone())?;
-        let json = [false, true].into_iter().map(|ensure_ascii| escaped(&self.text, ensure_ascii));
-        let mut spellings = std::iter::once(self.text.clone()).chain(json);
-        spellings.find_map(|spelling| {
+        spellings(&self.text).find_map(|spelling| {
             let start = part.start + searched.find(&spelling)?;
             Some(start..start + spelling.len())
         })
     }
+
+    /// The same, where no other words stand that were found.
+    pub(super) fn find_apart(&self, text: &str, part: Range<usize>, used: &[Range<usize>]) -> Option<Range<usize>> {
+        let mut start = part.start;
+        loop {
+            let found = self.find(text, start..part.end)?;
+            match used.iter().find(|used| used.start < found.end && found.start < used.end) {
+                Some(used) => start = used.end,
+                None => return Some(found),
+            }
+        }
+    }
+}
+
+/// A text as it stands, and as JSON has it.
+fn spellings(text: &str) -> impl Iterator<Item = String> {
+    let json = [false, true].into_iter().map(|ensure_ascii| escaped(text, ensure_ascii));
+    std::iter::once(text.to_owned()).chain(json)
+}
+
+/// Whether what is said is anywhere in a text: as it stands, or as JSON has it.
+pub(super) fn stands_in(said: &str, text: &str) -> bool {
+    spellings(said.trim()).any(|spelling| text.contains(&spelling))
 }
 
 #[cfg(test)]

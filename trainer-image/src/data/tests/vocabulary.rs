@@ -152,6 +152,12 @@ fn the_end_tokens_of_generation_end_turns_too() {
 }
 
 #[test]
+fn without_generation_config_the_end_tokens_are_those_of_config() {
+    let folder = folder(|folder| edit(folder, "config.json", |json| json["eos_token_id"] = json!([2, 0])));
+    assert_eq!(load(&folder).unwrap().stops(), [2, 0]);
+}
+
+#[test]
 fn only_an_end_token_that_the_tokenizer_adds_is_taken_off() {
     let ending = json!({
         "type": "TemplateProcessing",
