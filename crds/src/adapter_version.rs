@@ -9,6 +9,7 @@ use crate::{
     evaluation::GateResult,
     fine_tune_job::{MethodName, SecretRef},
     run::Execution,
+    schema::{any_object, is_zero},
     uri::Uri,
 };
 
@@ -132,7 +133,7 @@ pub struct DatasetRecord {
     /// Tokens in the training rows.
     pub tokens: u64,
     /// Rows, of training and evaluation, that can't be used and were left out (dataset.onBadRow: Skip).
-    #[serde(default, skip_serializing_if = "crate::fine_tune_job::is_zero")]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub skipped_rows: u64,
 }
 
@@ -192,7 +193,7 @@ pub struct Metrics {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub best_step: Option<u64>,
     /// Steps whose update was left out, because their loss or gradient was NaN or infinite (onNonFinite: Skip).
-    #[serde(skip_serializing_if = "crate::fine_tune_job::is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub skipped_steps: u64,
     /// Tokens worked through.
     pub tokens: u64,
@@ -229,8 +230,4 @@ pub enum AdapterVersionPhase {
     Rejected,
     /// The manifest or a file is gone.
     Missing,
-}
-
-fn any_object(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-    schemars::json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }

@@ -42,6 +42,14 @@ pub mod reason {
     pub const PUBLISHING: &str = "Publishing";
     /// An attempt failed, and the next one starts.
     pub const RETRYING: &str = "Retrying";
+    /// The store of model or data does not answer, or refuses: it is tried again, later and later.
+    pub const STORE_UNAVAILABLE: &str = "StoreUnavailable";
+    /// Model, data or trainer are no longer what was checked: they are checked again.
+    pub const INPUTS_CHANGED: &str = "InputsChanged";
+    /// The cluster will never take what the job asks for.
+    pub const INVALID: &str = "Invalid";
+    /// The operator can't read the object, or failed on it: the message says what to do.
+    pub const UNREADABLE: &str = "Unreadable";
     /// The last attempt that `backoffLimit` allows has failed.
     pub const BACKOFF_LIMIT_EXCEEDED: &str = "BackoffLimitExceeded";
     /// The trainer found an error that a retry can't mend.
@@ -52,6 +60,8 @@ pub mod reason {
     pub const NO_GPU_CLASS: &str = "NoGpuClass";
     /// `spec.suspend` is true.
     pub const SUSPENDED: &str = "Suspended";
+    /// A run ended because the job's spec has changed.
+    pub const SUPERSEDED: &str = "Superseded";
     /// A new version was published.
     pub const PUBLISHED: &str = "Published";
     /// The same inputs were trained before: that version serves.

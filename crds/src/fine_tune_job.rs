@@ -12,6 +12,7 @@ pub use crate::method::{Lora, LoraBias, MethodName, Quantization, QuantizationTy
 pub use crate::training::{OnNonFinite, Optim, Overflow, Training};
 use crate::{
     evaluation::{Evaluation, GateResult},
+    schema::{is_zero, rule},
     uri::Uri,
 };
 
@@ -81,8 +82,12 @@ pub struct FineTuneJobSpec {
     pub backoff_limit: i32,
     /// Fails a run that takes longer than this, in seconds, over all its attempts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 31_536_000))]
     pub active_deadline_seconds: Option<i64>,
+    /// How many FineTuneRuns that are over are kept besides the newest.
+    #[serde(default = "defaults::run_history_limit")]
+    #[schemars(range(min = 0, max = 100))]
+    pub run_history_limit: u32,
 }
 
 /// The model to start from.
@@ -430,11 +435,6 @@ pub struct RunRecord {
     pub completion_time: Option<Time>,
 }
 
-/// What a count that is seldom there says to serde.
-pub(crate) fn is_zero(count: &u64) -> bool {
-    *count == 0
-}
-
 impl FineTuneJobSpec {
     /// The PersistentVolumeClaims that `pvc://` URIs name.
     pub fn claims(&self) -> BTreeSet<&str> {
@@ -445,11 +445,6 @@ impl FineTuneJobSpec {
     }
 }
 
-/// A CEL rule on a field. (`#[x_kube]` on a field would need a type without container-level defaults.)
-pub(crate) fn rule(rule: &str, message: &str) -> serde_json::Value {
-    serde_json::json!([{"rule": rule, "message": message}])
-}
-
 pub(crate) mod defaults {
     pub(crate) fn yes() -> bool {
         true
@@ -457,5 +452,9 @@ pub(crate) mod defaults {
 
     pub(super) fn backoff_limit() -> i32 {
         3
+    }
+
+    pub(super) fn run_history_limit() -> u32 {
+        10
     }
 }

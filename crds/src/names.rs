@@ -12,6 +12,8 @@ pub const ATTEMPT_LABEL: &str = "tunesmith.dev/attempt";
 pub const STAGE_LABEL: &str = "tunesmith.dev/stage";
 /// Label: adapterName, on AdapterVersions.
 pub const ADAPTER_LABEL: &str = "tunesmith.dev/adapter";
+/// Annotation of a FineTuneJob that has failed: any new value (a time, by convention) starts another run of the same spec.
+pub const RETRY_ANNOTATION: &str = "tunesmith.dev/retry-at";
 /// Port on which a trainer pod serves `/progress`, `/metrics` and `/healthz`.
 pub const TRAINER_PORT: u16 = 8080;
 
@@ -42,7 +44,7 @@ pub fn adapter_version(adapter: &str, version: u32) -> String {
     format!("{adapter}-v{version}")
 }
 
-/// Exit codes of the trainer. 0 is success; 2 and 3 are final; 4, 5 and 143 are tried again.
+/// Exit codes of the trainer. 0 is success; 2 and 3 are final; 4, 5 and 143 are tried again, 7 from the preflight on.
 pub mod exit_code {
     /// The RunSpec or the manifest can't be served: final.
     pub const BAD_SPEC: i32 = 2;
@@ -54,6 +56,8 @@ pub mod exit_code {
     pub const PEER_LOST: i32 = 5;
     /// A gate failed. For `run` alone: in a pod the training is done, and the operator judges.
     pub const GATE_FAILED: i32 = 6;
+    /// Model, data or the trainer's arithmetic are no longer what preflight saw: they are checked again.
+    pub const INPUTS_CHANGED: i32 = 7;
     /// SIGTERM: checkpointed, tried again without counting against `backoffLimit`.
     pub const PREEMPTED: i32 = 143;
 }

@@ -85,6 +85,9 @@ pub struct TrainTask {
     /// The day that the chat template writes, where it writes one and the job pins none: that of the preflight.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template_date: Option<String>,
+    /// Version of the arithmetic with which model and data were checked; another image may have another. 0: any.
+    #[serde(default)]
+    pub numerics_version: u32,
 }
 
 /// How a run was executed: on record with its checkpoints and its version, and no input.
@@ -254,7 +257,7 @@ pub enum Outcome {
 }
 
 /// What preflight found.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PreflightReport {
     /// Digest of the base model's files.
@@ -294,7 +297,7 @@ pub struct PreflightReport {
 }
 
 /// Dimensions of a decoder language model.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelShape {
     /// Parameters in all.
@@ -315,7 +318,7 @@ pub struct ModelShape {
 }
 
 /// What a training published.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TrainReport {
     /// Number of the version.

@@ -3,8 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::fine_tune_job::rule;
 use crate::lr_schedule::{LrScheduler, LrSchedulerKwargs};
+use crate::schema::rule;
 
 /// The training loop, in the words of Hugging Face TrainingArguments.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -48,10 +48,34 @@ fn the_operator_may_not_touch_secrets() -> Result<()> {
 }
 
 #[test]
+fn config_maps_are_written_once_and_records_by_the_operator_alone() -> Result<()> {
+    let objects = template(&[])?;
+    let roles = find(&objects, "ClusterRole");
+    let verbs = |role: &Value, resource: &str| -> Vec<String> {
+        let rules = role["rules"].as_array().into_iter().flatten();
+        let about = rules.filter(|rule| rule["resources"].as_array().is_some_and(|all| all.contains(&resource.into())));
+        about
+            .flat_map(|rule| serde_json::from_value::<Vec<String>>(rule["verbs"].clone()).unwrap_or_default())
+            .collect()
+    };
+    for role in roles {
+        let name = role["metadata"]["name"].as_str().unwrap_or_default();
+        let writes = ["create", "update", "patch", "delete", "deletecollection"];
+        for verb in verbs(role, "configmaps") {
+            assert!(verb == "get" || verb == "create", "{name} may {verb} ConfigMaps");
+        }
+        let records = [verbs(role, "finetuneruns"), verbs(role, "finetuneruns/status")].concat();
+        let is_operator = name == "tunesmith-operator";
+        assert!(is_operator || !records.iter().any(|verb| writes.contains(&verb.as_str())), "{name}: {records:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn crds_are_kept_when_the_chart_goes_and_can_be_left_out() -> Result<()> {
     let objects = template(&[])?;
     let crds = find(&objects, "CustomResourceDefinition");
-    assert_eq!(crds.len(), 3);
+    assert_eq!(crds.len(), 4);
     for crd in crds {
         assert_eq!(crd["metadata"]["annotations"]["helm.sh/resource-policy"], "keep");
     }
@@ -98,6 +122,7 @@ fn wrong_values_are_refused_by_name() {
         (["--set", "operator.replicas=0"], "replicas"),
         (["--set", "operatr.image=x"], "operatr"),
         (["--set", "trainer.imagePullPolicy=Sometimes"], "imagePullPolicy"),
+        (["--set", "trainer.devices={tpu}"], "devices"),
         (["--set", "gpuClasses.mine.methods[0].method=Auto"], "method"),
     ] {
         let error = template(&flags).expect_err(name).to_string();

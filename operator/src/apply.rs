@@ -8,40 +8,36 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
-    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+    api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions},
+    core::DeserializeGuard,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
-use tunesmith_crds::{AdapterVersion, conditions::reason, names::RUN_LABEL};
+use tunesmith_crds::{AdapterVersion, FineTuneRun, FineTuneRunStatus, conditions::reason};
 
-use crate::{labels::OPERATOR, refusal::Refusal};
+use crate::{
+    admission::Refusal,
+    labels::OPERATOR,
+    runs::{Object, Run},
+};
 
 /// One change to the cluster.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Change {
+    /// Create the record of a run.
+    CreateRun(Box<FineTuneRun>),
     /// Create a ConfigMap.
     CreateConfigMap(Box<ConfigMap>),
     /// Create a Job.
     CreateJob(Box<Job>),
     /// Create an AdapterVersion.
     CreateVersion(Box<AdapterVersion>),
-    /// Annotate a Job.
-    AnnotateJob {
+    /// Let a suspended Job begin.
+    Admit {
         /// Its name.
         name: String,
-        /// The annotation.
-        key: &'static str,
-        /// Its value.
-        value: String,
-    },
-    /// Annotate a ConfigMap.
-    AnnotateConfigMap {
-        /// Its name.
-        name: String,
-        /// The annotation.
-        key: &'static str,
-        /// Its value.
-        value: String,
+        /// Its UID: another Job of this name is left alone.
+        uid: String,
     },
     /// Delete a Job; it stays until its pods are gone.
     DeleteJob {
@@ -50,12 +46,12 @@ pub enum Change {
         /// Its UID: another Job of this name is left alone.
         uid: String,
     },
-    /// Delete a ConfigMap.
-    DeleteConfigMap {
+    /// Delete the record of a run, and with it all that was made for it.
+    DeleteRun {
         /// Its name.
         name: String,
-        /// Its UID, unless any of that name is to go.
-        uid: Option<String>,
+        /// Its UID.
+        uid: String,
     },
 }
 
@@ -72,9 +68,9 @@ pub enum ApplyError {
         /// Why.
         source: kube::Error,
     },
-    /// An object could not be annotated.
-    #[error("cannot annotate {name}: {source}")]
-    Annotate {
+    /// An object could not be changed.
+    #[error("cannot change {name}: {source}")]
+    Patch {
         /// Its name.
         name: String,
         /// Why.
@@ -106,22 +102,27 @@ pub async fn apply(client: &Client, namespace: &str, changes: Vec<Change>) -> Re
 
 async fn apply_one(client: &Client, namespace: &str, change: Change) -> Result<Option<Refusal>, ApplyError> {
     let jobs = || Api::<Job>::namespaced(client.clone(), namespace);
-    let config_maps = || Api::<ConfigMap>::namespaced(client.clone(), namespace);
     match change {
-        Change::CreateConfigMap(object) => return create(&config_maps(), &*object, same_run).await,
-        Change::CreateJob(object) => return create(&jobs(), &*object, same_run).await,
+        Change::CreateRun(object) => {
+            let same_job = |there: &FineTuneRun, ours: &FineTuneRun| there.spec.job.uid == ours.spec.job.uid;
+            return create(&Api::namespaced(client.clone(), namespace), &*object, same_job).await;
+        }
+        Change::CreateConfigMap(object) => {
+            let same = |there: &ConfigMap, ours: &ConfigMap| same_owner(there, ours) && there.data == ours.data;
+            return create(&Api::namespaced(client.clone(), namespace), &*object, same).await;
+        }
+        Change::CreateJob(object) => return create(&jobs(), &*object, same_owner).await,
         Change::CreateVersion(object) => {
             let same_source = |there: &AdapterVersion, ours: &AdapterVersion| there.spec.source == ours.spec.source;
             return create(&Api::namespaced(client.clone(), namespace), &*object, same_source).await;
         }
-        Change::AnnotateJob { name, key, value } => annotate(&jobs(), &name, key, &value).await?,
-        Change::AnnotateConfigMap { name, key, value } => annotate(&config_maps(), &name, key, &value).await?,
+        Change::Admit { name, uid } => admit(&jobs(), &name, &uid).await?,
         Change::DeleteJob { name, uid } => {
-            let params = DeleteParams::foreground().preconditions(only(Some(uid)));
-            delete(&jobs(), &name, &params).await?;
+            delete(&jobs(), &name, &DeleteParams::foreground().preconditions(only(uid))).await?;
         }
-        Change::DeleteConfigMap { name, uid } => {
-            delete(&config_maps(), &name, &DeleteParams::default().preconditions(only(uid))).await?;
+        Change::DeleteRun { name, uid } => {
+            let runs = Api::<FineTuneRun>::namespaced(client.clone(), namespace);
+            delete(&runs, &name, &DeleteParams::background().preconditions(only(uid))).await?;
         }
     }
     Ok(None)
@@ -146,7 +147,7 @@ where
                 return Ok(None);
             }
             let message = format!("{kind} {name} is there already and is not this job's: waits for it to go");
-            Ok(Some(Refusal { reason: reason::PENDING, message }))
+            Ok(Some(Refusal { reason: reason::PENDING, message, is_final: false }))
         }
         kube::Error::Api(status) => match Refusal::of_creation(&format!("{kind} {name}"), status) {
             Some(refusal) => Ok(Some(refusal)),
@@ -156,27 +157,25 @@ where
     }
 }
 
-/// Of the same owner and run, and here to stay.
-fn same_run<K: Resource<DynamicType = ()>>(there: &K, ours: &K) -> bool {
+/// Of the same owner, and here to stay.
+fn same_owner<K: Resource<DynamicType = ()>>(there: &K, ours: &K) -> bool {
     let owner = |object: &K| object.owner_references().first().map(|owner| owner.uid.clone());
-    let run = |object: &K| object.labels().get(RUN_LABEL).cloned();
-    there.meta().deletion_timestamp.is_none() && owner(there) == owner(ours) && run(there) == run(ours)
+    there.meta().deletion_timestamp.is_none() && owner(there) == owner(ours)
 }
 
-async fn annotate<K>(api: &Api<K>, name: &str, key: &str, value: &str) -> Result<(), ApplyError>
-where
-    K: Resource<Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
-{
-    let patch = Patch::Merge(json!({"metadata": {"annotations": {key: value}}}));
+/// Lets a Job begin. One that is gone, or is another by now, needs it no more.
+async fn admit(jobs: &Api<Job>, name: &str, uid: &str) -> Result<(), ApplyError> {
+    let patch = Patch::Merge(json!({"metadata": {"uid": uid}, "spec": {"suspend": false}}));
     let params = PatchParams { field_manager: Some(OPERATOR.into()), ..Default::default() };
-    match api.patch(name, &params, &patch).await {
+    match jobs.patch(name, &params, &patch).await {
         Ok(_) => Ok(()),
-        Err(source) => Err(ApplyError::Annotate { name: name.into(), source }),
+        Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+        Err(source) => Err(ApplyError::Patch { name: name.into(), source }),
     }
 }
 
-fn only(uid: Option<String>) -> Preconditions {
-    Preconditions { uid, resource_version: None }
+fn only(uid: String) -> Preconditions {
+    Preconditions { uid: Some(uid), resource_version: None }
 }
 
 /// What is gone, or is another object by now, counts as deleted.
@@ -191,52 +190,88 @@ where
     }
 }
 
-/// Writes an object's status by server-side apply.
+/// Writes an object's status by server-side apply, as the manager of the fields that are in it.
 ///
 /// # Errors
 /// If the API server fails.
-pub async fn apply_status<K, S>(client: &Client, object: &K, status: &S) -> Result<(), kube::Error>
+pub async fn apply_status<K, S>(
+    client: &Client,
+    object: &ObjectMeta,
+    status: &S,
+    manager: &str,
+) -> Result<(), kube::Error>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
     S: Serialize,
 {
-    let api = Api::<K>::namespaced(client.clone(), &object.namespace().unwrap_or_default());
+    // What the answer holds is of no use, and may be an object that can't be read.
+    let name = object.name.as_deref().unwrap_or_default();
+    let api = Api::<DeserializeGuard<K>>::namespaced(client.clone(), object.namespace.as_deref().unwrap_or_default());
     // The UID keeps the status off an object of the same name that came after this one.
     let patch = json!({
         "apiVersion": K::api_version(&()),
         "kind": K::kind(&()),
-        "metadata": {"name": object.name_any(), "uid": object.uid()},
+        "metadata": {"name": name, "uid": object.uid},
         "status": status,
     });
-    api.patch_status(&object.name_any(), &PatchParams::apply(OPERATOR).force(), &Patch::Apply(patch)).await?;
+    api.patch_status(name, &PatchParams::apply(manager).force(), &Patch::Apply(patch)).await?;
     Ok(())
+}
+
+/// Writes the record of a run, if it is still as it was read: false if it is not.
+///
+/// # Errors
+/// If the API server fails.
+pub async fn write_record(client: &Client, run: &Run, record: FineTuneRunStatus) -> Result<bool, kube::Error> {
+    let Object { namespace, name, uid, resource_version } = run.object.clone();
+    let api = Api::<FineTuneRun>::namespaced(client.clone(), &namespace);
+    let mut object = FineTuneRun::new(&name, run.spec.clone());
+    object.metadata.uid = Some(uid);
+    object.metadata.resource_version = Some(resource_version);
+    object.status = Some(record);
+    let params = PostParams { field_manager: Some(OPERATOR.into()), ..Default::default() };
+    match api.replace_status(&name, &params, &object).await {
+        Ok(_) => Ok(true),
+        Err(kube::Error::Api(status)) if status.is_conflict() || status.is_not_found() => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the record of a run is still as it was read.
+///
+/// # Errors
+/// If the API server fails.
+pub async fn is_unchanged(client: &Client, run: &Run) -> Result<bool, kube::Error> {
+    let api = Api::<FineTuneRun>::namespaced(client.clone(), &run.object.namespace);
+    let there = api.get_metadata_opt(&run.object.name).await?;
+    Ok(there.is_some_and(|there| there.metadata.resource_version.as_ref() == Some(&run.object.resource_version)))
 }
 
 #[cfg(test)]
 mod tests {
     use serde_json::Value;
-    use tunesmith_crds::FineTuneJobStatus;
+    use tunesmith_crds::{FineTuneJob, FineTuneJobStatus, fine_tune_run::Trigger};
 
     use super::*;
     use crate::{
-        fixtures::job,
+        fixtures::{image, job, run},
         mock::{ApiServer, api_server},
+        runs::build::new_run,
     };
 
-    fn owned_job(uid: &str, run: &str) -> Value {
+    fn owned_job(uid: &str) -> Value {
         json!({
             "apiVersion": "batch/v1",
             "kind": "Job",
             "metadata": {
                 "name": "j-1-1",
-                "labels": {RUN_LABEL: run},
-                "ownerReferences": [{"apiVersion": "v1", "kind": "FineTuneJob", "name": "j", "uid": uid}],
+                "ownerReferences": [{"apiVersion": "v1", "kind": "FineTuneRun", "name": "j-1", "uid": uid}],
             },
         })
     }
 
     fn creation() -> Vec<Change> {
-        vec![Change::CreateJob(Box::new(serde_json::from_value(owned_job("ours", "1")).unwrap()))]
+        vec![Change::CreateJob(Box::new(serde_json::from_value(owned_job("ours")).unwrap()))]
     }
 
     /// Applies changes while `scenario` plays the API server.
@@ -259,20 +294,42 @@ mod tests {
         let result = played(creation(), |mut server| async move {
             let call = server.refuse(409, "AlreadyExists", "exists").await;
             assert!(call.line.starts_with("POST /apis/batch/v1/namespaces/team/jobs?"), "{}", call.line);
-            server.answer(200, owned_job("ours", "1")).await;
+            server.answer(200, owned_job("ours")).await;
         });
         assert_eq!(result.await.unwrap(), None);
     }
 
     #[tokio::test]
-    async fn a_job_of_another_owner_or_run_is_waited_for() {
-        for (uid, run) in [("another's", "1"), ("ours", "2")] {
-            let result = played(creation(), move |mut server| async move {
-                server.refuse(409, "AlreadyExists", "exists").await;
-                server.answer(200, owned_job(uid, run)).await;
+    async fn a_job_of_another_owner_is_waited_for() {
+        let result = played(creation(), move |mut server| async move {
+            server.refuse(409, "AlreadyExists", "exists").await;
+            server.answer(200, owned_job("another's")).await;
+        });
+        let refusal = result.await.unwrap().unwrap();
+        assert!(refusal.message.contains("Job j-1-1 is there already"), "{}", refusal.message);
+    }
+
+    #[tokio::test]
+    async fn a_record_is_written_only_over_the_version_that_was_read() {
+        for (code, written) in [(200, true), (409, false)] {
+            let (client, mut server) = api_server();
+            let run = run(&job(json!({})), 1);
+            let object = new_run(&job(json!({})), 1, Trigger::Generation, &image());
+            let server = tokio::spawn(async move {
+                let call = match code {
+                    200 => server.answer(200, serde_json::to_value(object).unwrap()).await,
+                    _ => server.refuse(code, "Conflict", "the object has been modified").await,
+                };
+                assert!(
+                    call.line.starts_with("PUT /apis/tunesmith.dev/v1alpha1/namespaces/team/finetuneruns/j-1/status"),
+                    "{}",
+                    call.line
+                );
+                assert_eq!(call.body["metadata"]["resourceVersion"], "1");
+                assert_eq!(call.body["metadata"]["uid"], "uid-run-1");
             });
-            let refusal = result.await.unwrap().unwrap();
-            assert!(refusal.message.contains("Job j-1-1 is there already"), "{}", refusal.message);
+            assert_eq!(write_record(&client, &run, FineTuneRunStatus::default()).await.unwrap(), written);
+            server.await.unwrap();
         }
     }
 
@@ -297,7 +354,7 @@ mod tests {
     async fn a_job_is_deleted_with_its_pods_and_only_if_it_is_the_one_that_was_meant() {
         let changes = vec![Change::DeleteJob { name: "j-1-1".into(), uid: "u".into() }; 2];
         let result = played(changes, |mut server| async move {
-            let call = server.answer(200, owned_job("ours", "1")).await;
+            let call = server.answer(200, owned_job("ours")).await;
             assert_eq!(call.line, "DELETE /apis/batch/v1/namespaces/team/jobs/j-1-1?");
             assert_eq!(call.body["propagationPolicy"], "Foreground");
             assert_eq!(call.body["preconditions"]["uid"], "u");
@@ -319,7 +376,7 @@ mod tests {
             assert_eq!(call.body["status"]["message"], "hello");
         });
         let status = FineTuneJobStatus { message: Some("hello".into()), ..Default::default() };
-        apply_status(&client, &job(json!({})), &status).await.unwrap();
+        apply_status::<FineTuneJob, _>(&client, &job(json!({})).metadata, &status, OPERATOR).await.unwrap();
         server.await.unwrap();
     }
 }

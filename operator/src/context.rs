@@ -1,6 +1,7 @@
 //! What both controllers share: the client, the trainer's image, metrics, events, and how long to wait after errors.
 
 use std::{
+    any::Any,
     collections::HashMap,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -15,7 +16,7 @@ use kube::{
     },
 };
 
-use crate::{labels::OPERATOR, metrics::Metrics, trainer::Image};
+use crate::{labels::OPERATOR, metrics::Metrics, options::Options, plan::Devices, server::Readiness, workload::Image};
 
 /// Longest note of an event, in bytes.
 const MAX_NOTE: usize = 1024;
@@ -43,14 +44,19 @@ pub struct Context {
     pub metrics: Metrics,
     /// How long to wait after errors.
     pub backoff: Backoff,
+    /// What the trainer's image computes on.
+    pub devices: Devices,
+    /// Whether the operator knows the cluster.
+    pub readiness: Readiness,
     recorder: Recorder,
 }
 
 impl Context {
     /// A context for this client.
-    pub fn new(client: Client, image: Image, metrics: Metrics) -> Self {
+    pub fn new(client: Client, options: &Options, metrics: Metrics, readiness: Readiness) -> Self {
         let recorder = Recorder::new(client.clone(), OPERATOR.into());
-        Self { client, image, metrics, backoff: Backoff::default(), recorder }
+        let (image, devices) = (options.image(), options.devices());
+        Self { client, image, metrics, backoff: Backoff::default(), devices, readiness, recorder }
     }
 
     /// Publishes an event about an object. One that is lost is logged, nothing else: the status says the same.
@@ -81,6 +87,12 @@ where
         Ok(_) | Err(controller::Error::ObjectNotFound(_)) => {}
         Err(error) => tracing::warn!(controller, %error, "reconcile failed"),
     }
+}
+
+/// What a panic said.
+pub fn words_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("a panic without words").to_owned()
 }
 
 fn shorten(note: &str) -> String {

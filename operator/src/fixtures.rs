@@ -5,16 +5,18 @@ use std::collections::BTreeMap;
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde_json::{Value, json};
 use tunesmith_crds::{
-    AdapterVersion, AdapterVersionPhase, AdapterVersionStatus, FineTuneJob, GpuClass, RunSpec,
+    AdapterVersion, AdapterVersionPhase, AdapterVersionStatus, FineTuneJob, FineTuneRunStatus, GpuClass,
     adapter_version::{ArtifactFile, DatasetRecord, Metrics},
     fine_tune_job::MethodName,
-    run::{ModelShape, Outcome, PreflightReport, TrainReport, TrainTask},
+    fine_tune_run::{Attempt, RunStage, Settled, Trigger},
+    run::{ModelShape, Outcome, PreflightReport, TrainReport},
 };
 
 use crate::{
-    controller::observed::{Named, Observed, Run},
-    plan::Offers,
-    trainer::{Cause, Ending, JobState, Pods, Stage, TrainerJob},
+    jobs::observed::Observed,
+    plan::{Devices, Offers},
+    runs::{Object, Run, Work, build::new_run, settle::settled},
+    workload::{Cause, Ending, Image, JobState, Pods, Stage, TrainerJob},
 };
 
 /// A LoRA job named `j` for the adapter `support`, with changes to its spec merged in.
@@ -53,18 +55,38 @@ pub fn observed(job: FineTuneJob) -> Observed {
     Observed {
         job,
         runs: BTreeMap::new(),
+        unreadable: Vec::new(),
         versions: Vec::new(),
         reserved: 0,
-        offers: Offers { classes: vec![cpu()], nodes: Vec::new() },
-        refusal: None,
-        live: None,
+        offers: Offers { classes: vec![cpu()], nodes: Vec::new(), devices: Devices { cuda: true } },
     }
 }
 
-/// The same, with a run that serves the job's spec.
+/// The trainer's image.
+pub fn image() -> Image {
+    Image { name: "trainer:1".into(), pull_policy: "IfNotPresent".into(), arch: "amd64".into() }
+}
+
+/// A run that serves the job's spec and has done nothing yet.
+pub fn run(job: &FineTuneJob, number: u32) -> Run {
+    let object = new_run(job, number, Trigger::Generation, &image());
+    Run {
+        object: Object {
+            namespace: "team".into(),
+            name: object.metadata.name.unwrap_or_default(),
+            uid: format!("uid-run-{number}"),
+            resource_version: "1".into(),
+        },
+        created: at(0),
+        spec: object.spec,
+        record: FineTuneRunStatus::default(),
+        work: Work::None,
+    }
+}
+
+/// A job with a run that serves its spec.
 pub fn observed_run(job: FineTuneJob, change: impl FnOnce(&mut Run)) -> Observed {
-    let mut run = Run { number: 1, spec: Some(job.spec.clone()), ..Run::default() };
-    run.config_maps = vec![Named { name: "j-1-preflight".into(), uid: "uid-config".into() }];
+    let mut run = run(&job, 1);
     change(&mut run);
     Observed { runs: [(1, run)].into(), ..observed(job) }
 }
@@ -72,21 +94,94 @@ pub fn observed_run(job: FineTuneJob, change: impl FnOnce(&mut Run)) -> Observed
 /// The same, with a preflight that has passed.
 pub fn observed_checked(job: FineTuneJob, change: impl FnOnce(&mut Run)) -> Observed {
     observed_run(job, |run| {
-        run.preflight = Some(ended(trainer_job("j-1-preflight", Stage::Preflight, 0), passed()));
+        check_ended(run, passed());
         change(run);
     })
 }
 
+/// The same, settled on a version and with an attempt under way, whose Job's pods get so far.
+pub fn observed_training(job: FineTuneJob, pods: Pods) -> Observed {
+    observed_checked(job, |run| {
+        settle(run, 1, "sha256:x");
+        train(run, pods);
+    })
+}
+
+/// The same, with a published version 1.
+pub fn observed_published(job: FineTuneJob) -> Observed {
+    observed_checked(job, |run| {
+        settle(run, 1, "sha256:x");
+        attempt_ended(run, trained(1));
+    })
+}
+
+/// The run's try to check ends.
+pub fn check_ended(run: &mut Run, cause: Cause) {
+    let number = run.record.check.as_ref().map_or(0, |check| check.number) + 1;
+    let name = format!("j-1-preflight-{number}");
+    run.record.check = Some(entry(number, &name));
+    run.work = there(ended(trainer_job(&name, Stage::Preflight), cause));
+    run.record = settled(run, at(100));
+    run.work = Work::None;
+}
+
+/// The run's next attempt is under way, and its pods get so far.
+pub fn train(run: &mut Run, pods: Pods) {
+    let number = run.record.last_attempt + 1;
+    let name = format!("j-1-{number}");
+    run.record.last_attempt = number;
+    run.record.stage = Some(RunStage::Training);
+    run.record.attempts.push(entry(number, &name));
+    run.work = there(with_pods(trainer_job(&name, Stage::Train), pods));
+}
+
+/// The run's next attempt begins and ends.
+pub fn attempt_ended(run: &mut Run, cause: Cause) {
+    train(run, Pods::Missing);
+    let Work::There { job, .. } = run.work.clone() else { panic!("the attempt has a Job") };
+    run.work = there(ended(*job, cause));
+    run.record = settled(run, at(100));
+    run.work = Work::None;
+}
+
+/// The run is settled on a version for these inputs.
+pub fn settle(run: &mut Run, version: u32, input_digest: &str) {
+    let spec = &run.spec.job_spec;
+    run.record.settled = Some(Settled {
+        input_digest: input_digest.into(),
+        version,
+        method: spec.method_as(MethodName::LoRA, None).unwrap(),
+        training: spec.training.resolved(1, false),
+    });
+}
+
+fn entry(number: u32, name: &str) -> Attempt {
+    Attempt {
+        number,
+        job_uid: Some(format!("uid-{name}")),
+        decided: Time(at(0)),
+        started: None,
+        ended: None,
+        cause: None,
+        message: None,
+        gpus: 0,
+        image_id: None,
+    }
+}
+
+/// A Job that is there.
+pub fn there(job: TrainerJob) -> Work {
+    Work::There { job: Box::new(job), refusal: None, live: None }
+}
+
 /// An active trainer Job without pods.
-pub fn trainer_job(name: &str, stage: Stage, attempt: u32) -> TrainerJob {
+pub fn trainer_job(name: &str, stage: Stage) -> TrainerJob {
     TrainerJob {
         name: name.into(),
         uid: format!("uid-{name}"),
         stage,
-        attempt,
-        created: at(0),
         deleting: false,
-        plan: None,
+        suspended: false,
         state: JobState::Active { pods: Pods::Missing, last_failure: None },
     }
 }
@@ -98,13 +193,9 @@ pub fn with_pods(job: TrainerJob, pods: Pods) -> TrainerJob {
 
 /// The same, over after 100 seconds.
 pub fn ended(job: TrainerJob, cause: Cause) -> TrainerJob {
-    let ending = Ending { cause, started: Some(Time(at(10))), finished: Time(at(100)) };
-    TrainerJob { state: JobState::Ended { ending, recorded: true }, ..job }
-}
-
-/// Attempt `number` of run 1.
-pub fn attempt(number: u32) -> TrainerJob {
-    trainer_job(&format!("j-1-{number}"), Stage::Train, number)
+    let ending =
+        Ending { cause, started: Some(Time(at(10))), finished: Time(at(100)), image_id: None, outlived: false };
+    TrainerJob { state: JobState::Ended(ending), ..job }
 }
 
 /// A failure that may be tried again.
@@ -161,22 +252,6 @@ pub fn train_report(version: u32) -> TrainReport {
 /// A training that published this version.
 pub fn trained(version: u32) -> Cause {
     Cause::done(Outcome::Trained(train_report(version)))
-}
-
-/// What the attempts of a run that has reserved `version` work on.
-pub fn task(job: &FineTuneJob, run: u32, version: u32, input_digest: &str) -> RunSpec {
-    let method = job.spec.method_as(MethodName::LoRA, None).unwrap();
-    RunSpec::preflight(job, run).resolved(1, false).with_training(
-        method,
-        TrainTask {
-            version,
-            input_digest: input_digest.into(),
-            base_digest: "sha256:base".into(),
-            dataset_digest: "sha256:data".into(),
-            trainer_image: "trainer:1".into(),
-            template_date: None,
-        },
-    )
 }
 
 /// A record of the adapter, made from these inputs.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use tunesmith_crds::names;
 
-use crate::trainer::Stage;
+use crate::workload::Stage;
 
 /// Who manages an object.
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";

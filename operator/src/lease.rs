@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 
 /// A holder that has not renewed for so long has lost the lease.
 const DURATION: Duration = Duration::from_secs(15);
-/// The holder gives up, and the process ends, if it could not renew for so long: before anyone else can take over.
+/// The holder stops to act if it could not renew for so long: before anyone else can take over.
 const RENEW_DEADLINE: Duration = Duration::from_secs(10);
 /// Time between two tries.
 const PERIOD: Duration = Duration::from_secs(2);

@@ -1,15 +1,18 @@
 //! The controllers behind FineTuneJob and AdapterVersion.
 //!
-//! [`controller`] takes a FineTuneJob from preflight to an AdapterVersion, [`verifier`] an AdapterVersion to its verdict.
-//! [`trainer`] is how both make and read the pods that do the work. Everything else serves these: [`plan`] and
-//! [`nodes`] say what a run asks for, [`refusal`] why the cluster says no, [`lease`] which replica leads.
+//! [`jobs`] says which run a FineTuneJob should have, [`runs`] takes a run from preflight to an AdapterVersion, [`versions`]
+//! an AdapterVersion to its verdict. [`workload`] is how they make and read the pods that do the work, [`cache`] what they
+//! know of the cluster, [`progress`] what training pods say. Everything else serves these: [`plan`] and [`nodes`] say what
+//! a run asks for, [`admission`] why the cluster says no, [`lease`] which replica leads.
 
+pub mod admission;
 mod apply;
+mod cache;
 mod conditions;
 mod context;
-pub mod controller;
 #[cfg(test)]
 mod fixtures;
+pub mod jobs;
 mod labels;
 mod lease;
 mod metrics;
@@ -19,16 +22,20 @@ mod nodes;
 mod options;
 pub mod plan;
 mod progress;
-pub mod refusal;
+pub mod runs;
 mod server;
-pub mod trainer;
-mod verifier;
+mod state;
+mod versions;
+pub mod workload;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures::{FutureExt, future::join};
 use kube::Client;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::sleep,
+};
 use tracing_subscriber::EnvFilter;
 
 pub use self::options::Options;
@@ -38,6 +45,9 @@ use self::{
     metrics::Metrics,
     server::Readiness,
 };
+
+/// Time to end what is under way after SIGTERM.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Why the operator stops.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +66,7 @@ pub enum Error {
 /// Runs the operator until SIGTERM.
 ///
 /// # Errors
-/// If it can't start, or loses its lease: then the process must end, so that two replicas never act at once.
+/// If it can't start, or may not hold a lease.
 pub async fn run(options: Options) -> Result<(), Error> {
     let client = Client::try_default().await?;
     let (metrics, readiness) = (Metrics::default(), Readiness::default());
@@ -67,7 +77,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     }
 }
 
-/// Waits for the lease, then runs the controllers while it lasts.
+/// Runs the controllers while this replica holds the lease, and competes for it while it doesn't.
 async fn lead(
     client: Client,
     options: &Options,
@@ -75,30 +85,40 @@ async fn lead(
     readiness: Readiness,
     stop: Stop,
 ) -> Result<(), Error> {
-    let context = Arc::new(Context::new(client.clone(), options.image(), metrics));
+    let context = || Arc::new(Context::new(client.clone(), options, metrics.clone(), readiness.clone()));
     let Some(namespace) = &options.lease_namespace else {
-        readiness.set();
-        controllers(context, stop).await;
+        controllers(context(), stop).await;
         return Ok(());
     };
-    let lease = LeaderLease::new(client, namespace, options.lease_name.clone(), options.identity.clone());
-    tokio::select! {
-        acquired = lease.acquire(|| readiness.set()) => acquired?,
-        () = stop.clone() => return Ok(()),
-    }
-    readiness.set();
-    tracing::info!(identity = options.identity, "leads");
-    tokio::select! {
-        lost = lease.keep() => Err(lost.into()),
-        () = controllers(context, stop) => {
-            lease.release().await;
-            Ok(())
+    let lease = LeaderLease::new(client.clone(), namespace, options.lease_name.clone(), options.identity.clone());
+    loop {
+        tokio::select! {
+            acquired = lease.acquire(|| readiness.waits()) => acquired?,
+            () = stop.clone() => return Ok(()),
+        }
+        readiness.leads();
+        tracing::info!(identity = options.identity, "leads");
+        // Whoever loses the lease stops in the middle of what it does: what is half done, the record tells the next.
+        tokio::select! {
+            lost = lease.keep() => tracing::warn!(%lost, "stops to lead"),
+            () = controllers(context(), stop.clone()) => {
+                lease.release().await;
+                return Ok(());
+            }
         }
     }
 }
 
+/// Runs the controllers until `stop`, and not much longer.
 async fn controllers(context: Arc<Context>, stop: Stop) {
-    join(controller::run(context.clone(), stop.clone()), verifier::run(context, stop)).await;
+    let late = async {
+        stop.clone().await;
+        sleep(LAST_WORDS).await;
+    };
+    tokio::select! {
+        _ = join(jobs::run(context.clone(), stop.clone()), versions::run(context, stop.clone())) => {}
+        () = late => tracing::warn!("stops in the middle of a reconcile"),
+    }
 }
 
 /// SIGTERM or SIGINT.

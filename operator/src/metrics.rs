@@ -1,7 +1,7 @@
 //! What the operator does, in numbers for Prometheus. Labels are bounded: controllers, outcomes and phases, never names.
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 
@@ -17,6 +17,8 @@ use prometheus_client::{
     registry::Registry,
 };
 use tunesmith_crds::{FineTuneJob, FineTuneJobPhase as Phase};
+
+use crate::cache::Guarded;
 
 /// Every phase, so that one without jobs shows as 0.
 const PHASES: [Phase; 9] = [
@@ -54,7 +56,7 @@ pub struct Metrics {
     reconciles: Family<ReconcileLabels, Counter>,
     durations: Family<ControllerLabel, Histogram>,
     jobs: Family<PhaseLabel, Gauge>,
-    all_jobs: Arc<OnceLock<Store<FineTuneJob>>>,
+    all_jobs: Arc<Mutex<Option<Store<Guarded<FineTuneJob>>>>>,
 }
 
 impl Default for Metrics {
@@ -83,15 +85,15 @@ impl Metrics {
         Timer { histogram, start: Instant::now() }
     }
 
-    /// Counts the jobs of this cache by phase, whenever the metrics are read.
-    pub fn watch_jobs(&self, jobs: Store<FineTuneJob>) {
-        // The controller starts once a process; a second cache would hold the same jobs.
-        let _ = self.all_jobs.set(jobs);
+    /// Counts the jobs of this cache by phase, whenever the metrics are read; no longer those of an earlier one.
+    pub fn watch_jobs(&self, jobs: Store<Guarded<FineTuneJob>>) {
+        *self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner) = Some(jobs);
     }
 
     /// All metrics in the OpenMetrics text format.
     pub fn text(&self) -> String {
-        let jobs = self.all_jobs.get().map(Store::state).unwrap_or_default();
+        let store = self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let jobs = store.map(|store| store.state()).unwrap_or_default();
         for phase in PHASES {
             let count = jobs.iter().filter(|job| phase_of(job) == phase).count();
             self.jobs.get_or_create(&PhaseLabel { phase: format!("{phase:?}") }).set(count as i64);
@@ -103,8 +105,11 @@ impl Metrics {
     }
 }
 
-fn phase_of(job: &FineTuneJob) -> Phase {
-    job.status.as_ref().and_then(|status| status.phase).unwrap_or(Phase::Pending)
+fn phase_of(job: &Guarded<FineTuneJob>) -> Phase {
+    // One that can't be read is as good as failed.
+    job.0
+        .as_ref()
+        .map_or(Phase::Failed, |job| job.status.as_ref().and_then(|status| status.phase).unwrap_or(Phase::Pending))
 }
 
 /// Records the time from its creation until it is dropped.

@@ -1,17 +1,24 @@
 //! Which nodes a GpuClass means, by the rules of a pod's required node affinity.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm};
 use kube::ResourceExt;
 use tunesmith_crds::GpuClassSpec;
 
 /// The most GPUs of a class that one of `nodes` has.
-pub fn largest_node(class: &GpuClassSpec, nodes: &[Node]) -> Option<u32> {
+pub fn largest_node(class: &GpuClassSpec, nodes: &[Arc<Node>]) -> Option<u32> {
     let resource = class.resource_name.as_deref()?;
     let allocatable = |node: &Node| -> Option<u32> {
         let quantity = node.status.as_ref()?.allocatable.as_ref()?.get(resource)?;
         quantity.0.parse().ok().filter(|gpus| *gpus > 0)
     };
-    nodes.iter().filter(|node| matches(&class.node_selector_terms, node)).filter_map(allocatable).max()
+    nodes
+        .iter()
+        .map(|node| &**node)
+        .filter(|node| matches(&class.node_selector_terms, node))
+        .filter_map(allocatable)
+        .max()
 }
 
 /// Whether a node satisfies one of the terms; every node does if there are none.
@@ -54,12 +61,12 @@ mod tests {
 
     use super::*;
 
-    fn node(name: &str, gpus: &str, labels: Value) -> Node {
-        serde_json::from_value(json!({
+    fn node(name: &str, gpus: &str, labels: Value) -> Arc<Node> {
+        let node = serde_json::from_value(json!({
             "metadata": {"name": name, "labels": labels},
             "status": {"allocatable": {"nvidia.com/gpu": gpus}},
-        }))
-        .unwrap()
+        }));
+        Arc::new(node.unwrap())
     }
 
     fn class(terms: Value) -> GpuClassSpec {

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use clap::Parser;
 
-use crate::trainer::Image;
+use crate::{plan::Devices, workload::Image};
 
 /// Runs FineTuneJobs and verifies AdapterVersions.
 #[derive(Clone, Debug, Parser)]
@@ -16,6 +16,12 @@ pub struct Options {
     /// When nodes pull the trainer's image: Always, IfNotPresent or Never.
     #[arg(long, env = "TRAINER_IMAGE_PULL_POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
     pub trainer_image_pull_policy: String,
+    /// Architecture that the trainer's image was built for, as nodes are labelled.
+    #[arg(long, env = "TRAINER_ARCH", default_value = "amd64", value_parser = ["amd64", "arm64"])]
+    pub trainer_arch: String,
+    /// What the trainer's image computes on: cpu, cuda.
+    #[arg(long, env = "TRAINER_DEVICES", default_value = "cpu", value_delimiter = ',', value_parser = ["cpu", "cuda"])]
+    pub trainer_devices: Vec<String>,
     /// Address of /metrics, /healthz and /readyz.
     #[arg(long, env = "LISTEN_ADDRESS", default_value = "0.0.0.0:8080")]
     pub listen_address: SocketAddr,
@@ -33,7 +39,16 @@ pub struct Options {
 impl Options {
     /// The trainer's image.
     pub fn image(&self) -> Image {
-        Image { name: self.trainer_image.clone(), pull_policy: self.trainer_image_pull_policy.clone() }
+        Image {
+            name: self.trainer_image.clone(),
+            pull_policy: self.trainer_image_pull_policy.clone(),
+            arch: self.trainer_arch.clone(),
+        }
+    }
+
+    /// What the trainer's image computes on.
+    pub fn devices(&self) -> Devices {
+        Devices { cuda: self.trainer_devices.iter().any(|device| device == "cuda") }
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! The arithmetic is the planner's; this module brings it the cluster's classes and nodes.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1::Node;
 use kube::ResourceExt;
 use tunesmith_crds::{
@@ -20,13 +22,29 @@ const UNKNOWN_MEMORY: &str = "2Gi";
 /// What a training may write to its working folder besides four copies of the model.
 const WORK_BYTES: u64 = 16 << 30;
 
+/// Bytes a second at which a checkpoint reaches the store, at the least.
+const STORE_RATE: u64 = 50_000_000;
+/// Bytes of a trained parameter in a checkpoint: its value and both moments of AdamW, in f32.
+const CHECKPOINT_BYTES: u64 = 12;
+/// Bounds of the time for a checkpoint, in seconds.
+const GRACE_SECONDS: (u64, u64) = (120, 3600);
+
 /// What the cluster offers.
 #[derive(Clone, Debug, Default)]
 pub struct Offers {
     /// Its GpuClasses.
     pub classes: Vec<GpuClass>,
-    /// Its nodes; empty if no class needs to know them.
-    pub nodes: Vec<Node>,
+    /// Its nodes.
+    pub nodes: Vec<Arc<Node>>,
+    /// What the trainer's image can compute on.
+    pub devices: Devices,
+}
+
+/// What the trainer's image can compute on, besides CPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Devices {
+    /// NVIDIA GPUs.
+    pub cuda: bool,
 }
 
 /// What a run asks for.
@@ -42,6 +60,8 @@ pub struct Planned {
     pub memory: String,
     /// Most that each pod may write to its working folder, as a quantity.
     pub work_limit: String,
+    /// Time for a checkpoint after SIGTERM, in seconds.
+    pub grace_seconds: i64,
 }
 
 impl Planned {
@@ -77,7 +97,7 @@ pub fn plan(
             device,
         ))
     };
-    let offered: Vec<Offer> = offers.classes.iter().map(|class| offer(class, &offers.nodes)).collect();
+    let offered: Vec<Offer> = offers.classes.iter().map(|class| offer(class, offers)).collect();
     let memory = |method, device, gpus| Some(estimate_for(method, device)?.bytes_per_device(gpus));
     let global_batch = spec.training.global_batch_size;
     let request = Request { methods: &methods, resources: &spec.resources, global_batch, memory: &memory };
@@ -108,20 +128,24 @@ pub fn plan(
             adapter_size: estimated.map(|estimate| format_bytes(estimate.published_bytes)),
         },
         method,
+        grace_seconds: grace_seconds(estimated.map_or(0, |estimate| estimate.trainable_parameters)),
         class: class.spec.clone(),
         memory,
         work_limit: format_bytes(WORK_BYTES + 4 * preflight.map_or(0, model_bytes)),
     })
 }
 
-/// Whether planning with this class needs to know the cluster's nodes.
-pub fn needs_nodes(class: &GpuClassSpec) -> bool {
-    class.resource_name.is_some() && class.gpus_per_node.is_none() && class.methods.iter().any(|offer| offer.gpus > 1)
+/// Time to write a checkpoint of so many trained parameters.
+fn grace_seconds(trainable_parameters: u64) -> i64 {
+    let (least, most) = GRACE_SECONDS;
+    let seconds = trainable_parameters.saturating_mul(CHECKPOINT_BYTES) / STORE_RATE;
+    i64::try_from(least.saturating_add(seconds).min(most)).unwrap_or(i64::MAX)
 }
 
-fn offer<'a>(class: &'a GpuClass, nodes: &[Node]) -> Offer<'a> {
+fn offer<'a>(class: &'a GpuClass, offers: &Offers) -> Offer<'a> {
     let name = class.metadata.name.as_deref().unwrap_or_default();
-    Offer { name, spec: &class.spec, largest_node: largest_node(&class.spec, nodes) }
+    let usable = offers.devices.cuda || device_of(&class.spec) == Device::Cpu;
+    Offer { name, spec: &class.spec, largest_node: largest_node(&class.spec, &offers.nodes), usable }
 }
 
 fn device_of(class: &GpuClassSpec) -> Device {

@@ -15,13 +15,24 @@ use crate::metrics::Metrics;
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Whether the operator has reached the API server; a replica that waits for the lease is ready too.
+/// Whether the operator can do its work: a leader once its caches have listed all that they watch, another replica once it
+/// has reached the API server.
 #[derive(Clone, Default)]
 pub struct Readiness(Arc<AtomicBool>);
 
 impl Readiness {
-    /// It has.
-    pub fn set(&self) {
+    /// The API server has answered, and another replica leads.
+    pub fn waits(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// This replica leads from now on, and knows nothing yet.
+    pub fn leads(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+
+    /// The caches have listed all that they watch.
+    pub fn synced(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 

@@ -19,6 +19,8 @@ pub struct Offer<'a> {
     pub spec: &'a GpuClassSpec,
     /// The most GPUs of this class that a node of the cluster has, if any has one.
     pub largest_node: Option<u32>,
+    /// Whether the trainer's image computes on its devices.
+    pub usable: bool,
 }
 
 /// What a run asks for. `memory` tells the bytes that each of so many GPUs (or the one CPU pod) needs for a method, or
@@ -79,6 +81,34 @@ pub enum NoPlacement {
         /// What it has.
         has: String,
     },
+    /// Classes offer it, but the trainer's image computes on none of their devices.
+    #[error(
+        "GpuClass {class} has GPUs, and this cluster's trainer image computes on CPUs alone (chart value trainer.devices): \
+         name a class without GPUs that offers method {method:?}, such as cpu, in spec.resources.gpuClass"
+    )]
+    NoDevice {
+        /// The class.
+        class: String,
+        /// The method.
+        method: MethodName,
+    },
+    /// The job asks for more GPUs than the class gives.
+    #[error(
+        "spec.resources asks for {pods} pods of {gpus_per_pod} GPUs, and GpuClass {class} gives method {method:?} {gpus} in \
+         all: leave out pods and gpusPerPod, or ask for fewer"
+    )]
+    TooManyGpus {
+        /// The class.
+        class: String,
+        /// The method.
+        method: MethodName,
+        /// Pods that are asked for.
+        pods: u32,
+        /// GPUs of each.
+        gpus_per_pod: u32,
+        /// GPUs that the class gives.
+        gpus: u32,
+    },
     /// The devices can't share a step's rows.
     #[error(
         "training.globalBatchSize {rows} can't be divided among the {devices} devices of class {class}: set a multiple of \
@@ -101,7 +131,14 @@ pub enum NoPlacement {
 /// If no class will do: why, and what to change.
 pub fn place(request: &Request, offers: &[Offer]) -> Result<Placement, NoPlacement> {
     let placement = place_anywhere(request, offers)?;
-    let devices = (placement.pods * placement.gpus_per_pod).max(placement.pods);
+    let total = placement.pods.saturating_mul(placement.gpus_per_pod);
+    let class = offers.iter().find(|offer| offer.name == placement.class);
+    let gpus = class.and_then(|offer| offer.spec.gpus_for(placement.method)).unwrap_or(0);
+    if total > gpus {
+        let Placement { method, class, pods, gpus_per_pod } = placement;
+        return Err(NoPlacement::TooManyGpus { class, method, pods, gpus_per_pod, gpus });
+    }
+    let devices = total.max(placement.pods);
     match request.global_batch {
         Some(rows) if !rows.is_multiple_of(u64::from(devices.max(1))) => {
             Err(NoPlacement::Indivisible { rows, devices, class: placement.class })
@@ -124,17 +161,31 @@ fn place_anywhere(request: &Request, offers: &[Offer]) -> Result<Placement, NoPl
             return Err(NoPlacement::NoSuchClass(class.clone()));
         }
         let method = request.methods.first().copied().unwrap_or_default();
-        let refuse = || NoPlacement::NotOffered { class: class.clone(), method };
-        let named = candidates.iter().find(|candidate| candidate.offer.name == class);
-        return Ok(named.ok_or_else(refuse)?.placement(request.resources));
+        // In the order of preference; where none fits, the one that needs least.
+        candidates.retain(|candidate| candidate.offer.name == class);
+        let fitting = candidates.iter().find(|candidate| candidate.needs(request) <= candidate.memory());
+        let named = fitting.or_else(|| candidates.iter().min_by_key(|candidate| candidate.needs(request)));
+        return match named {
+            None => Err(NoPlacement::NotOffered { class: class.clone(), method }),
+            Some(named) if !named.offer.usable => {
+                Err(NoPlacement::NoDevice { class: class.clone(), method: named.method })
+            }
+            Some(named) => Ok(named.placement(request.resources)),
+        };
     }
+    let unusable = candidates.iter().find(|candidate| !candidate.offer.usable);
+    let unusable = unusable.map(|candidate| (candidate.offer.name.to_owned(), candidate.method));
+    candidates.retain(|candidate| candidate.offer.usable);
     candidates.sort_by_key(|c| (c.device() == Device::Cpu, c.preference, c.memory(), c.offer.name));
     if let Some(fitting) = candidates.iter().find(|candidate| candidate.needs(request) <= candidate.memory()) {
         return Ok(fitting.placement(request.resources));
     }
     let method = request.methods.first().copied().unwrap_or_default();
     let largest = candidates.iter().filter(|c| c.method == method).max_by_key(|c| c.memory());
-    let largest = largest.ok_or(NoPlacement::NoClass(method))?;
+    let largest = largest.ok_or(match unusable {
+        Some((class, method)) => NoPlacement::NoDevice { class, method },
+        None => NoPlacement::NoClass(method),
+    })?;
     Err(NoPlacement::TooLarge {
         method,
         needed: format_bytes(largest.needs(request)),
@@ -214,6 +265,10 @@ mod tests {
         ]
     }
 
+    fn offers<'a>(classes: &'a [(&'static str, GpuClassSpec)], largest_node: Option<u32>) -> Vec<Offer<'a>> {
+        classes.iter().map(|(name, spec)| Offer { name, spec, largest_node, usable: true }).collect()
+    }
+
     fn place_on(
         largest_node: Option<u32>,
         methods: &[MethodName],
@@ -221,7 +276,7 @@ mod tests {
         memory: &dyn Fn(MethodName, Device, u32) -> Option<u64>,
     ) -> Result<Placement, NoPlacement> {
         let classes = shipped();
-        let offers: Vec<Offer> = classes.iter().map(|(name, spec)| Offer { name, spec, largest_node }).collect();
+        let offers = offers(&classes, largest_node);
         place(&Request { methods, resources, global_batch: None, memory }, &offers)
     }
 
@@ -263,8 +318,7 @@ mod tests {
     #[test]
     fn devices_that_can_not_share_the_rows_of_a_step_are_refused() {
         let (classes, methods, resources) = (shipped(), [MethodName::Full], Resources::default());
-        let offers: Vec<Offer> =
-            classes.iter().map(|(name, spec)| Offer { name, spec, largest_node: Some(4) }).collect();
+        let offers = offers(&classes, Some(4));
         let of = |rows| {
             let request =
                 Request { methods: &methods, resources: &resources, global_batch: Some(rows), memory: UNKNOWN };
@@ -275,6 +329,46 @@ mod tests {
             of(6).unwrap_err().to_string(),
             "training.globalBatchSize 6 can't be divided among the 4 devices of class a100-80gb: set a multiple of 4"
         );
+    }
+
+    #[test]
+    fn auto_on_a_named_class_takes_the_method_that_fits_it() {
+        let auto = [MethodName::LoRA, MethodName::QLoRA];
+        let consumer = Resources { gpu_class: Some("consumer-24gb".into()), ..Resources::default() };
+        let needs = |lora: u64, qlora: u64| {
+            move |method, _: Device, _: u32| Some(if method == MethodName::LoRA { lora << 30 } else { qlora << 30 })
+        };
+        let qlora = placed("consumer-24gb", MethodName::QLoRA, 1, 1);
+        assert_eq!(place_on(None, &auto, &consumer, &needs(30, 12)), qlora);
+        assert_eq!(place_on(None, &auto, &consumer, &needs(50, 40)), qlora, "none fits: the smaller one");
+        let lora = placed("consumer-24gb", MethodName::LoRA, 1, 1);
+        assert_eq!(place_on(None, &auto, &consumer, &needs(20, 12)), lora);
+        assert_eq!(place_on(None, &auto[..1], &consumer, &needs(30, 12)), lora, "the user said LoRA");
+    }
+
+    #[test]
+    fn a_class_whose_devices_the_trainer_can_not_use_is_passed_over() {
+        let classes = shipped();
+        let on_cpus = |methods: &[MethodName], class: Option<&str>| {
+            let mut offers = offers(&classes, None);
+            offers.iter_mut().for_each(|offer| offer.usable = offer.name == "cpu");
+            let resources = Resources { gpu_class: class.map(Into::into), ..Resources::default() };
+            place(&Request { methods, resources: &resources, global_batch: None, memory: UNKNOWN }, &offers)
+        };
+        assert_eq!(on_cpus(&[MethodName::LoRA], None), placed("cpu", MethodName::LoRA, 1, 0));
+        for (method, class) in [(MethodName::Full, None), (MethodName::LoRA, Some("consumer-24gb"))] {
+            let error = on_cpus(&[method], class).unwrap_err().to_string();
+            assert!(error.contains("trainer.devices"), "{error}");
+        }
+    }
+
+    #[test]
+    fn more_gpus_than_the_class_gives_are_refused() {
+        let eight = Resources { gpus_per_pod: Some(8), ..Resources::default() };
+        let error = place_on(None, &[MethodName::LoRA], &eight, UNKNOWN).unwrap_err().to_string();
+        assert!(error.contains("asks for 1 pods of 8 GPUs, and GpuClass consumer-24gb gives method LoRA 1"), "{error}");
+        let on_cpu = Resources { gpu_class: Some("cpu".into()), gpus_per_pod: Some(1), ..Resources::default() };
+        assert!(place_on(None, &[MethodName::LoRA], &on_cpu, UNKNOWN).is_err());
     }
 
     #[test]

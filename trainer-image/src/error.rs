@@ -15,6 +15,9 @@ pub enum Error {
     /// Model or data can't be used.
     #[error("{0}")]
     Input(String),
+    /// Model, data or this trainer's arithmetic are no longer what was checked.
+    #[error("{0}")]
+    InputsChanged(String),
     /// A file that this process was told to read or write is out of reach.
     #[error("{}: {source}", path.display())]
     File {
@@ -66,6 +69,7 @@ impl Error {
         match self {
             Self::Spec(_) | Self::File { .. } | Self::Pipe { .. } => exit_code::BAD_SPEC,
             Self::Engine(tunesmith_engine::Error::Lora(_)) => exit_code::BAD_SPEC,
+            Self::InputsChanged(_) => exit_code::INPUTS_CHANGED,
             Self::Input(_) | Self::Engine(_) | Self::Convert(_) => exit_code::BAD_INPUT,
             Self::Store(error) | Self::Model(ModelError::Store(error)) => error.exit_code(),
             Self::Data(error) => error.exit_code(),

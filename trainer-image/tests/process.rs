@@ -79,6 +79,7 @@ impl Bench {
             base_digest: report.base_digest,
             dataset_digest: report.dataset.digest,
             template_date: None,
+            numerics_version: report.numerics_version,
             trainer_image: "registry.example.com/tunesmith/tunesmith-trainer:v0.1.0".into(),
         };
         spec.with_training(method, task)
@@ -261,6 +262,7 @@ fn a_pod_that_is_told_to_stop_in_the_middle_of_a_download_ends_at_once() {
         dataset_digest: digest(),
         trainer_image: "tunesmith-trainer:dev".into(),
         template_date: Some("2026-11-27".into()),
+        numerics_version: 0,
     };
     let preflight = bench.spec("s3://models/tiny");
     let method = preflight.method.clone().unwrap();

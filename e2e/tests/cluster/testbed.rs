@@ -41,7 +41,9 @@ fn bring_up(cluster: &Cluster) -> Result<()> {
         .arg(repository().join("charts/tunesmith"))
         .args(["--namespace", OPERATOR_NAMESPACE, "--create-namespace", "--wait", "--timeout", "3m"])
         .args(["--set", &format!("operator.image={}", images.operator.reference)])
-        .args(["--set", &format!("trainer.image={}", images.trainer.reference)]))?;
+        .args(["--set", &format!("trainer.image={}", images.trainer.reference)])
+        // Extended resources play the part of GPUs: what waits for them is real, what computes is a CPU.
+        .args(["--set", "trainer.devices={cpu,cuda}"]))?;
     step.done();
 
     let step = Step::start("a tiny model in S3");

@@ -75,6 +75,7 @@ fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Resul
         base_digest: report.base_digest,
         dataset_digest: report.dataset.digest,
         template_date: report.template_date,
+        numerics_version: report.numerics_version,
         trainer_image: format!("tunesmith-trainer {} (standalone)", env!("CARGO_PKG_VERSION")),
     };
     train(&spec.with_training(method, task), context)

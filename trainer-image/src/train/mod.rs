@@ -24,7 +24,7 @@ use tunesmith_crds::{
     fine_tune_job::{OnNonFinite, Progress as Numbers, Training},
     run::{Execution, Outcome, TrainReport, TrainStage, TrainTask},
 };
-use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, Schedule, Trainer};
+use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, NUMERICS_VERSION, Schedule, Trainer};
 
 pub use self::{
     checkpoint::Checkpoints,
@@ -146,11 +146,17 @@ fn check_digests(task: &TrainTask, inputs: &Inputs) -> Result<(), Error> {
         ("base model", &task.base_digest, &inputs.model.digest),
         ("dataset", &task.dataset_digest, &inputs.dataset.digest),
     ];
+    if task.numerics_version != 0 && task.numerics_version != NUMERICS_VERSION {
+        return Err(Error::InputsChanged(format!(
+            "the inputs were checked by a trainer whose arithmetic has version {}, and this one has {NUMERICS_VERSION}",
+            task.numerics_version
+        )));
+    }
     match pairs.into_iter().find(|(_, checked, found)| checked != found) {
         None => Ok(()),
-        Some((what, checked, found)) => Err(Error::Input(format!(
-            "the {what} has changed since it was checked ({checked} then, {found} now): \
-             change the job, so that a new run begins, and leave the files alone while it lasts"
+        Some((what, checked, found)) => Err(Error::InputsChanged(format!(
+            "the {what} has changed since it was checked ({checked} then, {found} now): leave the files alone while a run \
+             lasts"
         ))),
     }
 }

@@ -107,6 +107,7 @@ impl Bench {
             base_digest: report.base_digest,
             dataset_digest: report.dataset.digest,
             template_date: report.template_date,
+            numerics_version: report.numerics_version,
             trainer_image: "registry.example.com/tunesmith/tunesmith-trainer:v0.1.0".into(),
         };
         spec.with_training(method, task)
@@ -305,13 +306,19 @@ fn a_crash_before_the_manifest_leaves_nothing_visible_and_is_made_good() {
 }
 
 #[test]
-fn inputs_that_changed_after_preflight_are_refused() {
+fn inputs_that_changed_after_preflight_are_to_be_checked_again() {
     let bench = Bench::new();
     let spec = bench.checked(json!({}), 1);
+    let mut other = spec.clone();
+    other.train.as_mut().unwrap().numerics_version = u32::MAX;
+    let error = bench.train(&other, &Stop::default()).unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::INPUTS_CHANGED);
+    assert!(error.to_string().contains("arithmetic"), "{error}");
+
     let data = fs::read_to_string(bench.path("train.jsonl")).unwrap();
     fs::write(bench.path("train.jsonl"), data.replace("answer", "reply")).unwrap();
     let error = bench.train(&spec, &Stop::default()).unwrap_err();
-    assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
+    assert_eq!(error.exit_code(), exit_code::INPUTS_CHANGED);
     assert!(error.to_string().contains("the dataset has changed"), "{error}");
 }
 

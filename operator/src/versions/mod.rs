@@ -5,22 +5,31 @@ mod build;
 mod decide;
 mod status;
 
-use std::sync::Arc;
+use std::{panic::AssertUnwindSafe, sync::Arc};
 
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use k8s_openapi::{api::batch::v1::Job, jiff::Timestamp};
 use kube::{
-    Api, ResourceExt,
+    Api, Resource, ResourceExt,
+    core::error_boundary::InvalidObject,
     runtime::{Controller, controller::Action, watcher},
 };
-use tunesmith_crds::{AdapterVersion, names::STAGE_LABEL};
+use serde_json::json;
+use tunesmith_crds::{
+    AdapterVersion,
+    conditions::{READY, RECONCILING, STALLED, reason},
+    names::STAGE_LABEL,
+};
 
 use self::decide::{Observed, Step, decide};
 use crate::{
+    admission,
     apply::{ApplyError, Change, apply, apply_status},
-    context::{Context, Outcome, Stop, log_failure},
-    refusal,
-    trainer::{Stage, TrainerJob, job::fresh_pods},
+    cache::Guarded,
+    conditions::{Conditions, Verdict},
+    context::{Context, Outcome, Stop, log_failure, words_of},
+    labels::OPERATOR,
+    workload::{Stage, TrainerJob, job::fresh_pods},
 };
 
 /// Name of the controller in metrics and logs.
@@ -43,6 +52,9 @@ pub enum Error {
     /// The status could not be written.
     #[error("cannot write the status: {0}")]
     Status(#[source] kube::Error),
+    /// A defect of the operator.
+    #[error("internal error: {0}; please report it")]
+    Internal(String),
 }
 
 impl Outcome for Error {
@@ -51,6 +63,7 @@ impl Outcome for Error {
             Self::Observe { .. } => "observe_error",
             Self::Apply(_) => "apply_error",
             Self::Status(_) => "status_error",
+            Self::Internal(_) => "panic",
         }
     }
 }
@@ -58,7 +71,7 @@ impl Outcome for Error {
 /// Runs the controller until `stop`.
 pub async fn run(context: Arc<Context>, stop: Stop) {
     let verifications = watcher::Config::default().labels(&format!("{STAGE_LABEL}={}", Stage::Verify.name()));
-    Controller::new(Api::<AdapterVersion>::all(context.client.clone()), watcher::Config::default())
+    Controller::new(Api::<Guarded<AdapterVersion>>::all(context.client.clone()), watcher::Config::default())
         .owns(Api::<Job>::all(context.client.clone()), verifications)
         .graceful_shutdown_on(stop)
         .run(reconcile, retry, context)
@@ -66,11 +79,29 @@ pub async fn run(context: Arc<Context>, stop: Stop) {
         .await;
 }
 
-async fn reconcile(version: Arc<AdapterVersion>, context: Arc<Context>) -> Result<Action, Error> {
+async fn reconcile(version: Arc<Guarded<AdapterVersion>>, context: Arc<Context>) -> Result<Action, Error> {
     let _timer = context.metrics.time(NAME);
-    let result = reconcile_once(&version, &context).await;
+    let result = match &version.0 {
+        Ok(version) => {
+            let caught = AssertUnwindSafe(reconcile_once(version, &context)).catch_unwind().await;
+            caught.unwrap_or_else(|panic| Err(Error::Internal(words_of(&*panic))))
+        }
+        Err(invalid) => stall(&version, invalid, &context).await.map(|()| Action::await_change()),
+    };
     context.metrics.count(NAME, result.as_ref().map_or_else(Outcome::label, |_| "ok"));
     result
+}
+
+/// Says on a version that can't be read why.
+async fn stall(version: &Guarded<AdapterVersion>, invalid: &InvalidObject, context: &Context) -> Result<(), Error> {
+    let message = format!("it can't be read: {invalid}; delete it");
+    let mut conditions = Conditions::new(&[], version.meta().generation, Timestamp::now());
+    for (type_, verdict) in [(READY, Verdict::False), (RECONCILING, Verdict::False), (STALLED, Verdict::True)] {
+        conditions.set(type_, verdict, reason::UNREADABLE, &message);
+    }
+    let status = json!({"observedGeneration": version.meta().generation, "conditions": conditions.into_vec()});
+    let written = apply_status::<AdapterVersion, _>(&context.client, version.meta(), &status, OPERATOR).await;
+    written.map_err(Error::Status)
 }
 
 async fn reconcile_once(version: &AdapterVersion, context: &Context) -> Result<Action, Error> {
@@ -91,7 +122,9 @@ async fn reconcile_once(version: &AdapterVersion, context: &Context) -> Result<A
     };
     let status = status::status(&observed.version, &state, Timestamp::now());
     if observed.version.status.as_ref() != Some(&status) {
-        apply_status(&context.client, &observed.version, &status).await.map_err(Error::Status)?;
+        apply_status::<AdapterVersion, _>(&context.client, &observed.version.metadata, &status, OPERATOR)
+            .await
+            .map_err(Error::Status)?;
         if state.is_verdict() {
             let version = version.name_any();
             tracing::info!(version, namespace, phase = ?state.phase, message = state.message);
@@ -127,13 +160,13 @@ async fn observe(version: &AdapterVersion, context: &Context) -> Result<Option<O
     };
     let refusal = match &job {
         Some(job) => {
-            refusal::of_job(&context.client, &namespace, job).await.map_err(failed("why a Job has no pods"))?
+            admission::of_job(&context.client, &namespace, job).await.map_err(failed("why a Job has no pods"))?
         }
         None => None,
     };
     Ok(Some(Observed { version, job, refusal }))
 }
 
-fn retry(version: Arc<AdapterVersion>, _: &Error, context: Arc<Context>) -> Action {
+fn retry(version: Arc<Guarded<AdapterVersion>>, _: &Error, context: Arc<Context>) -> Action {
     Action::requeue(context.backoff.next(&*version))
 }

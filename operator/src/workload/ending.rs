@@ -3,28 +3,25 @@
 use k8s_openapi::{
     api::{
         batch::v1::{Job, JobCondition},
-        core::v1::{ContainerStateTerminated, Pod},
+        core::v1::{ContainerStateTerminated, ContainerStatus, Pod},
     },
     apimachinery::pkg::apis::meta::v1::Time,
     jiff::Timestamp,
 };
-use serde::{Deserialize, Serialize};
 use tunesmith_crds::{
+    fine_tune_run,
     names::exit_code,
     run::{Outcome, ReportError, RunReport},
 };
 
-/// Annotation of a trainer Job that has ended: its [`Ending`] as JSON. It outlives the pods, so that an attempt is
-/// counted in one way only, whatever becomes of them.
-pub const ENDING_ANNOTATION: &str = "tunesmith.dev/ending";
+use super::pod::CONTAINER;
 
 /// What the kubelet says when it evicts a pod for what the pod itself did. Any other eviction is a disruption.
 const OVER_ITS_OWN_LIMIT: [&str; 3] =
     ["exceeds the limit", "exceeds the total limit", "exceeded its local ephemeral storage limit"];
 
 /// How a trainer Job ended.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Ending {
     /// What came of it.
     pub cause: Cause,
@@ -32,11 +29,14 @@ pub struct Ending {
     pub started: Option<Time>,
     /// When the Job was over.
     pub finished: Time,
+    /// Digest of the image that its container ran.
+    pub image_id: Option<String>,
+    /// Sidecars keep its pods alive.
+    pub outlived: bool,
 }
 
 /// What came of a trainer Job.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind")]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Cause {
     /// Exit code 0 and a report.
     Done {
@@ -46,6 +46,16 @@ pub enum Cause {
     /// It was ended from outside: another attempt follows, and this one does not count.
     Disrupted {
         /// By what.
+        message: String,
+    },
+    /// The store did not answer, or refused.
+    StoreUnavailable {
+        /// Its words.
+        message: String,
+    },
+    /// Model, data or trainer are no longer what was checked.
+    InputsChanged {
+        /// Which.
         message: String,
     },
     /// It failed: another attempt may follow.
@@ -58,31 +68,45 @@ pub enum Cause {
         /// Why, for the user.
         message: String,
     },
-    /// The Job's activeDeadlineSeconds were over.
+    /// activeDeadlineSeconds were over.
     DeadlineExceeded,
 }
 
 impl Ending {
     /// How `job` ended, or None while it goes on. `pods` are the Job's pods, as the API server has them now.
     pub fn of(job: &Job, pods: &[Pod]) -> Option<Self> {
-        let condition = finished(job)?;
-        let over = condition.last_transition_time.clone().unwrap_or(Time(Timestamp::UNIX_EPOCH));
-        let succeeded = condition.type_ == "Complete";
+        let condition = finished(job);
+        let finished = match condition {
+            Some(condition) => condition.last_transition_time.clone().unwrap_or(Time(Timestamp::UNIX_EPOCH)),
+            None => outlived(pods)?,
+        };
+        let succeeded = condition.is_some_and(|condition| condition.type_ == "Complete");
         let speaking = pods.iter().filter(|pod| !succeeded || is_first_rank(pod));
-        let cause = match condition.reason.as_deref() {
+        let cause = match condition.and_then(|condition| condition.reason.as_deref()) {
             Some("DeadlineExceeded") => Cause::DeadlineExceeded,
             _ => speaking.filter_map(pod_cause).max_by_key(weight).unwrap_or_else(|| Cause::Disrupted {
                 message: "its pods were deleted before they could report".into(),
             }),
         };
         let started = pods.iter().filter_map(|pod| terminated(pod)?.started_at.clone()).min_by_key(|time| time.0);
-        Some(Self { cause, started, finished: over })
+        let image_id = pods.iter().find_map(|pod| Some(trainer(pod)?.image_id.clone())).filter(|id| !id.is_empty());
+        Some(Self { cause, started, finished, image_id, outlived: condition.is_none() })
     }
+}
 
-    /// Seconds for which the pods held their resources.
-    pub fn seconds_held(&self) -> i64 {
-        self.started.as_ref().map_or(0, |started| (self.finished.0.as_second() - started.0.as_second()).max(0))
-    }
+/// When the last trainer of pods ended that sidecars keep alive; None where a trainer runs, or no sidecar does.
+pub fn outlived(pods: &[Pod]) -> Option<Time> {
+    // The pod's own phase tells nothing: it lags behind its containers.
+    let has_sidecar = |pod: &Pod| {
+        let containers = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+        containers.into_iter().any(|container| container.state.as_ref().is_some_and(|state| state.running.is_some()))
+    };
+    let ends: Option<Vec<_>> = pods.iter().map(terminated).collect();
+    let kept_alive = pods.iter().any(|pod| has_sidecar(pod) && terminated(pod).is_some());
+    let ends = ends.filter(|_| kept_alive)?.into_iter();
+    Some(
+        ends.filter_map(|end| end.finished_at.clone()).max_by_key(|time| time.0).unwrap_or(Time(Timestamp::UNIX_EPOCH)),
+    )
 }
 
 impl Cause {
@@ -99,11 +123,28 @@ impl Cause {
         }
     }
 
+    /// One word for the record.
+    pub fn kind(&self) -> fine_tune_run::Cause {
+        match self {
+            Self::Done { .. } => fine_tune_run::Cause::Done,
+            Self::Disrupted { .. } => fine_tune_run::Cause::Disrupted,
+            Self::StoreUnavailable { .. } => fine_tune_run::Cause::StoreUnavailable,
+            Self::InputsChanged { .. } => fine_tune_run::Cause::InputsChanged,
+            Self::Failed { .. } => fine_tune_run::Cause::Failed,
+            Self::Final { .. } => fine_tune_run::Cause::Final,
+            Self::DeadlineExceeded => fine_tune_run::Cause::DeadlineExceeded,
+        }
+    }
+
     /// What to tell the user, if it did not end well.
     pub fn complaint(&self) -> Option<&str> {
         match self {
             Self::Done { .. } => None,
-            Self::Disrupted { message } | Self::Failed { message } | Self::Final { message } => Some(message),
+            Self::Disrupted { message }
+            | Self::StoreUnavailable { message }
+            | Self::InputsChanged { message }
+            | Self::Failed { message }
+            | Self::Final { message } => Some(message),
             Self::DeadlineExceeded => Some("activeDeadlineSeconds are over"),
         }
     }
@@ -120,6 +161,9 @@ pub fn pod_cause(pod: &Pod) -> Option<Cause> {
     let status = pod.status.as_ref()?;
     let kubelet = [status.reason.as_deref(), status.message.as_deref()].into_iter().flatten().collect::<Vec<_>>();
     let kubelet = kubelet.join(": ");
+    if status.reason.as_deref() == Some("DeadlineExceeded") {
+        return Some(Cause::DeadlineExceeded);
+    }
     if OVER_ITS_OWN_LIMIT.iter().any(|words| kubelet.contains(words)) {
         return Some(Cause::Failed { message: kubelet });
     }
@@ -139,6 +183,8 @@ fn container_cause(pod: &Pod, container: &ContainerStateTerminated) -> Cause {
             Err(error) => Cause::Final { message: format!("the trainer exited with 0, but left {error}") },
         },
         exit_code::BAD_SPEC | exit_code::BAD_INPUT => Cause::Final { message: failure(report, container) },
+        exit_code::INPUTS_CHANGED => Cause::InputsChanged { message: failure(report, container) },
+        exit_code::STORAGE => Cause::StoreUnavailable { message: failure(report, container) },
         exit_code::PREEMPTED => Cause::Disrupted {
             message: match report {
                 Ok(RunReport { outcome: Outcome::Preempted { step }, .. }) => {
@@ -187,8 +233,12 @@ fn disruption_condition(pod: &Pod) -> Option<&k8s_openapi::api::core::v1::PodCon
 }
 
 fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
-    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
-    containers.first()?.state.as_ref()?.terminated.as_ref()
+    trainer(pod)?.state.as_ref()?.terminated.as_ref()
+}
+
+/// The trainer's own container, which sidecars may stand beside.
+pub fn trainer(pod: &Pod) -> Option<&ContainerStatus> {
+    pod.status.as_ref()?.container_statuses.as_ref()?.iter().find(|container| container.name == CONTAINER)
 }
 
 /// Rank 0 publishes and reports; the others just end.
@@ -201,7 +251,7 @@ fn is_first_rank(pod: &Pod) -> bool {
 fn weight(cause: &Cause) -> u8 {
     match cause {
         Cause::Disrupted { .. } | Cause::DeadlineExceeded => 0,
-        Cause::Failed { .. } => 1,
+        Cause::StoreUnavailable { .. } | Cause::InputsChanged { .. } | Cause::Failed { .. } => 1,
         Cause::Final { .. } => 2,
         Cause::Done { .. } => 3,
     }
@@ -249,11 +299,15 @@ mod tests {
     }
 
     #[test]
-    fn storage_and_unknown_failures_are_tried_again() {
-        for code in [1, 4, 5, 101] {
+    fn storage_changed_inputs_and_unknown_failures_are_told_apart() {
+        for code in [1, 5, 101] {
             let cause = pod_cause(&exited(code, "Error", &failed_with("x")));
             assert_eq!(cause, Some(Cause::Failed { message: "x".into() }), "{code}");
         }
+        let store = pod_cause(&exited(4, "Error", &failed_with("x")));
+        assert_eq!(store, Some(Cause::StoreUnavailable { message: "x".into() }));
+        let changed = pod_cause(&exited(7, "Error", &failed_with("x")));
+        assert_eq!(changed, Some(Cause::InputsChanged { message: "x".into() }));
         let Some(Cause::Failed { message }) = pod_cause(&exited(101, "Error", "panicked")) else { panic!() };
         assert!(message.contains("code 101"), "{message}");
     }
@@ -291,14 +345,14 @@ mod tests {
     fn a_job_whose_pods_are_gone_was_disrupted() {
         let ending = Ending::of(&job("Failed", "BackoffLimitExceeded"), &[]).unwrap();
         assert!(matches!(ending.cause, Cause::Disrupted { .. }));
-        assert_eq!(ending.seconds_held(), 0);
+        assert_eq!(ending.started, None);
     }
 
     #[test]
     fn success_without_a_readable_report_is_final() {
         let ending = Ending::of(&job("Complete", ""), &[exited(0, "Completed", "done")]).unwrap();
         assert!(matches!(ending.cause, Cause::Final { .. }), "{ending:?}");
-        assert_eq!(ending.seconds_held(), 100);
+        assert_eq!(ending.finished.0.duration_since(ending.started.unwrap().0).as_secs(), 100);
     }
 
     #[test]
@@ -320,9 +374,25 @@ mod tests {
     }
 
     #[test]
-    fn an_ending_survives_its_annotation() {
-        let ending = Ending::of(&job("Failed", ""), &[exited(4, "Error", &failed_with("no answer"))]).unwrap();
-        let json = serde_json::to_string(&ending).unwrap();
-        assert_eq!(serde_json::from_str::<Ending>(&json).unwrap(), ending);
+    fn a_trainer_that_a_sidecar_outlives_has_ended_and_is_heard() {
+        let trainer = json!({"name": "trainer", "image": "", "imageID": "i@sha256:1", "ready": false, "restartCount": 0,
+            "state": {"terminated": {"exitCode": 3, "reason": "Error", "message": failed_with("bad row"),
+                "startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T00:00:09Z"}}});
+        let proxy = json!({"name": "istio-proxy", "image": "", "imageID": "", "ready": true, "restartCount": 0,
+            "state": {"running": {}}});
+        let kept = pod(json!({"phase": "Running", "containerStatuses": [proxy, trainer]}));
+        let ending = Ending::of(&Job::default(), std::slice::from_ref(&kept)).unwrap();
+        assert_eq!(ending.cause, Cause::Final { message: "bad row".into() });
+        assert_eq!(ending.image_id.as_deref(), Some("i@sha256:1"));
+        let alone = pod(json!({"phase": "Running", "containerStatuses": [trainer]}));
+        assert_eq!(Ending::of(&Job::default(), &[alone]), None, "its phase and its Job follow at once");
+        let at_work = pod(json!({"phase": "Running", "containerStatuses": [proxy]}));
+        assert_eq!(Ending::of(&Job::default(), &[kept, at_work]), None, "another rank's trainer has not ended");
+    }
+
+    #[test]
+    fn the_deadline_of_a_pod_counts_as_the_runs() {
+        let pod = pod(json!({"phase": "Failed", "reason": "DeadlineExceeded", "message": "Pod was active too long"}));
+        assert_eq!(pod_cause(&pod), Some(Cause::DeadlineExceeded));
     }
 }

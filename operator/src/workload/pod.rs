@@ -10,7 +10,7 @@ use k8s_openapi::{
     },
     api::core::v1::{
         Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource,
-        KeyToPath, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
+        EnvVar, KeyToPath, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
         ResourceRequirements, SeccompProfile, SecretEnvSource, SecurityContext, Toleration, Volume, VolumeMount,
     },
     apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta},
@@ -26,8 +26,10 @@ use super::Stage;
 pub const RUN_SPEC_KEY: &str = "run.json";
 /// What a pod that only checks may write to its working folder.
 pub const CHECK_WORK_LIMIT: &str = "64Gi";
-/// Time for a checkpoint after SIGTERM, in seconds.
-const GRACE_SECONDS: i64 = 120;
+/// Name of the trainer's container: sidecars may stand beside it.
+pub const CONTAINER: &str = "trainer";
+/// Time to end after SIGTERM for a pod that has nothing to save, in seconds.
+pub const CHECK_GRACE_SECONDS: i64 = 30;
 /// User and group of the image.
 const NON_ROOT: i64 = 65532;
 /// CPU and memory of a pod that only checks.
@@ -41,6 +43,8 @@ pub struct Image {
     pub name: String,
     /// When the kubelet pulls it: Always, IfNotPresent or Never.
     pub pull_policy: String,
+    /// Architecture that it was built for, as nodes are labelled: amd64 or arm64.
+    pub arch: String,
 }
 
 /// What differs between the pods of trainer Jobs.
@@ -69,6 +73,10 @@ pub struct TrainerPod<'a> {
     pub tolerations: Vec<Toleration>,
     /// Its RuntimeClass.
     pub runtime_class_name: Option<String>,
+    /// Time for a checkpoint after SIGTERM, in seconds.
+    pub grace_seconds: i64,
+    /// Seconds that it may run once a node has it.
+    pub deadline: Option<i64>,
 }
 
 impl TrainerPod<'_> {
@@ -99,7 +107,9 @@ impl TrainerPod<'_> {
                 containers: vec![container],
                 volumes: Some(volumes),
                 restart_policy: Some("Never".into()),
-                termination_grace_period_seconds: Some(GRACE_SECONDS),
+                termination_grace_period_seconds: Some(self.grace_seconds),
+                active_deadline_seconds: self.deadline,
+                node_selector: Some([("kubernetes.io/arch".into(), self.image.arch.clone())].into()),
                 service_account_name: self.service_account_name.map(Into::into),
                 automount_service_account_token: Some(false),
                 enable_service_links: Some(false),
@@ -119,6 +129,12 @@ impl TrainerPod<'_> {
         }
     }
 
+    /// Whether it asks for anything but CPU, memory and storage.
+    fn has_gpus(&self) -> bool {
+        let limits = self.resources.limits.iter().flatten();
+        limits.into_iter().any(|(resource, _)| resource.contains('/'))
+    }
+
     fn container(&self) -> Container {
         let run_folder = RUN_SPEC_PATH.strip_suffix(RUN_SPEC_KEY).unwrap_or(RUN_SPEC_PATH).trim_end_matches('/');
         let env_from = self.secrets.iter().map(|(prefix, secret)| EnvFromSource {
@@ -136,11 +152,12 @@ impl TrainerPod<'_> {
             ..mount(&claim_volume_name(number), &format!("{CLAIMS_DIR}/{claim}"))
         }));
         Container {
-            name: "trainer".into(),
+            name: CONTAINER.into(),
             image: Some(self.image.name.clone()),
             image_pull_policy: Some(self.image.pull_policy.clone()),
             args: Some(vec![self.stage.name().into()]),
             env_from: Some(env_from.collect()),
+            env: (!self.has_gpus()).then(|| vec![no_gpus()]),
             ports: Some(vec![ContainerPort {
                 name: Some("http".into()),
                 container_port: i32::from(TRAINER_PORT),
@@ -196,6 +213,11 @@ pub fn retry_policy() -> PodFailurePolicy {
             },
         ],
     }
+}
+
+/// Where NVIDIA's runtime is the node's default, a pod that asks for no GPU would see them all.
+fn no_gpus() -> EnvVar {
+    EnvVar { name: "NVIDIA_VISIBLE_DEVICES".into(), value: Some("void".into()), value_from: None }
 }
 
 /// A claim's name may be longer than a volume's, and have dots.

@@ -10,18 +10,12 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use kube::{Api, Client, ResourceExt, api::ListParams};
-use tunesmith_crds::{
-    fine_tune_job::Plan,
-    names::{ATTEMPT_LABEL, STAGE_LABEL},
-};
+use tunesmith_crds::names::STAGE_LABEL;
 
 use super::{
     Stage,
-    ending::{Cause, ENDING_ANNOTATION, Ending, finished, pod_cause},
+    ending::{Cause, Ending, finished, outlived, pod_cause, trainer},
 };
-
-/// Annotation of a training Job: the [`Plan`] that it was made from, as JSON.
-pub const PLAN_ANNOTATION: &str = "tunesmith.dev/plan";
 
 /// A trainer Job.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,14 +26,10 @@ pub struct TrainerJob {
     pub uid: String,
     /// What it does.
     pub stage: Stage,
-    /// Number of the attempt; 0 if the stage has none.
-    pub attempt: u32,
-    /// When it was created.
-    pub created: Timestamp,
     /// It is being deleted; it stays until its pods are gone.
     pub deleting: bool,
-    /// What a training Job was made from.
-    pub plan: Option<Plan>,
+    /// Whoever admits it has not let it begin.
+    pub suspended: bool,
     /// How far it is.
     pub state: JobState,
 }
@@ -55,12 +45,7 @@ pub enum JobState {
         last_failure: Option<String>,
     },
     /// It is over.
-    Ended {
-        /// How it ended.
-        ending: Ending,
-        /// Whether the Job carries this ending already.
-        recorded: bool,
-    },
+    Ended(Ending),
 }
 
 /// How far the pods of an active Job are: as far as the slowest.
@@ -84,26 +69,24 @@ pub enum Pods {
 }
 
 impl TrainerJob {
-    /// Whether [`TrainerJob::read`] needs the Job's pods as the API server has them now, not as a cache had them.
-    pub fn needs_fresh_pods(job: &Job) -> bool {
-        finished(job).is_some() && recorded_ending(job).is_none()
+    /// Whether [`TrainerJob::read`] needs the Job's pods as the API server has them now, not as a cache had them: their
+    /// last words count.
+    pub fn needs_fresh_pods(job: &Job, cached: &[Pod]) -> bool {
+        finished(job).is_some() || outlived(cached).is_some()
     }
 
     /// Reads a Job and its pods; None if it has no stage.
     pub fn read(job: &Job, pods: &[Pod]) -> Option<Self> {
-        let state = match (recorded_ending(job), Ending::of(job, pods)) {
-            (Some(ending), _) => JobState::Ended { ending, recorded: true },
-            (None, Some(ending)) => JobState::Ended { ending, recorded: false },
-            (None, None) => JobState::Active { pods: read_pods(job, pods), last_failure: last_failure(pods) },
+        let state = match Ending::of(job, pods) {
+            Some(ending) => JobState::Ended(ending),
+            None => JobState::Active { pods: read_pods(job, pods), last_failure: last_failure(pods) },
         };
         Some(Self {
             name: job.name_any(),
             uid: job.uid().unwrap_or_default(),
             stage: Stage::from_name(job.labels().get(STAGE_LABEL)?)?,
-            attempt: job.labels().get(ATTEMPT_LABEL).and_then(|label| label.parse().ok()).unwrap_or(0),
-            created: job.creation_timestamp().map_or(Timestamp::UNIX_EPOCH, |time| time.0),
             deleting: job.metadata.deletion_timestamp.is_some(),
-            plan: job.annotations().get(PLAN_ANNOTATION).and_then(|json| serde_json::from_str(json).ok()),
+            suspended: job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true),
             state,
         })
     }
@@ -111,19 +94,17 @@ impl TrainerJob {
     /// How it ended, if it did.
     pub fn ending(&self) -> Option<&Ending> {
         match &self.state {
-            JobState::Ended { ending, .. } => Some(ending),
+            JobState::Ended(ending) => Some(ending),
             JobState::Active { .. } => None,
         }
     }
 
-    /// Why it came to nothing, if so.
-    pub fn complaint(&self) -> Option<&str> {
-        self.ending()?.cause.complaint()
-    }
-
-    /// Whether it may still have pods; a Job that is being deleted stays active until they are gone.
-    pub fn is_active(&self) -> bool {
-        matches!(self.state, JobState::Active { .. })
+    /// When the last of its pods started, if all run.
+    pub fn running_since(&self) -> Option<Timestamp> {
+        match &self.state {
+            JobState::Active { pods: Pods::Running { since, .. }, .. } => *since,
+            _ => None,
+        }
     }
 }
 
@@ -135,10 +116,6 @@ pub async fn fresh_pods(client: &Client, job: &Job) -> Result<Vec<Pod>, kube::Er
     let pods = Api::<Pod>::namespaced(client.clone(), &job.namespace().unwrap_or_default());
     let selector = format!("batch.kubernetes.io/controller-uid={}", job.uid().unwrap_or_default());
     Ok(pods.list(&ListParams::default().labels(&selector)).await?.items)
-}
-
-fn recorded_ending(job: &Job) -> Option<Ending> {
-    serde_json::from_str(job.annotations().get(ENDING_ANNOTATION)?).ok()
 }
 
 fn read_pods(job: &Job, pods: &[Pod]) -> Pods {
@@ -200,7 +177,7 @@ fn running_since(pod: &Pod) -> Option<Timestamp> {
 }
 
 fn container_state(pod: &Pod) -> Option<&ContainerState> {
-    pod.status.as_ref()?.container_statuses.as_ref()?.first()?.state.as_ref()
+    trainer(pod)?.state.as_ref()
 }
 
 /// The complaint of the pod that failed last, while the Job controller makes another.
@@ -221,7 +198,7 @@ mod tests {
 
     fn job(parallelism: i32) -> Job {
         serde_json::from_value(json!({
-            "metadata": {"name": "j-1-1", "uid": "u", "labels": {STAGE_LABEL: "train", ATTEMPT_LABEL: "1"}},
+            "metadata": {"name": "j-1-1", "uid": "u", "labels": {STAGE_LABEL: "train"}},
             "spec": {"parallelism": parallelism, "template": {"spec": {"containers": []}}},
         }))
         .unwrap()
@@ -233,7 +210,7 @@ mod tests {
 
     fn container(state: Value) -> Pod {
         let status =
-            json!({"name": "t", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": state});
+            json!({"name": "trainer", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": state});
         pod(json!({"phase": "Pending", "podIP": "10.0.0.7", "containerStatuses": [status]}))
     }
 
@@ -274,17 +251,5 @@ mod tests {
         let JobState::Active { pods, last_failure } = job.state else { panic!() };
         assert_eq!(pods, Pods::Over);
         assert!(last_failure.unwrap().contains("code 101"));
-    }
-
-    #[test]
-    fn an_ending_on_the_job_goes_before_what_pods_say() {
-        let mut job = job(1);
-        let ending = Ending {
-            cause: Cause::Failed { message: "recorded".into() },
-            started: None,
-            finished: k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH),
-        };
-        job.annotations_mut().insert(ENDING_ANNOTATION.into(), serde_json::to_string(&ending).unwrap());
-        assert_eq!(TrainerJob::read(&job, &[]).unwrap().complaint(), Some("recorded"));
     }
 }

@@ -4,17 +4,13 @@ use k8s_openapi::api::core::v1::Node;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{
-    fixtures::{
-        attempt, class, cpu, ended, job, observed_checked, passed, preflight_report, task, train_report, trained,
-        trainer_job,
-    },
-    plan::{Offers, plan},
-};
+use std::sync::Arc;
 
-fn image() -> Image {
-    Image { name: "trainer:1".into(), pull_policy: "IfNotPresent".into() }
-}
+use crate::{
+    fixtures::{class, cpu, image, job, observed_checked, observed_published, preflight_report},
+    plan::{Devices, Offers},
+    runs::decide::advance,
+};
 
 fn offers(nodes: &[(&str, u32)]) -> Offers {
     let a100 = json!({
@@ -39,17 +35,35 @@ fn offers(nodes: &[(&str, u32)]) -> Offers {
     };
     Offers {
         classes: vec![class("a100-80gb", a100), class("consumer-24gb", consumer), cpu()],
-        nodes: nodes.iter().map(node).collect(),
+        nodes: nodes.iter().map(node).map(Arc::new).collect(),
+        devices: Devices { cuda: true },
     }
+}
+
+/// The ConfigMap and the Job of the first attempt of `job` on such a cluster.
+fn first_attempt(job: &FineTuneJob, offers: &Offers) -> (ConfigMap, Job) {
+    let mut observed = observed_checked(job.clone(), |_| {});
+    observed.offers = offers.clone();
+    built(&observed)
+}
+
+fn built(observed: &crate::jobs::observed::Observed) -> (ConfigMap, Job) {
+    let run = &observed.runs[&1];
+    let advance = advance(run, observed, crate::fixtures::at(10_000));
+    let changes = advance.steps.iter().flat_map(|step| build(step, &observed.job, run, &advance.record, &image()));
+    let [Change::CreateConfigMap(input), Change::CreateJob(job)] = &changes.collect::<Vec<_>>()[..] else { panic!() };
+    ((**input).clone(), (**job).clone())
 }
 
 /// The first training Job of `job` on such a cluster, as JSON.
 fn training(job: &FineTuneJob, offers: &Offers) -> Value {
-    let planned = plan(&job.spec, offers, Some(&preflight_report()), None).unwrap();
-    let step = Step::CreateAttempt { run: 1, attempt: 1, version: 3, planned: Box::new(planned), deadline: Some(60) };
-    let observed = observed_checked(job.clone(), |_| {});
-    let Some(Change::CreateJob(built)) = build(&step, &observed, &image()) else { panic!() };
-    serde_json::to_value(built).unwrap()
+    serde_json::to_value(first_attempt(job, offers).1).unwrap()
+}
+
+/// The first preflight Job of `job`.
+fn preflight(job: &FineTuneJob) -> Value {
+    let observed = crate::fixtures::observed_run(job.clone(), |_| {});
+    serde_json::to_value(built(&observed).1).unwrap()
 }
 
 fn pod_of(job: &Value) -> &Value {
@@ -81,10 +95,6 @@ fn full_asks_for_4_pods_with_an_a100_each_where_nodes_have_fewer() {
     assert_eq!(built["spec"]["completionMode"], "Indexed");
     assert_eq!(built["spec"]["podReplacementPolicy"], "Failed");
     assert_eq!(pod_of(&built)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"], "1");
-    assert_eq!(
-        built["metadata"]["annotations"][PLAN_ANNOTATION].as_str().map(|plan| plan.contains(r#""pods":4"#)),
-        Some(true)
-    );
 }
 
 #[test]
@@ -99,6 +109,8 @@ fn lora_asks_for_one_consumer_gpu() {
 fn a_class_of_cpus_asks_for_cpu_and_memory_alone() {
     let resources = json!({"gpuClass": "cpu", "cpu": "500m", "memory": "3Gi"});
     let built = training(&job(json!({"resources": resources})), &offers(&[]));
+    let void = json!([{"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}]);
+    assert_eq!(pod_of(&built)["containers"][0]["env"], void, "a node's default runtime may show it GPUs");
     assert_eq!(
         pod_of(&built)["containers"][0]["resources"],
         json!({"limits": {"memory": "3Gi"}, "requests": {"cpu": "500m", "memory": "3Gi"}})
@@ -107,14 +119,21 @@ fn a_class_of_cpus_asks_for_cpu_and_memory_alone() {
 
 #[test]
 fn a_training_job_is_one_attempt_with_a_name_that_follows_from_its_numbers() {
-    let built = training(&job(json!({})), &offers(&[]));
+    let built = training(&job(json!({"activeDeadlineSeconds": 60})), &offers(&[]));
     assert_eq!(built["metadata"]["name"], "j-1-1");
     assert_eq!(built["metadata"]["namespace"], "team");
-    assert_eq!((&built["spec"]["backoffLimit"], &built["spec"]["activeDeadlineSeconds"]), (&json!(0), &json!(60)));
+    assert_eq!((&built["spec"]["backoffLimit"], &built["spec"]["suspend"]), (&json!(0), &json!(true)));
+    // It counts from when a node has the pod: waiting for quota costs nothing.
+    assert_eq!(
+        (&built["spec"]["activeDeadlineSeconds"], &pod_of(&built)["activeDeadlineSeconds"]),
+        (&Value::Null, &json!(60))
+    );
+    assert_eq!(pod_of(&built)["terminationGracePeriodSeconds"], 120);
+    assert_eq!(pod_of(&built)["nodeSelector"], json!({"kubernetes.io/arch": "amd64"}));
     let owner = &built["metadata"]["ownerReferences"][0];
     assert_eq!(
         (&owner["kind"], &owner["uid"], &owner["controller"]),
-        (&json!("FineTuneJob"), &json!("uid-j"), &json!(true))
+        (&json!("FineTuneRun"), &json!("uid-run-1"), &json!(true))
     );
     let labels = &built["spec"]["template"]["metadata"]["labels"];
     for (label, value) in [
@@ -130,12 +149,7 @@ fn a_training_job_is_one_attempt_with_a_name_that_follows_from_its_numbers() {
 
 #[test]
 fn every_pod_meets_the_restricted_pod_security_standard_and_has_no_token() {
-    let observed = observed_checked(job(json!({})), |_| {});
-    let Some(Change::CreateJob(preflight)) = build(&Step::CreatePreflight { run: 1 }, &observed, &image()) else {
-        panic!()
-    };
-    let preflight = serde_json::to_value(preflight).unwrap();
-    for built in [&preflight, &training(&job(json!({})), &offers(&[]))] {
+    for built in [&preflight(&job(json!({}))), &training(&job(json!({})), &offers(&[]))] {
         let pod = pod_of(built);
         assert_eq!(pod["automountServiceAccountToken"], false);
         assert_eq!(pod["enableServiceLinks"], false);
@@ -193,59 +207,54 @@ fn claims_are_mounted_read_only_each_once() {
 }
 
 #[test]
-fn a_preflight_is_a_small_pod_that_the_job_controller_retries() {
-    let observed = observed_checked(job(json!({})), |_| {});
-    let Some(Change::CreateJob(built)) = build(&Step::CreatePreflight { run: 2 }, &observed, &image()) else {
+fn a_preflight_is_a_small_pod_that_is_tried_once() {
+    let built = preflight(&job(json!({})));
+    assert_eq!((&built["metadata"]["name"], &built["spec"]["backoffLimit"]), (&json!("j-1-preflight-1"), &json!(0)));
+    let pod = pod_of(&built);
+    assert_eq!((&pod["affinity"], &pod["containers"][0]["args"]), (&Value::Null, &json!(["preflight"])));
+    assert_eq!(built["spec"]["suspend"], Value::Null);
+}
+
+#[test]
+fn what_an_attempt_works_on_follows_from_the_record() {
+    let job = job(json!({}));
+    let (input, _) = first_attempt(&job, &Offers { classes: vec![cpu()], ..Offers::default() });
+    assert_eq!((input.metadata.name.as_deref(), input.immutable), (Some("j-1-1"), Some(true)));
+    let spec: RunSpec = serde_json::from_str(&input.data.unwrap()[RUN_SPEC_KEY]).unwrap();
+    let task = spec.train.clone().unwrap();
+    assert_eq!((task.version, task.trainer_image.as_str(), task.numerics_version), (1, "trainer:1", 1));
+    assert_eq!(
+        (spec.training.bf16, spec.training.global_batch_size),
+        (Some(false), Some(job.spec.training.global_batch()))
+    );
+    let method = spec.method.clone().unwrap();
+    assert_eq!(task.input_digest, tunesmith_crds::input_digest(&spec, &method, &preflight_report()));
+}
+
+#[test]
+fn a_run_keeps_its_image_and_the_spec_that_it_serves() {
+    let mut observed = observed_checked(job(json!({})), |run| run.spec.image = "trainer:0".into());
+    observed.job.spec.backoff_limit = 9;
+    let (_, built) = built(&observed);
+    let pod = built.spec.unwrap().template.spec.unwrap();
+    assert_eq!(pod.containers[0].image.as_deref(), Some("trainer:0"));
+}
+
+/// The AdapterVersion of a run that has published.
+fn recorded(job: FineTuneJob, change: impl FnOnce(&mut crate::jobs::observed::Observed)) -> AdapterVersion {
+    let mut observed = observed_published(job);
+    change(&mut observed);
+    let run = &observed.runs[&1];
+    let [Change::CreateVersion(built)] = &build(&Step::CreateVersion, &observed.job, run, &run.record, &image())[..]
+    else {
         panic!()
     };
-    assert_eq!(built.metadata.name.as_deref(), Some("j-2-preflight"));
-    let spec = built.spec.unwrap();
-    assert_eq!(spec.backoff_limit, Some(1));
-    let rules = spec.pod_failure_policy.unwrap().rules;
-    assert_eq!(rules.iter().map(|rule| rule.action.as_str()).collect::<Vec<_>>(), ["FailJob", "Ignore", "Ignore"]);
-    assert_eq!(rules[0].on_exit_codes.as_ref().unwrap().values, [2, 3]);
-    let pod = spec.template.spec.unwrap();
-    assert_eq!((pod.affinity, pod.containers[0].args.as_ref().unwrap()[0].as_str()), (None, "preflight"));
-}
-
-#[test]
-fn a_reserved_version_is_an_immutable_config_map_named_after_it() {
-    let job = job(json!({}));
-    let observed = observed_checked(job.clone(), |_| {});
-    let step = Step::ReserveVersion {
-        run: 1,
-        version: 3,
-        method: tunesmith_crds::fine_tune_job::MethodName::LoRA,
-        input_digest: "sha256:x".into(),
-        preflight: preflight_report(),
-        planned: Box::new(plan(&job.spec, &observed.offers, Some(&preflight_report()), None).unwrap()),
-    };
-    let Some(Change::CreateConfigMap(built)) = build(&step, &observed, &image()) else { panic!() };
-    assert_eq!((built.metadata.name.as_deref(), built.immutable), (Some("support-v3-run"), Some(true)));
-    let spec: RunSpec = serde_json::from_str(&built.data.unwrap()[RUN_SPEC_KEY]).unwrap();
-    assert_eq!(spec, task(&job, 1, 3, "sha256:x"));
-}
-
-#[test]
-fn a_run_keeps_the_spec_that_it_serves() {
-    let job = job(json!({}));
-    let observed = observed_checked(job.clone(), |_| {});
-    let Some(Change::CreateConfigMap(built)) = build(&Step::StartRun { run: 1 }, &observed, &image()) else { panic!() };
-    let data = built.data.unwrap();
-    assert_eq!(serde_json::from_str::<tunesmith_crds::FineTuneJobSpec>(&data[SPEC_KEY]).unwrap(), job.spec);
-    assert_eq!(serde_json::from_str::<RunSpec>(&data[RUN_SPEC_KEY]).unwrap(), RunSpec::preflight(&job, 1));
+    (**built).clone()
 }
 
 #[test]
 fn a_version_records_what_made_it_and_has_no_owner() {
-    let job = job(json!({}));
-    let observed = observed_checked(job.clone(), |run| {
-        run.task = Some(task(&job, 1, 1, "sha256:x"));
-        run.preflight = Some(ended(trainer_job("j-1-preflight", Stage::Preflight, 0), passed()));
-        run.attempts = vec![ended(attempt(1), trained(1))];
-    });
-    let step = Step::CreateVersion { run: 1, report: train_report(1) };
-    let Some(Change::CreateVersion(built)) = build(&step, &observed, &image()) else { panic!() };
+    let built = recorded(job(json!({})), |_| {});
     assert_eq!(built.metadata.name.as_deref(), Some("support-v1"));
     assert_eq!(built.metadata.owner_references, None);
     assert_eq!(built.spec.artifact.size_bytes, 42);
@@ -259,10 +268,7 @@ fn a_version_records_what_made_it_and_has_no_owner() {
 #[test]
 fn a_version_records_what_the_gates_of_its_own_run_say() {
     let gated = |max: f64| job(json!({"evaluation": {"gates": [{"metric": "eval_loss", "max": max}]}}));
-    // The job has other gates by now.
-    let observed = observed_checked(gated(9.0), |run| run.task = Some(task(&gated(1.2), 1, 1, "sha256:x")));
-    let step = Step::CreateVersion { run: 1, report: train_report(1) };
-    let Some(Change::CreateVersion(built)) = build(&step, &observed, &image()) else { panic!() };
+    let built = recorded(gated(1.2), |observed| observed.job = gated(9.0));
     let [gate] = &built.spec.gates[..] else { panic!("{:?}", built.spec.gates) };
     assert_eq!((gate.value, gate.max, gate.passed), (Some(1.5), Some(1.2), false));
 }

@@ -20,9 +20,9 @@ use super::decide::Step;
 use crate::{
     apply::Change,
     labels,
-    trainer::{
+    workload::{
         Image, Stage, TrainerPod,
-        pod::{CHECK_WORK_LIMIT, RUN_SPEC_KEY, check_resources, retry_policy},
+        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, RUN_SPEC_KEY, check_resources, retry_policy},
     },
 };
 
@@ -36,10 +36,7 @@ pub fn build(step: &Step, version: &AdapterVersion, image: &Image) -> Vec<Change
             Change::CreateConfigMap(Box::new(config_map(version))),
             Change::CreateJob(Box::new(verify_job(version, image))),
         ],
-        Step::Remove { uid } => vec![
-            Change::DeleteJob { name: verify_name(version), uid: uid.clone() },
-            Change::DeleteConfigMap { name: verify_name(version), uid: None },
-        ],
+        Step::Remove { uid } => vec![Change::DeleteJob { name: verify_name(version), uid: uid.clone() }],
     }
 }
 
@@ -75,6 +72,8 @@ fn verify_job(version: &AdapterVersion, image: &Image) -> Job {
         affinity: None,
         tolerations: Vec::new(),
         runtime_class_name: None,
+        grace_seconds: CHECK_GRACE_SECONDS,
+        deadline: None,
     };
     Job {
         metadata,

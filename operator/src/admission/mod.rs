@@ -1,4 +1,5 @@
-//! Why the cluster does not let a Job or a pod be created: quotas and admission, in words that say what is short.
+//! Who lets a run begin, and why it may not: quotas and admission, in words that say what is short. Training Jobs are created
+//! suspended; here, the operator itself lets them begin at once.
 
 use k8s_openapi::{
     api::core::v1::{Event, ResourceQuota},
@@ -8,7 +9,7 @@ use k8s_openapi::{
 use kube::{Api, Client, ResourceExt, api::ListParams, core::Status};
 use tunesmith_crds::conditions::reason;
 
-use crate::trainer::{JobState, Pods, TrainerJob};
+use crate::workload::{JobState, Pods, TrainerJob};
 
 /// A Job or a pod that was not created.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,16 +18,21 @@ pub struct Refusal {
     pub reason: &'static str,
     /// For the user.
     pub message: String,
+    /// The API server will never take it.
+    pub is_final: bool,
 }
 
 impl Refusal {
     /// The refusal in an API server's answer to a creation; None if it is another kind of error.
     pub fn of_creation(what: &str, status: &Status) -> Option<Self> {
         let webhook = status.message.contains("admission webhook") || status.message.contains("failed calling webhook");
+        // What the schema forbids is forbidden for good; a webhook or a policy may think otherwise later.
+        let is_final = !webhook && status.code == 422 && status.message.contains(" is invalid: ");
         let refused = webhook || matches!(status.code, 403 | 422);
         refused.then(|| Self {
-            reason: reason_of(&status.message),
+            reason: if is_final { reason::INVALID } else { reason_of(&status.message) },
             message: format!("{what} was refused: {}", status.message),
+            is_final,
         })
     }
 
@@ -35,7 +41,7 @@ impl Refusal {
         let quota = quota_name(event).and_then(|name| quotas.iter().find(|quota| quota.name_any() == name));
         let shortage = quota.and_then(|quota| shortage(quota, &requested(event)));
         let message = shortage.unwrap_or_else(|| event.strip_prefix("Error creating: ").unwrap_or(event).into());
-        Self { reason: reason_of(event), message }
+        Self { reason: reason_of(event), message, is_final: false }
     }
 }
 
@@ -177,6 +183,11 @@ mod tests {
         let webhook_down = status(500, "Internal error occurred: failed calling webhook \"mjob.kb.io\": no endpoints");
         assert_eq!(Refusal::of_creation("Job a", &webhook_down).unwrap().reason, reason::ADMISSION_REFUSED);
         assert_eq!(Refusal::of_creation("Job a", &status(500, "etcdserver: request timed out")), None);
+        let invalid =
+            Refusal::of_creation("Job a", &status(422, "Job.batch \"a\" is invalid: cpu: must be at least 0")).unwrap();
+        assert_eq!((invalid.reason, invalid.is_final), (reason::INVALID, true));
+        let policy = status(422, "jobs.batch \"a\" is forbidden: ValidatingAdmissionPolicy 'p' denied request: no");
+        assert!(!Refusal::of_creation("Job a", &policy).unwrap().is_final);
         assert_eq!(Refusal::of_creation("Job a", &status(404, "namespaces \"x\" not found")), None);
     }
 }

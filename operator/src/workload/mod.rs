@@ -1,4 +1,4 @@
-//! Trainer Jobs, as both controllers make and read them: [`pod`] builds the pod, [`job`] reads Job and pods into a
+//! Trainer Jobs, as the controllers make and read them: [`pod`] builds the pod, [`job`] reads Job and pods into a
 //! [`TrainerJob`], [`ending`] tells how a Job ended.
 
 pub mod ending;

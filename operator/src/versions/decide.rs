@@ -11,8 +11,8 @@ use tunesmith_crds::{
 };
 
 use crate::{
-    refusal::Refusal,
-    trainer::{Cause, JobState, Pods, TrainerJob},
+    admission::Refusal,
+    workload::{Cause, JobState, Pods, TrainerJob},
 };
 
 /// A verification that failed (storage down, say) is tried again after this.
@@ -45,7 +45,7 @@ pub struct Decision {
 pub enum Step {
     /// Create the verify Job and its ConfigMap.
     Start,
-    /// Delete them.
+    /// Delete the Job; its ConfigMap serves the next.
     Remove {
         /// UID of the Job.
         uid: String,
@@ -117,7 +117,7 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
     let (steps, state) = match &job.state {
         _ if job.deleting => (Vec::new(), State::verifying("starts again")),
         JobState::Active { pods, last_failure } => (Vec::new(), waits(observed, pods, last_failure.as_deref())),
-        JobState::Ended { ending, .. } => match (&ending.cause, ending.cause.outcome()) {
+        JobState::Ended(ending) => match (&ending.cause, ending.cause.outcome()) {
             (_, Some(Outcome::Verified(report))) => {
                 let phase = match report.verdict {
                     Verdict::Intact => Phase::Available,
@@ -128,7 +128,8 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
             }
             (Cause::Disrupted { message }, _) => (remove(job), State::verifying(format!("starts again: {message}"))),
             (cause, _) => {
-                let left = (ending.finished.0 + TRY_AGAIN).duration_since(now);
+                let again = ending.finished.0.saturating_add(TRY_AGAIN).unwrap_or(now);
+                let left = again.duration_since(now);
                 let steps = if left.is_positive() { Vec::new() } else { remove(job) };
                 let words = cause.complaint().unwrap_or("the pod left the report of another subcommand");
                 let state = State { reason: reason::RETRYING, ..State::verifying(words) };
@@ -166,11 +167,11 @@ mod tests {
     use super::*;
     use crate::{
         fixtures::{at, ended, trainer_job, version},
-        trainer::Stage,
+        workload::Stage,
     };
 
     fn job() -> TrainerJob {
-        trainer_job("support-v1-verify", Stage::Verify, 0)
+        trainer_job("support-v1-verify", Stage::Verify)
     }
 
     fn observed(phase: Option<Phase>, job: Option<TrainerJob>) -> Observed {
@@ -268,7 +269,7 @@ mod tests {
     #[test]
     fn what_keeps_the_pod_from_running_is_told() {
         let mut waiting = observed(None, Some(job()));
-        waiting.refusal = Some(Refusal { reason: reason::QUOTA_EXCEEDED, message: "no room".into() });
+        waiting.refusal = Some(Refusal { reason: reason::QUOTA_EXCEEDED, message: "no room".into(), is_final: false });
         let state = decide(&waiting, at(1000)).state;
         assert_eq!((state.reason, state.message.as_str()), (reason::QUOTA_EXCEEDED, "no room"));
     }

@@ -1,61 +1,73 @@
 //! What a run comes to: a version of its own or one of the same inputs, and whether that may be served.
 
 use tunesmith_crds::{
-    AdapterVersion, AdapterVersionPhase, Evaluation, FineTuneJobPhase as Phase, conditions::reason, evaluation::failure,
+    AdapterVersion, AdapterVersionPhase, Evaluation, FineTuneJobPhase as Phase, conditions::reason,
+    evaluation::failure, fine_tune_run::RunStage,
 };
 
-use super::{State, Step, digest_of};
-use crate::controller::observed::{Observed, Run};
+use super::{
+    Run,
+    decide::{Advance, Step, digest_of, over, publish},
+};
+use crate::{jobs::observed::Observed, state::State};
 
 /// A run that has published, or whose inputs had been trained before, is as good as its version.
-pub(super) fn outcome(observed: &Observed, run: &Run, steps: &mut Vec<Step>) -> Option<State> {
-    if let Some(name) = &run.version {
-        let reuses = run.attempts.is_empty();
-        return Some(match observed.version(name) {
-            Some(version) => published(version, name, &observed.job.spec.evaluation, reuses),
-            None => State::new(
-                Phase::Failed,
-                reason::MISSING,
-                format!("AdapterVersion {name} was deleted: change the spec to train again"),
-            ),
-        });
+pub(super) fn outcome(run: &Run, observed: &Observed, advance: &mut Advance) -> Option<State> {
+    let Advance { record, steps, .. } = advance;
+    if record.published.is_some() && record.adapter_version.is_none() {
+        publish(run, record, steps);
+        return Some(State::new(Phase::Publishing, reason::PUBLISHING, "records the version"));
     }
-    if let Some(report) = run.train_report() {
-        return Some(match &run.task {
-            Some(_) => State::new(Phase::Publishing, reason::PUBLISHING, "records the version"),
-            None => State::new(
-                Phase::Failed,
-                reason::TRAINING_FAILED,
-                format!(
-                    "version {} is published, but the run's ConfigMap was deleted: change the spec",
-                    report.version
-                ),
-            ),
-        });
+    let name = record.adapter_version.clone()?;
+    let reuses = record.published.is_none();
+    let Some(version) = observed.version(&name) else {
+        if record.stage != Some(RunStage::Done) && !reuses {
+            steps.push(Step::CreateVersion);
+            return Some(State::new(Phase::Publishing, reason::PUBLISHING, "records the version"));
+        }
+        let message = format!("AdapterVersion {name} was deleted: change the spec to train again");
+        return Some(over(record, reason::MISSING, message));
+    };
+    let state = published(version, &name, &observed.job.spec.evaluation, reuses);
+    record.stage = Some(match state.phase {
+        Phase::Succeeded | Phase::Failed => RunStage::Done,
+        _ => RunStage::Recorded,
+    });
+    if record.stage == Some(RunStage::Done) {
+        record.reason = Some(state.reason.into());
+        record.message = Some(state.message.clone());
     }
-    reuse(observed, run, steps)
+    Some(state)
 }
 
-/// Nothing was trained yet: the same inputs may have led to a version before, with all that the gates ask for on record.
+/// Nothing was trained yet: the same inputs may have led to a version before, with all that the gates ask for on record,
+/// where the job wants its versions.
 ///
 /// What failed the gates would fail them again. What passes them, but was Rejected (by other gates, or as corrupt), is
 /// followed by a new version: a record never changes, and the new training goes on from the last checkpoint.
-fn reuse(observed: &Observed, run: &Run, steps: &mut Vec<Step>) -> Option<State> {
-    let report = run.preflight_report().filter(|_| run.attempts.is_empty())?;
-    let digest = digest_of(observed, run, report)?;
-    let gates = &observed.job.spec.evaluation;
-    let probe = report.probe_digest.as_deref();
+pub(super) fn reuse(observed: &Observed, run: &Run, advance: &mut Advance) -> Option<State> {
+    if advance.record.last_attempt > 0 {
+        return None;
+    }
+    let digest = digest_of(run, &advance.record, observed)?;
+    let probe = advance.record.preflight.as_ref()?.probe_digest.as_deref();
+    let spec = &observed.job.spec;
+    let (gates, output) = (&spec.evaluation, &spec.output);
+    let folder = output.uri.join(&output.adapter_name);
     let same = |wanted: &dyn Fn(&AdapterVersion) -> bool| {
         let versions = observed.versions.iter().filter(|version| {
-            version.spec.source.input_digest == digest && gates.is_measured_by(&version.spec.metrics, probe)
+            version.spec.source.input_digest == digest
+                && gates.is_measured_by(&version.spec.metrics, probe)
+                && version.spec.artifact.uri == folder.join(&format!("v{}", version.spec.version))
         });
         versions.filter(|version| wanted(version)).max_by_key(|version| version.spec.version).and_then(name_of)
     };
     let phase = |version: &AdapterVersion| version.status.as_ref().and_then(|status| status.phase);
     let served = |version: &AdapterVersion| phase(version) == Some(AdapterVersionPhase::Available);
     if let Some(name) = same(&|version| served(version) || gate_failure(version, gates).is_some()) {
-        steps.push(Step::SettleRun { run: run.number, version: name.into() });
         let message = format!("AdapterVersion {name} has the same inputs");
+        advance.record.adapter_version = Some(name.into());
+        advance.record.stage = Some(RunStage::Recorded);
         return Some(State::new(Phase::Publishing, reason::PUBLISHING, message));
     }
     let name = same(&|version| matches!(phase(version), None | Some(AdapterVersionPhase::Verifying)))?;

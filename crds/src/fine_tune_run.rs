@@ -1,0 +1,242 @@
+//! [`FineTuneRun`]: the operator's own record of one pass from inputs to a version.
+//!
+//! Its spec says what the run serves and never changes. Its status is the truth about the run: what is to be done is
+//! written here first, then done. Jobs and pods count by the UIDs that stand here, and what stood in them is copied here
+//! when they end, so that they may be deleted.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    fine_tune_job::{FineTuneJobSpec, Plan, Training},
+    run::{Method, PreflightReport, TrainReport},
+    schema::{any_object, is_zero},
+};
+
+/// Attempts that a record keeps; of older ones the sums remain.
+pub const KEPT_ATTEMPTS: usize = 20;
+
+/// One pass of a FineTuneJob from its inputs to an AdapterVersion, over one or more attempts.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "tunesmith.dev",
+    version = "v1alpha1",
+    kind = "FineTuneRun",
+    namespaced,
+    cel,
+    doc = "FineTuneRun is the operator's record of one run of a FineTuneJob. The operator alone writes it.",
+    status = "FineTuneRunStatus",
+    derive = "PartialEq",
+    shortname = "ftr",
+    category = "tunesmith",
+    printcolumn(name = "Job", type_ = "string", json_path = ".spec.job.name"),
+    printcolumn(name = "Trigger", type_ = "string", json_path = ".spec.trigger"),
+    printcolumn(name = "Stage", type_ = "string", json_path = ".status.stage"),
+    printcolumn(name = "Attempt", type_ = "integer", json_path = ".status.lastAttempt"),
+    printcolumn(name = "Class", type_ = "string", json_path = ".status.plan.gpuClass"),
+    printcolumn(name = "Version", type_ = "string", json_path = ".status.adapterVersion"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.message", priority = "1")
+)]
+#[x_kube(validation = Rule::new("self == oldSelf").message("a FineTuneRun's spec is immutable"))]
+#[serde(rename_all = "camelCase")]
+pub struct FineTuneRunSpec {
+    /// The job that it is a run of.
+    pub job: RunOf,
+    /// Number of the run, from 1.
+    #[schemars(range(min = 1))]
+    pub number: u32,
+    /// Why it was started.
+    pub trigger: Trigger,
+    /// Image of the trainer, for all its pods: an operator that was upgraded changes no run that has begun.
+    #[schemars(length(min = 1, max = 1024))]
+    pub image: String,
+    /// The job's spec as the run serves it, with all defaults.
+    #[schemars(schema_with = "any_object")]
+    pub job_spec: FineTuneJobSpec,
+}
+
+/// The job of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RunOf {
+    /// Name of the FineTuneJob.
+    pub name: String,
+    /// UID of the FineTuneJob.
+    pub uid: String,
+    /// Generation of its spec.
+    pub generation: i64,
+}
+
+/// Why a run was started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Trigger {
+    /// The job is new, or its spec has changed.
+    #[default]
+    Generation,
+    /// The user asked for another try with the annotation tunesmith.dev/retry-at.
+    Retry,
+}
+
+/// How far a run is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FineTuneRunStatus {
+    /// One word for what comes next.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stage: Option<RunStage>,
+    /// Why it ended without a version, or why it was tried again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// Reason of the Ready condition, once the run is over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Ready, Reconciling, Stalled (kstatus).
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+    /// The tries to check model and data; the last one counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub check: Option<Attempt>,
+    /// Tries to check model and data that failed.
+    #[serde(skip_serializing_if = "is_zero_u32")]
+    pub check_failures: u32,
+    /// What was found of model and data.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preflight: Option<PreflightReport>,
+    /// What the run is trained with, once that is settled: it decides the result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub settled: Option<Settled>,
+    /// What the last attempt asks the cluster for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
+    /// Number of the last attempt.
+    #[serde(skip_serializing_if = "is_zero_u32")]
+    pub last_attempt: u32,
+    /// The last attempts, in order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 20))]
+    pub attempts: Vec<Attempt>,
+    /// Attempts that failed and count against backoffLimit.
+    #[serde(skip_serializing_if = "is_zero_u32")]
+    pub failures: u32,
+    /// Attempts in a row that were ended from outside within a minute.
+    #[serde(skip_serializing_if = "is_zero_u32")]
+    pub short_disruptions: u32,
+    /// Seconds for which the pods of attempts that are over have run.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub seconds: u64,
+    /// GPU-seconds that the pods of attempts that are over have held.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub gpu_seconds: u64,
+    /// What was published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub published: Option<TrainReport>,
+    /// Name of the AdapterVersion that the run led to: its own, or one of the same inputs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter_version: Option<String>,
+    /// When the run was over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+}
+
+/// What comes next in a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum RunStage {
+    /// A pod checks model and data.
+    #[default]
+    Checking,
+    /// The next attempt waits for a plan, for quota or for its time.
+    Admitting,
+    /// An attempt is under way.
+    Training,
+    /// The version is published and is to be recorded.
+    Publishing,
+    /// The version is recorded and is being verified.
+    Recorded,
+    /// Nothing more is done.
+    Done,
+}
+
+/// All that decides a run's result besides the job's spec.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Settled {
+    /// Digest of all that decides the result.
+    pub input_digest: String,
+    /// The first version that may be published; the trainer takes the next one that nobody has.
+    pub version: u32,
+    /// The method with its options.
+    #[schemars(schema_with = "any_object")]
+    pub method: Method,
+    /// The training loop, with the rows of a step over all devices and the precision that is used.
+    #[schemars(schema_with = "any_object")]
+    pub training: Training,
+}
+
+/// A Job of the run: a try to check, or an attempt to train.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Attempt {
+    /// Its number, from 1.
+    pub number: u32,
+    /// UID of its Job; none before that is known to exist.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job_uid: Option<String>,
+    /// When it was decided on.
+    pub decided: Time,
+    /// When its first container started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<Time>,
+    /// When it was over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Time>,
+    /// How it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<Cause>,
+    /// Why, if it ended without a result.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// GPUs of all its pods.
+    #[serde(default, skip_serializing_if = "is_zero_u32")]
+    pub gpus: u32,
+    /// Digest of the image that its container ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_id: Option<String>,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Cause {
+    /// With a report of what it did.
+    Done,
+    /// From outside (preemption, eviction, a lost node, suspension): another attempt follows, and this one does not count.
+    Disrupted,
+    /// The store did not answer, or refused: it may answer later.
+    StoreUnavailable,
+    /// With an error after which another attempt may do better.
+    Failed,
+    /// Model, data or trainer are no longer what was checked: they are checked again.
+    InputsChanged,
+    /// With an error that would come again.
+    Final,
+    /// activeDeadlineSeconds were over.
+    DeadlineExceeded,
+}
+
+fn is_zero_u32(count: &u32) -> bool {
+    *count == 0
+}
+
+impl FineTuneRunStatus {
+    /// The attempt that is not over.
+    pub fn active(&self) -> Option<&Attempt> {
+        self.attempts.last().filter(|attempt| attempt.cause.is_none())
+    }
+
+    /// Whether nothing more is done.
+    pub fn is_done(&self) -> bool {
+        self.stage == Some(RunStage::Done)
+    }
+}

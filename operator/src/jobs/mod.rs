@@ -1,0 +1,310 @@
+//! The controller of FineTuneJobs. One reconcile reads: observe → decide → record → act → status.
+
+pub mod decide;
+mod observe;
+pub mod observed;
+pub mod status;
+
+use std::{panic::AssertUnwindSafe, sync::Arc};
+
+use futures::{FutureExt, StreamExt, stream::poll_fn};
+use k8s_openapi::jiff::Timestamp;
+use kube::{Resource, ResourceExt, runtime::controller::Action, runtime::reflector::ObjectRef};
+use serde_json::json;
+use tokio::sync::mpsc;
+use tunesmith_crds::{
+    FineTuneJob, FineTuneJobPhase, FineTuneJobStatus, FineTuneRunStatus, conditions::reason, fine_tune_job::Progress,
+};
+
+use self::{
+    decide::{Decision, decide},
+    observe::{ObserveError, observe},
+    observed::Observed,
+};
+use crate::{
+    admission::Refusal,
+    apply::{ApplyError, Change, apply, apply_status, is_unchanged, write_record},
+    cache::{self, Caches, Guarded},
+    conditions::Conditions,
+    context::{Context, Outcome, Stop, log_failure, words_of},
+    labels::OPERATOR,
+    progress::{self, Live},
+    runs::{
+        Run,
+        build::{build, new_run},
+        decide::{Advance, Step},
+        with_conditions,
+    },
+    state::State,
+    workload::{JobState, Pods},
+};
+
+/// Name of the controller in metrics and logs.
+const NAME: &str = "finetunejob";
+/// Reconciles at once.
+const AT_ONCE: u16 = 16;
+
+/// A reconcile that failed; the next one starts over.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something could not be read.
+    #[error(transparent)]
+    Observe(#[from] ObserveError),
+    /// A change failed.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// The status could not be written.
+    #[error("cannot write the status: {0}")]
+    Status(#[source] kube::Error),
+    /// A run's record could not be written.
+    #[error("cannot write the record of a run: {0}")]
+    Record(#[source] kube::Error),
+    /// A defect of the operator.
+    #[error("internal error: {0}; please report it")]
+    Internal(String),
+}
+
+impl Outcome for Error {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Observe(_) => "observe_error",
+            Self::Apply(_) => "apply_error",
+            Self::Status(_) | Self::Record(_) => "status_error",
+            Self::Internal(_) => "panic",
+        }
+    }
+}
+
+/// The operator's means, and what the watches have seen.
+struct Reconciler {
+    context: Arc<Context>,
+    caches: Caches,
+    live: Live,
+}
+
+/// Runs the controller until `stop`.
+pub async fn run(context: Arc<Context>, stop: Stop) {
+    let (controller, caches) = cache::controller(&context);
+    let live = Live::default();
+    let (turned, mut turns) = mpsc::unbounded_channel::<ObjectRef<Guarded<FineTuneJob>>>();
+    let polls = progress::run(context.client.clone(), live.clone(), controller.store(), turned);
+    let listed = {
+        let (listed, context) = (caches.listed.clone(), context.clone());
+        async move {
+            listed.await;
+            context.readiness.synced();
+        }
+    };
+    let reconciler = Arc::new(Reconciler { context, caches, live });
+    let reconciles = controller
+        .reconcile_on(poll_fn(move |context| turns.poll_recv(context)))
+        .with_config(kube::runtime::controller::Config::default().concurrency(AT_ONCE))
+        .graceful_shutdown_on(stop)
+        .run(reconcile, retry, reconciler)
+        .for_each(|result| log_failure(NAME, result));
+    tokio::select! {
+        () = reconciles => {}
+        () = async { tokio::join!(polls, listed); } => {}
+    }
+}
+
+async fn reconcile(job: Arc<Guarded<FineTuneJob>>, reconciler: Arc<Reconciler>) -> Result<Action, Error> {
+    let _timer = reconciler.context.metrics.time(NAME);
+    let result = match &job.0 {
+        Ok(readable) => {
+            // A defect that one job meets must not stop the others.
+            let caught = AssertUnwindSafe(reconcile_once(readable, &reconciler)).catch_unwind().await;
+            match caught {
+                Ok(result) => result,
+                Err(panic) => {
+                    let error = Error::Internal(words_of(&*panic));
+                    stall(&job, &error.to_string(), &reconciler.context).await?;
+                    Err(error)
+                }
+            }
+        }
+        Err(invalid) => {
+            let words = format!("it can't be read: {invalid}; mend its spec, or delete it");
+            stall(&job, &words, &reconciler.context).await.map(|()| Action::await_change())
+        }
+    };
+    reconciler.context.metrics.count(NAME, result.as_ref().map_or_else(Outcome::label, |_| "ok"));
+    result
+}
+
+/// Says on an object that can't be served why, and touches nothing else.
+async fn stall(job: &Guarded<FineTuneJob>, message: &str, context: &Context) -> Result<(), Error> {
+    let state = State::new(FineTuneJobPhase::Failed, reason::UNREADABLE, message);
+    let previous = job.0.as_ref().ok().and_then(|job| job.status.clone()).unwrap_or_default();
+    let mut conditions = Conditions::new(&previous.conditions, job.meta().generation, Timestamp::now());
+    status::set_kstatus(&mut conditions, &state, None);
+    let status = json!({
+        "phase": state.phase,
+        "message": state.message,
+        "observedGeneration": job.meta().generation,
+        "conditions": conditions.into_vec(),
+    });
+    if previous.message.as_deref() == Some(message) {
+        return Ok(());
+    }
+    apply_status::<FineTuneJob, _>(&context.client, job.meta(), &status, OPERATOR).await.map_err(Error::Status)
+}
+
+async fn reconcile_once(job: &FineTuneJob, reconciler: &Reconciler) -> Result<Action, Error> {
+    let Reconciler { context, caches, live } = reconciler;
+    caches.listed.clone().await;
+    if job.metadata.deletion_timestamp.is_some() {
+        live.only(job, None);
+        context.backoff.forget(job);
+        return Ok(Action::await_change());
+    }
+    let observed = observe(&context.client, caches, live, context.devices, job).await?;
+    ask_pods(&observed, live);
+    let now = Timestamp::now();
+    let decision = decide(&observed, now);
+    let Some(refusal) = carry_out(&observed, &decision, now, reconciler).await? else {
+        // A cache lags behind the record: what it shows next decides.
+        return Ok(Action::requeue(context.backoff.next(job)));
+    };
+    let was_refused = refusal.is_some();
+    let state = decision.state.clone().refused(refusal);
+    let status = status::status(&observed, &decision, &state, now);
+    write_status(&observed, &decision, status, &state, context).await?;
+    Ok(Action::requeue(match was_refused {
+        true => context.backoff.next(job),
+        false => {
+            context.backoff.forget(job);
+            state.requeue
+        }
+    }))
+}
+
+/// The pod of the run that trains is asked how far it is.
+fn ask_pods(observed: &Observed, live: &Live) {
+    let running = observed.runs.values().find_map(|run| {
+        let job = run.job()?;
+        match &job.state {
+            JobState::Active { pods: Pods::Running { address: Some(address), .. }, .. } if is_training(run) => {
+                Some((job.uid.clone(), *address))
+            }
+            _ => None,
+        }
+    });
+    live.only(&observed.job, running.as_ref().map(|(uid, _)| uid.as_str()));
+    if let Some((uid, address)) = running {
+        live.ask(&uid, &observed.job, address);
+    }
+}
+
+fn is_training(run: &Run) -> bool {
+    run.record.active().is_some()
+}
+
+/// Writes records, then does what follows from them. None if a record is no longer as it was read.
+async fn carry_out(
+    observed: &Observed,
+    decision: &Decision,
+    now: Timestamp,
+    Reconciler { context, caches, .. }: &Reconciler,
+) -> Result<Option<Option<Refusal>>, Error> {
+    let namespace = observed.job.namespace().unwrap_or_default();
+    for (number, advance) in &decision.advances {
+        let Some(run) = observed.runs.get(number) else { continue };
+        let record = with_conditions(advance.record.clone(), now);
+        if let (Some(settled), None) = (&record.settled, &run.record.settled)
+            && !caches.claim(&observed.job, settled.version)
+        {
+            return Ok(None);
+        }
+        let begins = advance.steps.iter().any(|step| matches!(step, Step::CreateCheck | Step::CreateAttempt(_)));
+        let is_as_read = match record != run.record {
+            true => write_record(&context.client, run, record).await,
+            // What an older record asks for may be over by now.
+            false if begins => is_unchanged(&context.client, run).await,
+            false => Ok(true),
+        };
+        if !is_as_read.map_err(Error::Record)? {
+            return Ok(None);
+        }
+        let changes = changes(observed, run, advance, context);
+        if let Some(refusal) = apply(&context.client, &namespace, changes).await? {
+            return Ok(Some(Some(refusal)));
+        }
+    }
+    let start = decision
+        .start
+        .map(|(number, trigger)| Change::CreateRun(Box::new(new_run(&observed.job, number, trigger, &context.image))));
+    let forget = decision.forget.iter();
+    let forget = forget.map(|run| Change::DeleteRun { name: run.name.clone(), uid: run.uid.clone() });
+    let refusal = apply(&context.client, &namespace, start.into_iter().chain(forget).collect()).await?;
+    Ok(Some(refusal))
+}
+
+fn changes(observed: &Observed, run: &Run, advance: &Advance, context: &Context) -> Vec<Change> {
+    let steps: Vec<&Step> = advance.steps.iter().collect();
+    steps.into_iter().flat_map(|step| build(step, &observed.job, run, &advance.record, &context.image)).collect()
+}
+
+/// Writes the status if it has changed, and an event if the phase or its reason has.
+async fn write_status(
+    observed: &Observed,
+    decision: &Decision,
+    status: FineTuneJobStatus,
+    state: &State,
+    context: &Context,
+) -> Result<(), Error> {
+    let job = &observed.job;
+    let written = job.status.clone().unwrap_or_default();
+    if let Some(progress) = progress_of(observed, decision, written.progress.as_ref())
+        && written.progress.as_ref() != Some(&progress)
+    {
+        progress::write(&context.client, job, &progress).await;
+    }
+    if (FineTuneJobStatus { progress: None, ..written.clone() }) == status {
+        return Ok(());
+    }
+    let before = job.status.as_ref().map(|status| (status.phase, ready_reason(status)));
+    let turned = before != Some((status.phase, Some(state.reason)));
+    apply_status::<FineTuneJob, _>(&context.client, &job.metadata, &status, OPERATOR).await.map_err(Error::Status)?;
+    if turned {
+        let (name, namespace) = (job.name_any(), job.namespace().unwrap_or_default());
+        tracing::info!(job = name, namespace, phase = ?state.phase, reason = state.reason, message = state.message);
+        context.announce(job, is_warning(state), state.reason, &format!("{:?}", state.phase), &state.message).await;
+    }
+    Ok(())
+}
+
+/// The progress at either end of a run's training; between them, its pod tells it.
+fn progress_of(observed: &Observed, decision: &Decision, before: Option<&Progress>) -> Option<Progress> {
+    let run = observed.current()?;
+    let advance = decision.advances.iter().find(|(number, _)| *number == run.number());
+    let record: &FineTuneRunStatus = advance.map_or(&run.record, |(_, advance)| &advance.record);
+    if let Some(report) = &record.published {
+        return Some(progress::at_the_end(report, before));
+    }
+    let report = record.preflight.as_ref().filter(|_| record.adapter_version.is_none())?;
+    (record.last_attempt <= 1 && record.attempts.iter().all(|attempt| attempt.started.is_none()))
+        .then(|| progress::at_the_start(report.total_steps))
+}
+
+fn ready_reason(status: &FineTuneJobStatus) -> Option<&str> {
+    let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready");
+    ready.map(|condition| condition.reason.as_str())
+}
+
+fn is_warning(state: &State) -> bool {
+    let waits_for_someone = [
+        reason::RETRYING,
+        reason::STORE_UNAVAILABLE,
+        reason::INPUTS_CHANGED,
+        reason::NO_GPU_CLASS,
+        reason::QUOTA_EXCEEDED,
+        reason::ADMISSION_REFUSED,
+        reason::UNSCHEDULABLE,
+    ];
+    state.phase == FineTuneJobPhase::Failed || waits_for_someone.contains(&state.reason)
+}
+
+fn retry(job: Arc<Guarded<FineTuneJob>>, _: &Error, reconciler: Arc<Reconciler>) -> Action {
+    Action::requeue(reconciler.context.backoff.next(&*job))
+}

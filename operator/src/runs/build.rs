@@ -1,0 +1,357 @@
+//! The objects that a run asks for: pure, and the same for the same record.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    api::{
+        batch::v1::{Job, JobSpec},
+        core::v1::{Affinity, ConfigMap, NodeAffinity, NodeSelector, ResourceRequirements},
+    },
+    apimachinery::pkg::{
+        api::resource::Quantity,
+        apis::meta::v1::{ObjectMeta, OwnerReference},
+    },
+};
+use kube::{Resource, ResourceExt};
+use serde_json::json;
+use tunesmith_crds::{
+    AdapterVersion, AdapterVersionSpec, FineTuneJob, FineTuneJobSpec, FineTuneRun, FineTuneRunSpec, FineTuneRunStatus,
+    Method, RunSpec,
+    adapter_version::{Artifact, BaseModelRecord, Source},
+    fine_tune_job::SecretRef,
+    fine_tune_run::{RunOf, Trigger},
+    names::{self, env_prefix},
+    run::TrainTask,
+};
+
+use super::{Run, decide::Step};
+use crate::{
+    apply::Change,
+    labels,
+    plan::Planned,
+    workload::{
+        Image, Stage, TrainerPod,
+        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, RUN_SPEC_KEY, check_resources},
+    },
+};
+
+/// CPU of a training pod, if the user doesn't say.
+const TRAIN_CPU: &str = "1";
+
+/// The changes to the cluster that a step means, for a run whose record says `record`.
+pub fn build(step: &Step, job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus, image: &Image) -> Vec<Change> {
+    let image = &Image { name: run.spec.image.clone(), ..image.clone() };
+    match step {
+        Step::CreateCheck => {
+            let Some(check) = &record.check else { return Vec::new() };
+            let name = check_name(run, check.number);
+            vec![
+                Change::CreateConfigMap(Box::new(input(run, &name, Stage::Preflight, &check_spec(run, job)))),
+                Change::CreateJob(Box::new(check_job(job, run, &name, image))),
+            ]
+        }
+        Step::CreateAttempt(planned) => {
+            let (Some(task), Some(attempt)) = (task_spec(job, run, record), record.attempts.last()) else {
+                return Vec::new();
+            };
+            let deadline = job
+                .spec
+                .active_deadline_seconds
+                .map(|seconds| seconds.saturating_sub(i64::try_from(record.seconds).unwrap_or(i64::MAX)).max(1));
+            let name = attempt_name(run, attempt.number);
+            vec![
+                Change::CreateConfigMap(Box::new(input(run, &name, Stage::Train, &task))),
+                Change::CreateJob(Box::new(training_job(job, run, attempt.number, planned, deadline, image))),
+            ]
+        }
+        Step::Admit { name, uid } => vec![Change::Admit { name: name.clone(), uid: uid.clone() }],
+        Step::DeleteJob { name, uid } => vec![Change::DeleteJob { name: name.clone(), uid: uid.clone() }],
+        Step::CreateVersion => {
+            let version = adapter_version(job, run, record);
+            version.into_iter().map(|version| Change::CreateVersion(Box::new(version))).collect()
+        }
+    }
+}
+
+/// The record of the job's next run.
+pub fn new_run(job: &FineTuneJob, number: u32, trigger: Trigger, image: &Image) -> FineTuneRun {
+    let spec = FineTuneRunSpec {
+        job: RunOf {
+            name: job.name_any(),
+            uid: job.uid().unwrap_or_default(),
+            generation: job.metadata.generation.unwrap_or_default(),
+        },
+        number,
+        trigger,
+        image: image.name.clone(),
+        job_spec: job.spec.clone(),
+    };
+    let mut run = FineTuneRun::new(&run_name(job, number), spec);
+    run.metadata.namespace = job.namespace();
+    run.metadata.labels = Some(
+        [
+            (labels::MANAGED_BY.into(), labels::OPERATOR.into()),
+            (names::JOB_LABEL.into(), job.name_any()),
+            (names::ADAPTER_LABEL.into(), job.spec.output.adapter_name.clone()),
+            (names::RUN_LABEL.into(), number.to_string()),
+        ]
+        .into(),
+    );
+    run.metadata.owner_references = job.controller_owner_ref(&()).map(|owner| vec![owner]);
+    run
+}
+
+/// Name of a run's record.
+pub fn run_name(job: &FineTuneJob, number: u32) -> String {
+    format!("{}-{number}", job.name_any())
+}
+
+/// Name of the Job of a try to check, and of the ConfigMap with its input.
+pub fn check_name(run: &Run, number: u32) -> String {
+    format!("{}-preflight-{number}", run.object.name)
+}
+
+/// Name of the Job of an attempt to train, and of the ConfigMap with its input.
+pub fn attempt_name(run: &Run, number: u32) -> String {
+    format!("{}-{number}", run.object.name)
+}
+
+/// What a check works on.
+pub fn check_spec(run: &Run, job: &FineTuneJob) -> RunSpec {
+    let served = FineTuneJob {
+        metadata: ObjectMeta { generation: Some(run.spec.job.generation), ..job.metadata.clone() },
+        spec: run.spec.job_spec.clone(),
+        status: None,
+    };
+    RunSpec::preflight(&served, run.number())
+}
+
+/// What an attempt works on; None before that is settled.
+fn task_spec(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus) -> Option<RunSpec> {
+    let (settled, preflight) = (record.settled.as_ref()?, record.preflight.as_ref()?);
+    let task = TrainTask {
+        version: settled.version,
+        input_digest: settled.input_digest.clone(),
+        base_digest: preflight.base_digest.clone(),
+        dataset_digest: preflight.dataset.digest.clone(),
+        trainer_image: run.spec.image.clone(),
+        template_date: preflight.template_date.clone(),
+        numerics_version: preflight.numerics_version,
+    };
+    let spec = RunSpec { training: settled.training.clone(), ..check_spec(run, job) };
+    Some(spec.with_training(settled.method.clone(), task))
+}
+
+/// One try, and no other by the Job controller: what became of it is for the record.
+fn check_job(job: &FineTuneJob, run: &Run, name: &str, image: &Image) -> Job {
+    let labels = labels_of(run, Stage::Preflight);
+    let spec = &run.spec.job_spec;
+    let pod = TrainerPod {
+        stage: Stage::Preflight,
+        image,
+        labels: labels.clone(),
+        config_map: name.to_owned(),
+        secrets: secrets(spec),
+        claims: spec.claims(),
+        service_account_name: spec.output.service_account_name.as_deref(),
+        resources: check_resources(job.spec.resources.memory.as_deref()),
+        work_limit: CHECK_WORK_LIMIT.into(),
+        affinity: None,
+        tolerations: Vec::new(),
+        runtime_class_name: None,
+        grace_seconds: CHECK_GRACE_SECONDS,
+        deadline: None,
+    };
+    Job {
+        metadata: metadata(run, name, labels),
+        spec: Some(JobSpec {
+            backoff_limit: Some(0),
+            pod_replacement_policy: Some("Failed".into()),
+            template: pod.template(),
+            ..Default::default()
+        }),
+        status: None,
+    }
+}
+
+/// One attempt, created suspended, once, and never applied again: whoever admits it may edit it.
+fn training_job(
+    job: &FineTuneJob,
+    run: &Run,
+    number: u32,
+    planned: &Planned,
+    deadline: Option<i64>,
+    image: &Image,
+) -> Job {
+    let mut labels = labels_of(run, Stage::Train);
+    labels.insert(names::ATTEMPT_LABEL.into(), number.to_string());
+    let (name, spec) = (attempt_name(run, number), &run.spec.job_spec);
+    let has_gpus = planned.plan.gpus_per_pod > 0;
+    let pod = TrainerPod {
+        stage: Stage::Train,
+        image,
+        labels: labels.clone(),
+        config_map: name.clone(),
+        secrets: secrets(spec),
+        claims: spec.claims(),
+        service_account_name: spec.output.service_account_name.as_deref(),
+        resources: training_resources(job, planned),
+        work_limit: planned.work_limit.clone(),
+        affinity: affinity(planned),
+        tolerations: planned.class.tolerations.clone(),
+        runtime_class_name: planned.class.runtime_class_name.clone().filter(|_| has_gpus),
+        grace_seconds: planned.grace_seconds,
+        deadline,
+    };
+    let pods = i32::try_from(planned.plan.pods).unwrap_or(i32::MAX);
+    Job {
+        metadata: metadata(run, &name, labels),
+        spec: Some(JobSpec {
+            suspend: Some(true),
+            backoff_limit: Some(0),
+            completions: Some(pods),
+            parallelism: Some(pods),
+            completion_mode: (pods > 1).then(|| "Indexed".into()),
+            pod_replacement_policy: Some("Failed".into()),
+            template: pod.template(),
+            ..Default::default()
+        }),
+        status: None,
+    }
+}
+
+fn training_resources(job: &FineTuneJob, planned: &Planned) -> ResourceRequirements {
+    let cpu = job.spec.resources.cpu.as_deref().unwrap_or(TRAIN_CPU);
+    let memory = Quantity(planned.memory.clone());
+    let gpus = planned
+        .class
+        .resource_name
+        .as_ref()
+        .filter(|_| planned.plan.gpus_per_pod > 0)
+        .map(|resource| (resource.clone(), Quantity(planned.plan.gpus_per_pod.to_string())));
+    let limits: BTreeMap<_, _> = gpus.into_iter().chain([("memory".into(), memory)]).collect();
+    let requests = limits.clone().into_iter().chain([("cpu".into(), Quantity(cpu.into()))]).collect();
+    ResourceRequirements { limits: Some(limits), requests: Some(requests), claims: None }
+}
+
+fn affinity(planned: &Planned) -> Option<Affinity> {
+    let terms = &planned.class.node_selector_terms;
+    (!terms.is_empty()).then(|| Affinity {
+        node_affinity: Some(NodeAffinity {
+            required_during_scheduling_ignored_during_execution: Some(NodeSelector {
+                node_selector_terms: terms.clone(),
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    })
+}
+
+/// Model and data are read with the output's Secret unless they name their own.
+fn secrets(spec: &FineTuneJobSpec) -> Vec<(&'static str, &SecretRef)> {
+    let output = spec.output.secret_ref.as_ref();
+    [
+        (env_prefix::MODEL, spec.base_model.secret_ref.as_ref().or(output)),
+        (env_prefix::DATASET, spec.dataset.secret_ref.as_ref().or(output)),
+        (env_prefix::OUTPUT, output),
+    ]
+    .into_iter()
+    .filter_map(|(prefix, secret)| Some((prefix, secret?)))
+    .collect()
+}
+
+/// The record of what a run has published. It has no owner: it outlives its job.
+fn adapter_version(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus) -> Option<AdapterVersion> {
+    let report = record.published.as_ref()?;
+    let spec = task_spec(job, run, record)?;
+    let (task, method) = (spec.train.as_ref()?, spec.method.as_ref()?);
+    let (lora, quantization) = match method {
+        Method::Full => (None, None),
+        Method::LoRA { lora } => (Some(lora), None),
+        Method::QLoRA { lora, quantization } => (Some(lora), Some(quantization)),
+    };
+    let mut hyperparameters = serde_json::Map::from_iter([("training".to_owned(), json!(spec.training))]);
+    hyperparameters.extend(lora.map(|lora| ("lora".to_owned(), json!(lora))));
+    hyperparameters.extend(quantization.map(|quantization| ("quantization".to_owned(), json!(quantization))));
+    let output = &run.spec.job_spec.output;
+    let mut version = AdapterVersion::new(
+        &names::adapter_version(&spec.adapter_name, report.version),
+        AdapterVersionSpec {
+            adapter_name: spec.adapter_name.clone(),
+            version: report.version,
+            artifact: Artifact {
+                kind: method.artifact_type(),
+                uri: report.uri.clone(),
+                manifest_digest: report.manifest_digest.clone(),
+                size_bytes: report.files.iter().map(|file| file.size).sum(),
+                files: report.files.clone(),
+                secret_ref: output.secret_ref.clone(),
+                service_account_name: output.service_account_name.clone(),
+            },
+            base_model: BaseModelRecord { uri: spec.base_model.clone(), digest: task.base_digest.clone() },
+            dataset: report.dataset.clone(),
+            method: method.name(),
+            hyperparameters: hyperparameters.into(),
+            source: Source {
+                job: spec.job.name.clone(),
+                uid: spec.job.uid.clone(),
+                generation: spec.job.generation,
+                run: spec.job.run,
+                input_digest: task.input_digest.clone(),
+                trainer_image: task.trainer_image.clone(),
+                execution: report.execution.clone(),
+            },
+            metrics: report.metrics.clone(),
+            gates: spec.evaluation.judge(&report.metrics),
+        },
+    );
+    version.metadata.namespace = job.namespace();
+    version.metadata.labels = Some(
+        [
+            (labels::MANAGED_BY.into(), labels::OPERATOR.into()),
+            (names::ADAPTER_LABEL.into(), spec.adapter_name.clone()),
+            (names::JOB_LABEL.into(), job.name_any()),
+        ]
+        .into(),
+    );
+    Some(version)
+}
+
+fn labels_of(run: &Run, stage: Stage) -> BTreeMap<String, String> {
+    let mut labels = labels::trainer(&run.spec.job.name, stage);
+    labels.insert(names::JOB_LABEL.into(), run.spec.job.name.clone());
+    labels.insert(names::RUN_LABEL.into(), run.number().to_string());
+    labels
+}
+
+/// They go with the run's record.
+fn metadata(run: &Run, name: &str, labels: BTreeMap<String, String>) -> ObjectMeta {
+    let owner = OwnerReference {
+        api_version: FineTuneRun::api_version(&()).into_owned(),
+        kind: FineTuneRun::kind(&()).into_owned(),
+        name: run.object.name.clone(),
+        uid: run.object.uid.clone(),
+        controller: Some(true),
+        block_owner_deletion: Some(true),
+    };
+    ObjectMeta {
+        name: Some(name.to_owned()),
+        namespace: Some(run.object.namespace.clone()),
+        labels: Some(labels),
+        owner_references: Some(vec![owner]),
+        ..Default::default()
+    }
+}
+
+/// What a pod works on. Nobody reads it back.
+fn input(run: &Run, name: &str, stage: Stage, spec: &RunSpec) -> ConfigMap {
+    ConfigMap {
+        metadata: metadata(run, name, labels_of(run, stage)),
+        data: Some([(RUN_SPEC_KEY.into(), serde_json::to_string(spec).unwrap_or_default())].into()),
+        immutable: Some(true),
+        binary_data: None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,452 @@
+//! What a run does next: a state machine without a client and without a clock of its own.
+//!
+//! It reads from top to bottom like a run: check model and data, reuse a version or settle what to train, attempts, the
+//! version's record and its gates. Each decision is a new record and steps. The record is written first, against the
+//! version that was read; the steps follow from it alone, so that whoever reads it later takes the same.
+
+use std::time::Duration;
+
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+use tunesmith_crds::{
+    FineTuneJobPhase as Phase, FineTuneRunStatus,
+    conditions::reason,
+    digest::input_digest,
+    fine_tune_job::MethodName,
+    fine_tune_run::{Attempt, Cause, KEPT_ATTEMPTS, RunStage, Settled},
+    run::{LiveProgress, PreflightReport, RunSpec, TrainStage},
+};
+
+use super::{
+    Run, active, build, next_at,
+    outcome::{outcome, reuse},
+    settle::settled,
+};
+use crate::{
+    jobs::observed::Observed,
+    plan::{Planned, plan},
+    state::State,
+    workload::{JobState, Pods, TrainerJob},
+};
+
+/// What to do about a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Advance {
+    /// The record, to be written before anything is done.
+    pub record: FineTuneRunStatus,
+    /// In this order; a step that fails ends the list.
+    pub steps: Vec<Step>,
+    /// What the run does.
+    pub state: State,
+}
+
+/// One change to the cluster.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Check model and data: the Job of the record's try.
+    CreateCheck,
+    /// Train: the Job of the record's attempt, suspended, and what it works on.
+    CreateAttempt(Box<Planned>),
+    /// Let a suspended Job begin.
+    Admit {
+        /// Its name.
+        name: String,
+        /// Its UID.
+        uid: String,
+    },
+    /// Delete a Job; its pods get time for a checkpoint.
+    DeleteJob {
+        /// Its name.
+        name: String,
+        /// Its UID.
+        uid: String,
+    },
+    /// Record what was published.
+    CreateVersion,
+}
+
+/// Decides what the run that serves the job does next.
+pub fn advance(run: &Run, observed: &Observed, now: Timestamp) -> Advance {
+    let mut advance = Advance { record: settled(run, now), steps: Vec::new(), state: State::suspended() };
+    remove_ended(run, &mut advance);
+    advance.state = next(run, observed, now, &mut advance);
+    advance.record.stage.get_or_insert_default();
+    if is_over(&advance.state) {
+        advance.record.completion_time.get_or_insert(Time(now));
+    }
+    advance
+}
+
+/// Decides how a run ends that serves the job no more: what it is publishing it publishes, and all else stops.
+pub fn wind_down(run: &Run, now: Timestamp) -> Advance {
+    let mut record = settled(run, now);
+    let mut steps = Vec::new();
+    let mut state = State::new(Phase::Pending, reason::PENDING, "");
+    if record.published.is_some() && record.adapter_version.is_none() {
+        publish(run, &mut record, &mut steps);
+    }
+    match run.job().filter(|_| active(&record).is_some()) {
+        Some(job) if run.live().is_some_and(|live| live.stage == TrainStage::Publishing) && !job.deleting => {
+            state.message = format!("run {} is publishing: the changed spec waits for it", run.number());
+        }
+        Some(job) => {
+            delete(job, &mut steps);
+            state.message = format!("the spec has changed: waits for Job {} to end", job.name);
+        }
+        None => {
+            // A Job that was decided on, and was never seen, is looked for by its name when its record goes.
+            if let Some(attempt) = super::active_mut(&mut record) {
+                (attempt.cause, attempt.ended) = (Some(Cause::Disrupted), Some(Time(now)));
+            }
+            record.stage = Some(RunStage::Done);
+            if record.adapter_version.is_none() {
+                record.message = Some("ended by a change of the spec".into());
+                record.reason = Some(reason::SUPERSEDED.into());
+            }
+            record.completion_time.get_or_insert(Time(now));
+        }
+    }
+    Advance { record, steps, state }
+}
+
+/// A Job that a sidecar keeps alive goes when its trainer's words are on record.
+fn remove_ended(run: &Run, advance: &mut Advance) {
+    if let Some(job) = run.job()
+        && let JobState::Ended(ending) = &job.state
+        && ending.outlived
+    {
+        delete(job, &mut advance.steps);
+    }
+}
+
+fn next(run: &Run, observed: &Observed, now: Timestamp, advance: &mut Advance) -> State {
+    if let Some(state) = outcome(run, observed, advance) {
+        return state;
+    }
+    if let Some(state) = gave_up(&mut advance.record, observed) {
+        return state;
+    }
+    if advance.record.preflight.is_none() {
+        return check(run, observed, now, advance);
+    }
+    if let Some(state) = reuse(observed, run, advance) {
+        return state;
+    }
+    train(run, observed, now, advance)
+}
+
+fn is_over(state: &State) -> bool {
+    matches!(state.phase, Phase::Succeeded | Phase::Failed)
+}
+
+/// Ends the run without a version. What is counted (failures, time) may be allowed later: it goes on then.
+pub(super) fn over(record: &mut FineTuneRunStatus, reason: &'static str, message: impl Into<String>) -> State {
+    let message = message.into();
+    record.stage = Some(RunStage::Done);
+    record.reason = Some(reason.into());
+    record.message = Some(message.clone());
+    State::new(Phase::Failed, reason, message)
+}
+
+/// Why there is no other try or attempt, if so.
+fn gave_up(record: &mut FineTuneRunStatus, observed: &Observed) -> Option<State> {
+    let spec = &observed.job.spec;
+    if active(record).is_some() {
+        return None;
+    }
+    let is_checked = record.preflight.is_some();
+    let last = if is_checked { record.attempts.last() } else { record.check.as_ref() };
+    let cause = last.and_then(|last| last.cause);
+    let message = record.message.clone().unwrap_or_default();
+    let limit = u32::try_from(spec.backoff_limit).unwrap_or(0);
+    let seconds = spec.active_deadline_seconds.and_then(|seconds| u64::try_from(seconds).ok());
+    let (reason, message) = match cause {
+        Some(Cause::Final) if is_checked => (reason::TRAINING_FAILED, message),
+        Some(Cause::Final) => (reason::PREFLIGHT_FAILED, message),
+        // A store that is down says nothing about the job: the check goes on asking.
+        Some(Cause::StoreUnavailable) if !is_checked => return None,
+        Some(_) if is_checked && record.failures > limit => {
+            let times = record.failures;
+            (reason::BACKOFF_LIMIT_EXCEEDED, limit_reached(times, &message))
+        }
+        Some(Cause::Failed) if !is_checked && record.check_failures > limit => {
+            (reason::PREFLIGHT_FAILED, limit_reached(record.check_failures, &message))
+        }
+        _ if seconds.is_some_and(|seconds| record.seconds >= seconds) => (
+            reason::DEADLINE_EXCEEDED,
+            format!("the run took longer than activeDeadlineSeconds: {}", seconds.unwrap_or_default()),
+        ),
+        _ => {
+            // It was over, and goes on: a limit was raised.
+            if record.stage == Some(RunStage::Done) {
+                record.stage = Some(if is_checked { RunStage::Admitting } else { RunStage::Checking });
+                (record.reason, record.completion_time) = (None, None);
+            }
+            return None;
+        }
+    };
+    record.stage = Some(RunStage::Done);
+    record.reason = Some(reason.into());
+    // The words of the last attempt stay as they are: the sentence around them is made anew each time.
+    record.message.get_or_insert_with(|| message.clone());
+    Some(State::new(Phase::Failed, reason, message))
+}
+
+fn limit_reached(times: u32, message: &str) -> String {
+    format!("failed {times} times, backoffLimit reached: {message}")
+}
+
+/// Tries to check model and data, one after the other, until one has passed.
+fn check(run: &Run, observed: &Observed, now: Timestamp, advance: &mut Advance) -> State {
+    let suspend = observed.job.spec.suspend;
+    let record = &mut advance.record;
+    record.stage = Some(RunStage::Checking);
+    let number = match &record.check {
+        Some(check) if check.cause.is_none() => {
+            return match run.job() {
+                Some(job) if suspend => {
+                    delete(job, &mut advance.steps);
+                    State::suspended()
+                }
+                Some(job) => checks(run, job),
+                None if suspend => State::suspended(),
+                None => {
+                    advance.steps.push(Step::CreateCheck);
+                    checking("checks model and data")
+                }
+            };
+        }
+        Some(check) => {
+            let wait = next_at(check, record.check_failures, record.short_disruptions).duration_since(now);
+            if wait.is_positive() && !suspend {
+                let message = format!("tries again: {}", record.message.as_deref().unwrap_or_default());
+                let reason = retry_reason(check.cause);
+                return State::new(Phase::Preflight, reason, message).again_in(wait.unsigned_abs());
+            }
+            check.number.saturating_add(1)
+        }
+        None => 1,
+    };
+    if suspend {
+        return State::suspended();
+    }
+    let message = match (&record.message, number) {
+        (Some(message), 2..) => format!("tries again: {message}"),
+        _ => "checks model and data".into(),
+    };
+    record.check = Some(decided(number, 0, now));
+    advance.steps.push(Step::CreateCheck);
+    checking(&message)
+}
+
+fn retry_reason(cause: Option<Cause>) -> &'static str {
+    match cause {
+        Some(Cause::StoreUnavailable) => reason::STORE_UNAVAILABLE,
+        Some(Cause::InputsChanged) => reason::INPUTS_CHANGED,
+        _ => reason::RETRYING,
+    }
+}
+
+fn decided(number: u32, gpus: u32, now: Timestamp) -> Attempt {
+    Attempt {
+        number,
+        job_uid: None,
+        decided: Time(now),
+        started: None,
+        ended: None,
+        cause: None,
+        message: None,
+        gpus,
+        image_id: None,
+    }
+}
+
+fn checking(message: &str) -> State {
+    State::new(Phase::Preflight, reason::PREFLIGHT, message)
+}
+
+/// What the active check does.
+fn checks(run: &Run, job: &TrainerJob) -> State {
+    match &job.state {
+        _ if job.deleting => checking("starts again"),
+        JobState::Ended(_) => checking("reads the report"),
+        JobState::Active { pods, .. } => match pods {
+            Pods::Missing | Pods::Unschedulable(_) => waits(run, pods, Phase::Preflight, ""),
+            Pods::Starting(words) => checking(&format!("preflight pod {words}")).soon(),
+            Pods::Running { .. } => checking("checks model and data"),
+            Pods::Over => checking("reads the report"),
+        },
+    }
+}
+
+/// Attempts, one after the other, until one has published or no more are allowed.
+fn train(run: &Run, observed: &Observed, now: Timestamp, advance: &mut Advance) -> State {
+    let spec = &observed.job.spec;
+    if let Some(attempt) = advance.record.attempts.last().filter(|attempt| attempt.cause.is_none()) {
+        return match run.job() {
+            Some(job) if spec.suspend => {
+                delete(job, &mut advance.steps);
+                State::suspended()
+            }
+            Some(job) => {
+                if job.suspended && !job.deleting {
+                    advance.steps.push(Step::Admit { name: job.name.clone(), uid: job.uid.clone() });
+                }
+                trains(run, &advance.record, attempt.number, job)
+            }
+            None if spec.suspend => State::suspended(),
+            None => match planned(observed, &advance.record) {
+                Ok(planned) => {
+                    advance.steps.push(Step::CreateAttempt(Box::new(planned)));
+                    State::new(Phase::Starting, reason::STARTING, "creates the training Job")
+                }
+                Err(state) => state,
+            },
+        };
+    }
+    if spec.suspend {
+        return State::suspended();
+    }
+    if let Some(last) = advance.record.attempts.last() {
+        let record = &advance.record;
+        let wait = next_at(last, record.failures, record.short_disruptions).duration_since(now);
+        if wait.is_positive() {
+            let message = record.message.as_deref().unwrap_or_default();
+            let message = format!("attempt {} ended: {message}", last.number);
+            let state = State::new(Phase::Starting, retry_reason(last.cause), message);
+            return state.again_in(wait.unsigned_abs());
+        }
+    }
+    let planned = match planned(observed, &advance.record) {
+        Ok(planned) => planned,
+        Err(state) => {
+            advance.record.stage = Some(RunStage::Admitting);
+            return state;
+        }
+    };
+    begin_attempt(run, observed, planned, now, advance)
+}
+
+fn planned(observed: &Observed, record: &FineTuneRunStatus) -> Result<Planned, State> {
+    let method = record.settled.as_ref().map(|settled| settled.method.name());
+    plan(&observed.job.spec, &observed.offers, record.preflight.as_ref(), method).map_err(State::no_class)
+}
+
+fn begin_attempt(run: &Run, observed: &Observed, planned: Planned, now: Timestamp, advance: &mut Advance) -> State {
+    let Advance { record, steps, .. } = advance;
+    let Some(report) = record.preflight.clone() else { return checking("checks model and data") };
+    if record.settled.is_none() {
+        record.settled = Some(settle(run, observed, &report, &planned));
+    }
+    record.last_attempt = record.last_attempt.saturating_add(1);
+    record.stage = Some(RunStage::Training);
+    record.plan = Some(planned.plan.clone());
+    let gpus = planned.plan.pods.saturating_mul(planned.plan.gpus_per_pod);
+    let surplus = (record.attempts.len() + 1).saturating_sub(KEPT_ATTEMPTS);
+    record.attempts.drain(..surplus);
+    record.attempts.push(decided(record.last_attempt, gpus, now));
+    steps.push(Step::CreateAttempt(Box::new(planned)));
+    match &record.message {
+        Some(failure) => State::new(Phase::Starting, reason::RETRYING, format!("tries again: {failure}")),
+        None => State::new(Phase::Starting, reason::STARTING, "creates the training Job"),
+    }
+}
+
+/// What decides the result, once and for all attempts.
+fn settle(run: &Run, observed: &Observed, report: &PreflightReport, planned: &Planned) -> Settled {
+    let spec = planned.resolve(build::check_spec(run, &observed.job));
+    Settled {
+        input_digest: input_digest(&spec, &planned.method, report),
+        version: observed.next_version(report),
+        method: planned.method.clone(),
+        training: spec.training,
+    }
+}
+
+/// What the active attempt does.
+fn trains(run: &Run, record: &FineTuneRunStatus, number: u32, job: &TrainerJob) -> State {
+    let retried = match &record.message {
+        Some(failure) => format!(" (attempt {number}, after: {failure})"),
+        None => String::new(),
+    };
+    let pods = match &job.state {
+        JobState::Active { pods, .. } if !job.deleting => pods,
+        _ => return State::new(Phase::Starting, reason::STARTING, format!("waits for Job {} to end", job.name)),
+    };
+    match pods {
+        _ if job.suspended => {
+            State::new(Phase::Queued, reason::PENDING, format!("waits to be admitted{retried}")).soon()
+        }
+        Pods::Missing | Pods::Unschedulable(_) => waits(run, pods, Phase::Starting, &retried),
+        Pods::Starting(words) => State::new(Phase::Starting, reason::STARTING, format!("pod {words}{retried}")).soon(),
+        Pods::Running { .. } => runs(run.live(), &retried),
+        Pods::Over => State::new(Phase::Running, reason::TRAINING, format!("the pods have ended{retried}")),
+    }
+}
+
+/// The steps are in `status.progress`, which has its own writer.
+fn runs(live: Option<&LiveProgress>, retried: &str) -> State {
+    let state = |words: &str| State::new(Phase::Running, reason::TRAINING, format!("{words}{retried}"));
+    match live.map(|live| live.stage) {
+        None => state("the trainer is up"),
+        Some(TrainStage::Loading) => state("loads model, data and checkpoint"),
+        Some(TrainStage::Training) => state("trains"),
+        Some(TrainStage::Evaluating) => state("evaluates"),
+        Some(TrainStage::Publishing) => {
+            State::new(Phase::Publishing, reason::PUBLISHING, format!("writes the artifact{retried}"))
+        }
+    }
+}
+
+/// The Job is there, but the cluster has no place for its pods.
+fn waits(run: &Run, pods: &Pods, otherwise: Phase, retried: &str) -> State {
+    let refusal = match &run.work {
+        super::Work::There { refusal, .. } => refusal.as_ref(),
+        _ => None,
+    };
+    let state = match (pods, refusal) {
+        (Pods::Unschedulable(words), _) => {
+            State::new(Phase::Queued, reason::UNSCHEDULABLE, format!("no node takes the pod: {words}{retried}"))
+        }
+        (_, Some(refusal)) => State::new(Phase::Queued, refusal.reason, format!("{}{retried}", refusal.message)),
+        _ if otherwise == Phase::Preflight => checking(&format!("waits for the preflight pod{retried}")),
+        _ => State::new(Phase::Starting, reason::STARTING, format!("waits for the training pods{retried}")),
+    };
+    state.soon()
+}
+
+/// Records the version that was published.
+pub(super) fn publish(run: &Run, record: &mut FineTuneRunStatus, steps: &mut Vec<Step>) {
+    if let Some(report) = &record.published {
+        let adapter = &run.spec.job_spec.output.adapter_name;
+        record.adapter_version = Some(tunesmith_crds::names::adapter_version(adapter, report.version));
+        record.stage = Some(RunStage::Recorded);
+        record.message = None;
+        steps.push(Step::CreateVersion);
+    }
+}
+
+/// Digest of the run's inputs, as they are settled; before that, as they would be now. None if no class can say what Auto
+/// means, how many devices share the work and how exactly they compute.
+pub fn digest_of(run: &Run, record: &FineTuneRunStatus, observed: &Observed) -> Option<String> {
+    if let Some(settled) = &record.settled {
+        return Some(settled.input_digest.clone());
+    }
+    let report = record.preflight.as_ref()?;
+    let planned = plan(&observed.job.spec, &observed.offers, Some(report), None).ok()?;
+    let spec: RunSpec = planned.resolve(build::check_spec(run, &observed.job));
+    Some(input_digest(&spec, &planned.method, report))
+}
+
+/// The method that a run has settled on.
+pub fn method_of(record: &FineTuneRunStatus) -> Option<MethodName> {
+    record.settled.as_ref().map(|settled| settled.method.name())
+}
+
+fn delete(job: &TrainerJob, steps: &mut Vec<Step>) {
+    if !job.deleting {
+        steps.push(Step::DeleteJob { name: job.name.clone(), uid: job.uid.clone() });
+    }
+}
+
+/// A wait that is over at once.
+pub const NOW: Duration = Duration::from_secs(1);
