@@ -4,14 +4,11 @@
 //! version's record and its gates. Each decision is a new record and steps. The record is written first, against the
 //! version that was read; the steps follow from it alone, so that whoever reads it later takes the same.
 
-use std::time::Duration;
-
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use tunesmith_crds::{
     FineTuneJobPhase as Phase, FineTuneRunStatus,
     conditions::reason,
     digest::input_digest,
-    fine_tune_job::MethodName,
     fine_tune_run::{Attempt, Cause, KEPT_ATTEMPTS, RunStage, Settled},
     run::{LiveProgress, PreflightReport, RunSpec, TrainStage},
 };
@@ -437,16 +434,8 @@ pub fn digest_of(run: &Run, record: &FineTuneRunStatus, observed: &Observed) -> 
     Some(input_digest(&spec, &planned.method, report))
 }
 
-/// The method that a run has settled on.
-pub fn method_of(record: &FineTuneRunStatus) -> Option<MethodName> {
-    record.settled.as_ref().map(|settled| settled.method.name())
-}
-
 fn delete(job: &TrainerJob, steps: &mut Vec<Step>) {
     if !job.deleting {
         steps.push(Step::DeleteJob { name: job.name.clone(), uid: job.uid.clone() });
     }
 }
-
-/// A wait that is over at once.
-pub const NOW: Duration = Duration::from_secs(1);
