@@ -2,9 +2,10 @@
 //! transition time that changes only with the verdict.
 
 use k8s_openapi::{
-    apimachinery::pkg::apis::meta::v1::{Condition, Time},
+    apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time},
     jiff::Timestamp,
 };
+use tunesmith_crds::conditions::{READY, RECONCILING, STALLED};
 
 /// Longest message that the API server takes.
 const MAX_MESSAGE: usize = 32_768;
@@ -69,9 +70,31 @@ impl<'a> Conditions<'a> {
     }
 }
 
+/// Conditions of an object that can't be served: it waits for its user. They are the same each time, so that writing them
+/// again changes nothing and wakes nobody.
+pub fn stalled(object: &ObjectMeta, reason: &str, message: &str) -> Vec<Condition> {
+    let since = object.creation_timestamp.as_ref().map_or(Timestamp::UNIX_EPOCH, |time| time.0);
+    let mut conditions = Conditions::new(&[], object.generation, since);
+    for (type_, verdict) in [(READY, Verdict::False), (RECONCILING, Verdict::False), (STALLED, Verdict::True)] {
+        conditions.set(type_, verdict, reason, message);
+    }
+    conditions.into_vec()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_object_that_can_not_be_served_is_told_so_in_the_same_words_each_time() {
+        let created = Time(Timestamp::from_second(60).unwrap());
+        let object =
+            ObjectMeta { generation: Some(3), creation_timestamp: Some(created.clone()), ..Default::default() };
+        let conditions = stalled(&object, "Unreadable", "bad URI");
+        let told: Vec<_> = conditions.iter().map(|c| (c.type_.as_str(), c.status.as_str())).collect();
+        assert_eq!(told, [("Ready", "False"), ("Reconciling", "False"), ("Stalled", "True")]);
+        assert!(conditions.iter().all(|c| c.last_transition_time == created && c.observed_generation == Some(3)));
+    }
 
     #[test]
     fn the_transition_time_changes_only_with_the_verdict() {

@@ -4,9 +4,9 @@ use anyhow::Result;
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::PostParams;
 use serde_json::{Value, json};
-use tunesmith_crds::{FineTuneJobPhase, conditions};
+use tunesmith_crds::{FineTuneJob, FineTuneJobPhase, conditions};
 
-use crate::tenant::{Tenant, condition, message, rows};
+use crate::tenant::{Tenant, condition, message, phase_of, rows};
 
 /// Applies a job that must fail, and returns its message.
 async fn failure(team: &Tenant, changes: Value) -> Result<String> {
@@ -76,8 +76,10 @@ async fn an_attempt_that_runs_out_of_memory_is_tried_again_as_often_as_allowed()
 async fn full_fine_tuning_asks_for_four_a100s_and_says_that_no_node_has_them() -> Result<()> {
     let team = Tenant::new("full").await?;
     team.apply(&team.job("large", json!({"method": "Full", "resources": {"gpuClass": null}}))).await?;
-    let job = team.until_phase("large", FineTuneJobPhase::Queued).await?;
-    assert!(message(&job).contains("no node takes the pod"), "{}", message(&job));
+    let waits = |job: &FineTuneJob| {
+        phase_of(job) == Some(FineTuneJobPhase::Queued) && message(job).contains("no node takes the pod")
+    };
+    let job = team.until("large", "waiting for a node", waits).await?;
     let plan = job.status.and_then(|status| status.plan).expect("a plan");
     assert_eq!((plan.gpu_class.as_str(), plan.pods, plan.gpus_per_pod), ("a100-80gb", 1, 4));
     Ok(())

@@ -25,7 +25,7 @@ use crate::{
     admission::Refusal,
     apply::{ApplyError, Change, apply, apply_status, is_unchanged, write_record},
     cache::{self, Caches, Guarded},
-    conditions::Conditions,
+    conditions::stalled,
     context::{Context, Outcome, Stop, log_failure, words_of},
     labels::OPERATOR,
     progress::{self, Live},
@@ -134,19 +134,12 @@ async fn reconcile(job: Arc<Guarded<FineTuneJob>>, reconciler: Arc<Reconciler>) 
 
 /// Says on an object that can't be served why, and touches nothing else.
 async fn stall(job: &Guarded<FineTuneJob>, message: &str, context: &Context) -> Result<(), Error> {
-    let state = State::new(FineTuneJobPhase::Failed, reason::UNREADABLE, message);
-    let previous = job.0.as_ref().ok().and_then(|job| job.status.clone()).unwrap_or_default();
-    let mut conditions = Conditions::new(&previous.conditions, job.meta().generation, Timestamp::now());
-    status::set_kstatus(&mut conditions, &state, None);
     let status = json!({
-        "phase": state.phase,
-        "message": state.message,
+        "phase": FineTuneJobPhase::Failed,
+        "message": message,
         "observedGeneration": job.meta().generation,
-        "conditions": conditions.into_vec(),
+        "conditions": stalled(job.meta(), reason::UNREADABLE, message),
     });
-    if previous.message.as_deref() == Some(message) {
-        return Ok(());
-    }
     apply_status::<FineTuneJob, _>(&context.client, job.meta(), &status, OPERATOR).await.map_err(Error::Status)
 }
 

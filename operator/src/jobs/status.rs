@@ -59,7 +59,7 @@ fn record_of<'a>(run: &'a Run, decision: &'a Decision) -> &'a FineTuneRunStatus 
 }
 
 /// The sort of what a job or a run does, for kstatus.
-pub fn set_kstatus(conditions: &mut Conditions, state: &State, retrying: Option<&str>) {
+fn set_kstatus(conditions: &mut Conditions, state: &State, retrying: Option<&str>) {
     let (reason, message) = (state.reason, state.message.as_str());
     let stalled = state.phase == Phase::Failed || reason == reason::NO_GPU_CLASS;
     let reconciling = !stalled && !matches!(state.phase, Phase::Succeeded | Phase::Suspended);

@@ -65,6 +65,7 @@ pub enum Step {
 pub fn advance(run: &Run, observed: &Observed, now: Timestamp) -> Advance {
     let mut advance = Advance { record: settled(run, now), steps: Vec::new(), state: State::suspended() };
     remove_ended(run, &mut advance);
+    count_deadline(run, observed, &mut advance.record);
     advance.state = next(run, observed, now, &mut advance);
     advance.record.stage.get_or_insert_default();
     if is_over(&advance.state) {
@@ -112,6 +113,17 @@ fn remove_ended(run: &Run, advance: &mut Advance) {
         && ending.outlived
     {
         delete(job, &mut advance.steps);
+    }
+}
+
+/// A pod's deadline counts from when a node has it, its container's time from when that starts: the run has taken all of its
+/// time, although the trainer may have had little of it, or none.
+fn count_deadline(run: &Run, observed: &Observed, record: &mut FineTuneRunStatus) {
+    let was_active = run.record.attempts.last().is_some_and(|attempt| attempt.cause.is_none());
+    let is_over = record.attempts.last().is_some_and(|attempt| attempt.cause == Some(Cause::DeadlineExceeded));
+    if was_active && is_over {
+        let deadline = observed.job.spec.active_deadline_seconds.and_then(|seconds| u64::try_from(seconds).ok());
+        record.seconds = record.seconds.max(deadline.unwrap_or(0));
     }
 }
 
@@ -371,7 +383,7 @@ fn trains(run: &Run, record: &FineTuneRunStatus, number: u32, job: &TrainerJob) 
     };
     match pods {
         _ if job.suspended => {
-            State::new(Phase::Queued, reason::PENDING, format!("waits to be admitted{retried}")).soon()
+            State::new(Phase::Starting, reason::STARTING, format!("lets Job {} begin{retried}", job.name)).soon()
         }
         Pods::Missing | Pods::Unschedulable(_) => waits(run, pods, Phase::Starting, &retried),
         Pods::Starting(words) => State::new(Phase::Starting, reason::STARTING, format!("pod {words}{retried}")).soon(),

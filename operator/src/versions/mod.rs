@@ -11,22 +11,17 @@ use futures::{FutureExt, StreamExt};
 use k8s_openapi::{api::batch::v1::Job, jiff::Timestamp};
 use kube::{
     Api, Resource, ResourceExt,
-    core::error_boundary::InvalidObject,
     runtime::{Controller, controller::Action, watcher},
 };
 use serde_json::json;
-use tunesmith_crds::{
-    AdapterVersion,
-    conditions::{READY, RECONCILING, STALLED, reason},
-    names::STAGE_LABEL,
-};
+use tunesmith_crds::{AdapterVersion, conditions::reason, names::STAGE_LABEL};
 
 use self::decide::{Observed, Step, decide};
 use crate::{
     admission,
     apply::{ApplyError, Change, apply, apply_status},
     cache::Guarded,
-    conditions::{Conditions, Verdict},
+    conditions::stalled,
     context::{Context, Outcome, Stop, log_failure, words_of},
     labels::OPERATOR,
     workload::{Stage, TrainerJob, job::fresh_pods},
@@ -82,24 +77,30 @@ pub async fn run(context: Arc<Context>, stop: Stop) {
 async fn reconcile(version: Arc<Guarded<AdapterVersion>>, context: Arc<Context>) -> Result<Action, Error> {
     let _timer = context.metrics.time(NAME);
     let result = match &version.0 {
-        Ok(version) => {
-            let caught = AssertUnwindSafe(reconcile_once(version, &context)).catch_unwind().await;
-            caught.unwrap_or_else(|panic| Err(Error::Internal(words_of(&*panic))))
+        Ok(readable) => {
+            let caught = AssertUnwindSafe(reconcile_once(readable, &context)).catch_unwind().await;
+            match caught {
+                Ok(result) => result,
+                Err(panic) => {
+                    let error = Error::Internal(words_of(&*panic));
+                    stall(&version, &error.to_string(), &context).await?;
+                    Err(error)
+                }
+            }
         }
-        Err(invalid) => stall(&version, invalid, &context).await.map(|()| Action::await_change()),
+        Err(invalid) => {
+            let words = format!("it can't be read: {invalid}; delete it");
+            stall(&version, &words, &context).await.map(|()| Action::await_change())
+        }
     };
     context.metrics.count(NAME, result.as_ref().map_or_else(Outcome::label, |_| "ok"));
     result
 }
 
-/// Says on a version that can't be read why.
-async fn stall(version: &Guarded<AdapterVersion>, invalid: &InvalidObject, context: &Context) -> Result<(), Error> {
-    let message = format!("it can't be read: {invalid}; delete it");
-    let mut conditions = Conditions::new(&[], version.meta().generation, Timestamp::now());
-    for (type_, verdict) in [(READY, Verdict::False), (RECONCILING, Verdict::False), (STALLED, Verdict::True)] {
-        conditions.set(type_, verdict, reason::UNREADABLE, &message);
-    }
-    let status = json!({"observedGeneration": version.meta().generation, "conditions": conditions.into_vec()});
+/// Says on a version that can't be served why, and touches nothing else.
+async fn stall(version: &Guarded<AdapterVersion>, message: &str, context: &Context) -> Result<(), Error> {
+    let conditions = stalled(version.meta(), reason::UNREADABLE, message);
+    let status = json!({"observedGeneration": version.meta().generation, "conditions": conditions});
     let written = apply_status::<AdapterVersion, _>(&context.client, version.meta(), &status, OPERATOR).await;
     written.map_err(Error::Status)
 }

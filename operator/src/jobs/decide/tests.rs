@@ -209,7 +209,7 @@ fn a_job_that_is_created_suspended_is_admitted() {
     let mut observed = observed_training(plain(), Pods::Missing);
     let Work::There { job, .. } = &mut observed.runs.get_mut(&1).unwrap().work else { panic!() };
     job.suspended = true;
-    let decision = check(&observed, Phase::Queued, reason::PENDING);
+    let decision = check(&observed, Phase::Starting, reason::STARTING);
     assert!(matches!(steps(&decision), [Step::Admit { name, .. }] if name == "j-1-1"), "{decision:?}");
 }
 
@@ -497,6 +497,26 @@ fn the_deadline_counts_over_all_attempts() {
     };
     check(&with(90), Phase::Failed, reason::DEADLINE_EXCEEDED);
     check(&with(150), Phase::Starting, reason::RETRYING);
+}
+
+#[test]
+fn a_pod_whose_deadline_is_over_ends_the_run_however_little_it_ran() {
+    let mut observed = observed_training(job(json!({"activeDeadlineSeconds": 100})), Pods::Missing);
+    let Work::There { job, .. } = observed.runs[&1].work.clone() else { panic!() };
+    // It had a node, and pulled its image all the time.
+    let mut over = crate::fixtures::ended(*job, Cause::DeadlineExceeded);
+    let JobState::Ended(ending) = &mut over.state else { panic!() };
+    ending.started = None;
+    observed.runs.get_mut(&1).unwrap().work = there(over);
+    let decision = check(&observed, Phase::Failed, reason::DEADLINE_EXCEEDED);
+    assert_eq!((steps(&decision).len(), advance_of(&decision).record.seconds), (0, 100));
+
+    let run = observed.runs.get_mut(&1).unwrap();
+    (run.record, run.work) = (advance_of(&decision).record.clone(), Work::None);
+    assert_eq!(steps(&check(&observed, Phase::Failed, reason::DEADLINE_EXCEEDED)), []);
+    observed.job.spec.active_deadline_seconds = Some(300);
+    let raised = check(&observed, Phase::Starting, reason::RETRYING);
+    assert!(matches!(steps(&raised), [Step::CreateAttempt(_)]), "{raised:?}");
 }
 
 #[test]
