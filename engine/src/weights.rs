@@ -341,6 +341,13 @@ impl Checkpoint {
         Some(Bytes { dtype: *dtype, data: &map[*start..start + len] })
     }
 
+    /// Whether all values of a tensor of floats are finite.
+    pub(crate) fn is_finite(&self, name: &str) -> bool {
+        let Some(Bytes { dtype, data }) = self.bytes(name).filter(|bytes| is_float(bytes.dtype)) else { return true };
+        let chunks = data.par_chunks(dtype.bitsize() / 8 * CHUNK);
+        chunks.all(|chunk| widen(chunk, dtype).iter().all(|value| value.is_finite()))
+    }
+
     /// Whether both tensors are there and have other values or shapes.
     pub(crate) fn differ(&self, one: &str, other: &str) -> bool {
         let (Some(a), Some(b)) = (self.bytes(one), self.bytes(other)) else { return false };

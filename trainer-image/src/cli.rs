@@ -208,17 +208,34 @@ struct Local {
 #[derive(Args)]
 struct SamplingArgs {
     /// Above 1 makes tokens that were said less likely; small models loop without
-    #[arg(long, default_value_t = 1.15)]
+    #[arg(long, default_value_t = 1.15, value_parser = above_0)]
     repetition_penalty: f64,
     /// 0 takes the likeliest token
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = from_0)]
     temperature: f64,
     /// Draw from the smallest set of tokens whose probability reaches this
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = share)]
     top_p: f64,
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     seed: u64,
+}
+
+fn from_0(text: &str) -> Result<f64, String> {
+    number(text, "a number from 0", |number| number >= 0.0)
+}
+
+fn above_0(text: &str) -> Result<f64, String> {
+    number(text, "a number above 0", |number| number > 0.0)
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    number(text, "a number above 0 and up to 1", |number| number > 0.0 && number <= 1.0)
+}
+
+fn number(text: &str, expected: &str, is_sound: impl Fn(f64) -> bool) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && is_sound(*number));
+    number.ok_or_else(|| format!("expected {expected}"))
 }
 
 impl From<SamplingArgs> for Sampling {

@@ -94,7 +94,8 @@ impl Inputs {
             (None, fraction) => rows.hold_out(fraction.unwrap_or(0.0), spec.training.seed)?,
         };
         [&train, &eval].into_iter().try_for_each(|rows| check_fits(&model, rows))?;
-        let overview = Overview::new(&train, &eval, &encoder.vocabulary)?;
+        let mut overview = Overview::new(&train, &eval, &encoder.vocabulary)?;
+        model.warnings.iter().for_each(|warning| overview.notes.remark(warning));
         overview.log();
         let (rows, tokens) = (overview.train.rows, overview.train.tokens);
         let template_date = encoder.vocabulary.date_of_run();

@@ -15,7 +15,7 @@ use crate::{
     error::Error,
     generate::uri,
     model::{ModelFolder, read_json},
-    publish::{CHAT_TEMPLATE, MANIFEST, ModelFiles, base_files, full_model},
+    publish::{MANIFEST, ModelFiles, base_files, full_model, put_template},
     store::{StoreError, Stores},
     tensors::TensorFile,
 };
@@ -51,7 +51,9 @@ pub fn merge(
     let ModelFiles { shards, others: mut files } =
         full_model(&merged, config.to_string().as_bytes(), bf16).map_err(unusable)?;
     files.extend(base_files(&base)?);
-    files.extend(chat_template(&adapter)?.map(|template| (CHAT_TEMPLATE.into(), template.into_bytes())));
+    if let Some(template) = chat_template(&adapter)? {
+        put_template(&mut files, template);
+    }
     // Beside its place first, so that nothing half-written has the name.
     let part = sibling(out);
     let written = write(&part, &shards, &files).and_then(|()| fs::rename(&part, out).map_err(disk(out)));

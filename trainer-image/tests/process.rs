@@ -334,3 +334,34 @@ fn no_value_of_the_environment_makes_a_panic_and_each_is_named_without_its_secre
     assert_eq!(code, Some(exit_code::BAD_INPUT), "{text}");
     assert!(text.contains("AWS_PROFILE is not read here"), "{text}");
 }
+
+#[test]
+fn an_error_of_a_file_brings_no_backtrace() {
+    let bench = Bench::new();
+    fs::write(bench.path("bad.gguf"), [&b"GGUF"[..], &[0xff; 100]].concat()).unwrap();
+    for model in ["bad.gguf", "model"] {
+        let convert = Command::new(env!("CARGO_BIN_EXE_tunesmith-trainer"))
+            .args(["convert".as_ref(), bench.path(model).as_os_str(), "--out".as_ref(), bench.path("out").as_os_str()])
+            .env("RUST_BACKTRACE", "1")
+            .output()
+            .unwrap();
+        let error = String::from_utf8(convert.stderr).unwrap();
+        assert_eq!((convert.status.code(), error.lines().count()), (Some(exit_code::BAD_INPUT), 1), "{error}");
+        assert!(error.contains(model) && (model == "bad.gguf" || !error.contains("download it again")), "{error}");
+    }
+}
+
+#[test]
+fn a_setting_of_the_command_line_that_can_not_be_is_named() {
+    for (option, value) in
+        [("--temperature", "nan"), ("--top-p", "0"), ("--top-p", "1.1"), ("--repetition-penalty", "0")]
+    {
+        let generate = Command::new(env!("CARGO_BIN_EXE_tunesmith-trainer"))
+            .args(["generate", "--model", "/nowhere", "--prompt", "a", option, value])
+            .output()
+            .unwrap();
+        let error = String::from_utf8(generate.stderr).unwrap();
+        assert_eq!(generate.status.code(), Some(exit_code::BAD_SPEC), "{error}");
+        assert!(error.contains(&format!("invalid value '{value}' for '{option}")), "{error}");
+    }
+}

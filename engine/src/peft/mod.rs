@@ -43,8 +43,13 @@ fn load_files<B: Backend>(dir: &Path, model: &mut Model<B>) -> Result<()> {
     }
     load_layers(&adapter, &checkpoint, &mut unknown, model)?;
     let missing = load_others(&adapter, &checkpoint, &mut unknown, model)?;
+    let broken = checkpoint.names().into_iter().find(|name| !checkpoint.is_finite(name));
     match (unknown.first(), missing.first()) {
-        (None, None) => Ok(()),
+        (None, None) => broken.map_or(Ok(()), |name| {
+            Err(refuse(format!(
+                "NaN or infinite values in {name}: the training that wrote them has failed; train it again"
+            )))
+        }),
         (Some(name), _) if name.contains(".lora_") => Err(refuse(format!(
             "{name} belongs to no layer of this model that adapter_config.json selects (target_modules, \
              exclude_modules, layers_to_transform, use_dora)"

@@ -88,3 +88,27 @@ fn a_refused_configuration_names_its_file() {
         assert!(error.contains(expected), "{error}");
     }
 }
+
+#[test]
+fn an_adapter_that_is_not_finite_is_refused_by_the_name_of_its_tensor() {
+    for name in ["tied/adapter", "adapters/whole"] {
+        let adapter = fixtures().join(name);
+        let bytes = std::fs::read(adapter.join(WEIGHTS)).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        for damaged in file.names() {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::copy(adapter.join(CONFIG), folder.path().join(CONFIG)).unwrap();
+            let mut data: Vec<_> =
+                file.iter().map(|(name, view)| (name, view.shape().to_vec(), view.data().to_vec())).collect();
+            let (_, _, values) = data.iter_mut().find(|(name, ..)| *name == damaged).unwrap();
+            values[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+            let views = data
+                .iter()
+                .map(|(name, shape, data)| (*name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
+            safetensors::serialize_to_file(views, None, &folder.path().join(WEIGHTS)).unwrap();
+            let mut model = Model::load(&fixtures().join("tied/model")).unwrap();
+            let error = model.load_adapter(folder.path()).unwrap_err().to_string();
+            assert!(error.contains(&format!("NaN or infinite values in {damaged}")), "{error}");
+        }
+    }
+}

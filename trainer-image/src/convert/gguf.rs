@@ -36,11 +36,7 @@ impl Gguf {
             });
         }
         file.rewind().map_err(ConvertError::io(path))?;
-        let content =
-            Content::read(&mut file).map_err(|source| match source.to_string().contains("unknown dtype") {
-                true => ConvertError::UnknownType { path: path.to_owned(), source },
-                false => ConvertError::Damaged { path: path.to_owned(), source },
-            })?;
+        let content = Content::read(&mut file).map_err(|error| unreadable(path, error))?;
         Ok(Self { path: path.to_owned(), file, content })
     }
 
@@ -166,7 +162,22 @@ impl Gguf {
         let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu);
         tensor
             .and_then(|tensor| tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
-            .map_err(|source| ConvertError::Damaged { path: self.path.clone(), source })
+            .map_err(|error| unreadable(&self.path, error))
+    }
+}
+
+/// What the parser says, without the backtrace that it brings where RUST_BACKTRACE is set.
+fn unreadable(path: &Path, error: candle_core::Error) -> ConvertError {
+    let path = path.to_owned();
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => unreadable(&path, *inner),
+        candle_core::Error::Io(source) if source.kind() != io::ErrorKind::UnexpectedEof => {
+            ConvertError::Io { path, source }
+        }
+        error => match error.to_string() {
+            problem if problem.contains("unknown dtype") => ConvertError::UnknownType { path, problem },
+            problem => ConvertError::Damaged { path, problem },
+        },
     }
 }
 

@@ -41,24 +41,24 @@ pub enum ConvertError {
     #[error("the adapter can't be exported: {0}")]
     Adapter(String),
     /// Not a GGUF file, or a damaged one.
-    #[error("{} is no whole GGUF file: {source}; download it again", path.display())]
+    #[error("{} is no whole GGUF file: {problem}; download it again", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
         /// What the parser says.
-        source: candle_core::Error,
+        problem: String,
     },
     /// A tensor is stored in a way that is not known.
     #[error(
         "{}: a tensor's type is none of F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q6_K; take another file \
-         of the model: {source}",
+         of the model: {problem}",
         path.display()
     )]
     UnknownType {
         /// The file.
         path: PathBuf,
         /// What the parser says.
-        source: candle_core::Error,
+        problem: String,
     },
     /// Something else than a model that can be converted, and what to do.
     #[error("{0}")]

@@ -128,6 +128,13 @@ impl Encoder {
         }
         let is_learned = |(i, turn): (usize, &Message)| i >= conversation.given && turn.is_trained();
         if !conversation.turns.iter().enumerate().any(is_learned) {
+            if conversation.turns[conversation.given..].iter().any(Message::is_excluded) {
+                return Err(
+                    "the row excludes each of the assistant's turns (weight: 0, train: false, …): nothing to train \
+                            on"
+                    .into(),
+                );
+            }
             let field = if conversation.given == 0 { "messages[].role" } else { "completion[].role" };
             return Err(format!("no assistant turn, nothing to train on ({field})"));
         }

@@ -148,7 +148,7 @@ fn take(columns: &mut Columns, name: &str) -> Option<Value> {
 }
 
 /// Whether there is something in a field. Tables have every field in every row, null or empty.
-fn is_given(value: &Value) -> bool {
+pub(super) fn is_given(value: &Value) -> bool {
     match value {
         Value::Null => false,
         Value::Array(items) => !items.is_empty(),

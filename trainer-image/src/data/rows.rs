@@ -17,6 +17,7 @@ use super::{
     formats::{COLUMNS, Row, detect, other_columns, parse, refuse_other_kinds, unused, uses},
     notes::Notes,
 };
+use crate::store::is_final;
 
 /// Why data can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -103,7 +104,7 @@ impl DataError {
     /// One of [`exit_code`]: another try helps only against a failing disk.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Disk { .. } => exit_code::STORAGE,
+            Self::Disk { source, .. } if !is_final(source) => exit_code::STORAGE,
             _ => exit_code::BAD_INPUT,
         }
     }
@@ -320,6 +321,22 @@ mod tests {
     }
 
     const TWO_ROWS: &[u8] = b"{\"text\": \"a\"}\n{\"text\": \"b\"}\n";
+
+    #[test]
+    fn a_work_folder_that_can_not_be_one_is_no_failing_disk() {
+        use std::io::{Error, ErrorKind};
+        let disk = |kind: ErrorKind| DataError::Disk { folder: "/work".into(), source: Error::from(kind) }.exit_code();
+        for kind in [
+            ErrorKind::NotFound,
+            ErrorKind::NotADirectory,
+            ErrorKind::PermissionDenied,
+            ErrorKind::AlreadyExists,
+            ErrorKind::InvalidFilename,
+        ] {
+            assert_eq!(disk(kind), exit_code::BAD_INPUT, "{kind:?}");
+        }
+        assert_eq!(disk(ErrorKind::StorageFull), exit_code::STORAGE);
+    }
 
     #[test]
     fn a_bad_row_is_named_with_file_row_and_field() {

@@ -8,13 +8,14 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use tunesmith_crds::fine_tune_job::Overflow;
+use tunesmith_crds::fine_tune_job::{DataFormat, Overflow};
 use tunesmith_engine::IGNORE;
 
 use super::{
     Encoder, Example,
+    container::Columns,
     conversation::{Conversation, Message},
-    formats::{Alpaca, Row},
+    formats::{Alpaca, Row, parse},
     notes::Notes,
     vocabulary::Vocabulary,
 };
@@ -261,6 +262,11 @@ fn a_row_that_is_too_long_is_truncated_dropped_or_refused_as_the_user_says() {
 fn a_conversation_without_an_assistant_teaches_nothing() {
     let error = encoder(1024).encode(&chat(&[("user", "hi")]), &mut Notes::default()).unwrap_err();
     assert_eq!(error, "no assistant turn, nothing to train on (messages[].role)");
+    let excluded = "the row excludes each of the assistant's turns (weight: 0, train: false, …): nothing to train on";
+    let turns = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "train": false}]);
+    let columns = Columns::from_iter([("messages".to_owned(), turns)]);
+    let row = parse(DataFormat::Messages, columns, &mut Notes::default()).unwrap();
+    assert_eq!(encoder(1024).encode(&row, &mut Notes::default()).unwrap_err(), excluded);
 }
 
 #[test]

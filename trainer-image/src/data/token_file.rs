@@ -254,12 +254,12 @@ mod tests {
     }
 
     #[test]
-    fn a_work_folder_that_cannot_be_written_is_named_and_worth_another_try() {
+    fn a_work_folder_that_is_a_file_is_named_and_not_tried_again() {
         let folder = tempfile::tempdir().unwrap();
         let taken = folder.path().join("work");
         fs::write(&taken, "a file").unwrap();
         let error = Writer::create(&taken).err().unwrap();
-        assert_eq!(error.exit_code(), exit_code::STORAGE);
+        assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
         let text = error.to_string();
         assert!(text.starts_with(&taken.display().to_string()) && text.contains("must be writable"), "{text}");
     }

@@ -209,6 +209,11 @@ fn configuration(folder: &Path) -> Result<Value, String> {
         let token = |(text, id): (String, Value)| (id.to_string(), json!({"content": text}));
         config.insert("added_tokens_decoder".into(), Value::Object(added.into_iter().map(token).collect()));
     }
+    let is_sound = |token: &Value| token.is_null() || token_text(token).is_some();
+    if let Some(name) = NAMED_TOKENS.into_iter().find(|name| config.get(*name).is_some_and(|token| !is_sound(token))) {
+        let token = &config[name];
+        return Err(format!("tokenizer_config.json: {name} is {token}; expected a text, or an object with content"));
+    }
     Ok(Value::Object(config))
 }
 

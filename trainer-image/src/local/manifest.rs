@@ -29,6 +29,9 @@ const METADATA: [&str; 15] = [
     "selfLink",
     "uid",
 ];
+/// Those of them that are texts, besides the name.
+const METADATA_TEXTS: [&str; 7] =
+    ["creationTimestamp", "deletionTimestamp", "generateName", "namespace", "resourceVersion", "selfLink", "uid"];
 
 /// Reads the one FineTuneJob of a file that may hold other objects too.
 ///
@@ -128,14 +131,21 @@ fn check_metadata(metadata: &Value, problems: &mut Vec<String>) {
         other => problems.push(format!("metadata.name is {other}; expected a string: write it in quotes")),
     }
     for (name, field) in fields {
-        if !METADATA.contains(&name.as_str()) {
-            problems.push(format!("metadata has no field `{name}`"));
-        }
-        if ["labels", "annotations"].contains(&name.as_str()) {
-            let texts = field.as_object().into_iter().flatten().filter(|(_, text)| !text.is_string());
-            for (key, other) in texts {
-                problems.push(format!("metadata.{name}.{key} is {other}; expected a string: write it in quotes"));
+        match (name.as_str(), field) {
+            (other, _) if !METADATA.contains(&other) => problems.push(format!("metadata has no field `{name}`")),
+            (_, Value::Null) => {}
+            ("labels" | "annotations", Value::Object(texts)) => {
+                for (key, other) in texts.iter().filter(|(_, text)| !text.is_string()) {
+                    problems.push(format!("metadata.{name}.{key} is {other}; expected a string: write it in quotes"));
+                }
             }
+            ("labels" | "annotations", other) => {
+                problems.push(format!("metadata.{name} is {other}; expected an object of strings"));
+            }
+            (name, other) if METADATA_TEXTS.contains(&name) && !other.is_string() => {
+                problems.push(format!("metadata.{name} is {other}; expected a string: write it in quotes"));
+            }
+            _ => {}
         }
     }
 }
@@ -287,6 +297,15 @@ spec:
             (JOB.replace("  method: LoRA", "  method: LoRA\n  method: Full"), "method"),
             (JOB.replace("  method: LoRA", "\tmethod: LoRA"), "it is no YAML"),
             (JOB.replace("{name: support}", "a: b: c"), "it is no YAML"),
+            (
+                JOB.replace("{name: support}", "{name: support, namespace: n}"),
+                "metadata.namespace is false; expected a string: write it in quotes",
+            ),
+            (JOB.replace("{name: support}", "{name: support, uid: 7}"), "metadata.uid is 7; expected a string"),
+            (
+                JOB.replace("{name: support}", "{name: support, labels: [a]}"),
+                "metadata.labels is [\"a\"]; expected an object",
+            ),
         ] {
             let error = parse(&changed).unwrap_err();
             assert!(error.contains(expected), "expected `{expected}`, got `{error}`");

@@ -9,15 +9,19 @@ use std::{
 
 use serde_json::Value;
 
+use crate::data::template::TOOL_TEMPLATE;
+
 /// The weights in one file.
 pub(super) const WEIGHTS: &str = "model.safetensors";
 /// Names the files of sharded weights.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
+/// Makes a folder that of an adapter.
+pub(super) const ADAPTER: &str = "adapter_config.json";
 /// What every model folder needs besides weights.
 pub(super) const REQUIRED: [&str; 3] = ["config.json", "tokenizer.json", "tokenizer_config.json"];
 /// What is used where it is there.
-pub(super) const OPTIONAL: [&str; 4] =
-    ["added_tokens.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json"];
+pub(super) const OPTIONAL: [&str; 5] =
+    ["added_tokens.json", TOOL_TEMPLATE, "chat_template.jinja", "generation_config.json", "special_tokens_map.json"];
 /// What other programs read of a tokenizer. It is published with a whole model, and no part of the digest: no number
 /// depends on it.
 const COPIED: [&str; 9] = [

@@ -17,9 +17,9 @@ use tunesmith_crds::{Uri, adapter_version::ArtifactFile, run::ModelShape};
 use tunesmith_engine::{Error as EngineError, FiniteScan, ModelConfig, weights};
 
 use self::{
-    files::{INDEX, OPTIONAL, REQUIRED, SPLIT, WEIGHTS, hint, is_copied, is_gguf, is_part_of_gguf, shards},
+    files::{ADAPTER, INDEX, OPTIONAL, REQUIRED, SPLIT, WEIGHTS, hint, is_copied, is_gguf, is_part_of_gguf, shards},
     source::{Fetched, Source, fetch_file},
-    tensors::{Tensor, header, not_finite, shape, used},
+    tensors::{Tensor, header, not_finite, shape, unplaced, used},
 };
 pub(crate) use self::{
     files::{check_whole, copied_in, json, read_json},
@@ -41,6 +41,8 @@ pub struct ModelFolder {
     pub config: ModelConfig,
     /// The same for the planner, with the number of stored parameters.
     pub shape: ModelShape,
+    /// What of the files is not used, a sentence each.
+    pub warnings: Vec<String>,
 }
 
 /// Why a model folder can't be used.
@@ -105,6 +107,12 @@ impl ModelFolder {
         }
         let weights =
             [WEIGHTS, INDEX].into_iter().find(|name| present.contains(*name)).ok_or_else(|| missing(WEIGHTS))?;
+        if present.contains(ADAPTER) {
+            let problem = "lies beside a whole model: transformers would load the model that it names, with this adapter. \
+                           Remove it, or put the adapter into its base model with `tunesmith-trainer merge` and name the \
+                           result";
+            return Err(ModelError::Unusable { uri: source.uri().join(ADAPTER), problem: problem.into() });
+        }
         let is_folder = |name: &str| present.iter().any(|file| file.starts_with(&format!("{name}/")));
         if let Some(name) = OPTIONAL.into_iter().find(|name| !present.contains(*name) && is_folder(name)) {
             let problem = "is a folder there, where a file is meant: put the model's own file there".into();
@@ -124,7 +132,7 @@ impl ModelFolder {
             }
             _ => vec![WEIGHTS.to_owned()],
         };
-        for name in present.iter().filter(|name| is_copied(name)) {
+        for name in present.iter().filter(|name| is_copied(name) && !OPTIONAL.contains(&name.as_str())) {
             source.fetch(name, &mut io::sink())?;
         }
         let (tensors, not_finite_of) = fetch_weights(source, &names, &mut files)?;
@@ -141,7 +149,8 @@ impl ModelFolder {
         }
         weights::check(folder, &config).map_err(|error| unusable(weights, problem_of(error)))?;
         let (digest, shape) = (digest::of_files(&files), shape(&config, &tensors));
-        Ok(Self { digest, shape, folder: folder.to_owned(), config })
+        let warnings = unplaced(&config, &tensors).into_iter().collect();
+        Ok(Self { digest, shape, folder: folder.to_owned(), config, warnings })
     }
 }
 

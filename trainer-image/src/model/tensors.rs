@@ -88,6 +88,31 @@ pub(super) fn not_finite(names: &[&String]) -> String {
     )
 }
 
+/// A sentence about tensors that a model of this configuration has no place for. Frequencies of the rotary embedding, which
+/// old files hold, and an output layer that is the embedding are no such tensors.
+pub(super) fn unplaced(config: &ModelConfig, tensors: &BTreeMap<String, Tensor>) -> Option<String> {
+    const SHOWN: usize = 3;
+    let weights: BTreeSet<String> = config.tensors().into_iter().map(|(name, _)| name).collect();
+    // What belongs to a weight in few bits has its name, or that of its module, with an end.
+    let belongs = |name: &str| {
+        let module = name.strip_suffix(".SCB").or(name.strip_suffix(".weight_format"));
+        name == "lm_head.weight"
+            || name.ends_with(".rotary_emb.inv_freq")
+            || module.is_some_and(|module| weights.contains(&format!("{module}.weight")))
+            || name.match_indices('.').any(|(end, _)| weights.contains(&name[..end]))
+    };
+    let unplaced: Vec<&str> =
+        tensors.keys().map(String::as_str).filter(|name| !weights.contains(*name) && !belongs(name)).collect();
+    let more = if unplaced.len() > SHOWN { ", …" } else { "" };
+    let shown = unplaced.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ");
+    (!unplaced.is_empty()).then(|| {
+        format!(
+            "the model's files hold {} tensors that its config.json has no place for, and that are not used: {shown}{more}",
+            unplaced.len()
+        )
+    })
+}
+
 fn stored_as(quantization: EngineQuantization) -> Quantization {
     let (bits, kind, double_quant) = match quantization {
         EngineQuantization::Int8 => (8, QuantizationType::Int8, false),

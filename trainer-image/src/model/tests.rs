@@ -117,6 +117,47 @@ fn tensors_that_are_not_used_may_be_anything() {
 }
 
 #[test]
+fn tensors_that_the_configuration_has_no_place_for_are_named() {
+    let bench = Bench::new();
+    let mut tensors = bench.tensors();
+    for name in ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"] {
+        let same = tensors["model.embed_tokens.weight"].clone();
+        tensors.insert(name.into(), same);
+    }
+    assert_eq!(bench.write_tensors(WEIGHTS, &tensors).load().warnings, Vec::<String>::new());
+    for name in ["model.layers.0.self_attn.q_proj.bias", "model.layers.7.input_layernorm.weight", "v_head.weight", "z"]
+    {
+        tensors.insert(name.into(), (Dtype::F32, vec![1], vec![0; 4]));
+    }
+    assert_eq!(
+        bench.write_tensors(WEIGHTS, &tensors).load().warnings,
+        ["the model's files hold 4 tensors that its config.json has no place for, and that are not used: \
+          model.layers.0.self_attn.q_proj.bias, model.layers.7.input_layernorm.weight, v_head.weight, …"]
+    );
+}
+
+#[test]
+fn an_adapter_beside_a_whole_model_is_refused() {
+    let bench = Bench::new();
+    bench.write("adapter_config.json", "{}");
+    bench.refused(&["adapter_config.json", "merge"]);
+}
+
+#[test]
+fn the_template_for_tools_is_used_and_part_of_the_digest() {
+    let bench = Bench::new();
+    let without = bench.load().digest;
+    let tools = "additional_chat_templates/tool_use.jinja";
+    bench.write(tools, "{{ tools | length }}{% for m in messages %}{{ m.content }}{% endfor %}");
+    assert_ne!(bench.load().digest, without);
+    assert!(copied_in(&bench.model()).contains(&tools.to_owned()));
+    bench.write("additional_chat_templates/rag.jinja", "x");
+    let with = bench.load().digest;
+    bench.write("additional_chat_templates/rag.jinja", "y");
+    assert_eq!(bench.load().digest, with);
+}
+
+#[test]
 fn tensors_that_are_used_are_checked_as_loading_checks_them() {
     const NORM: &str = "model.norm.weight";
     let damaged = |change: &dyn Fn(&mut Tensors)| {

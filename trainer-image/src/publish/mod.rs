@@ -26,6 +26,7 @@ use crate::{
     model::copied_in,
     store::{Created, Location, StoreError},
     tensors::TensorFile,
+    data::template::TOOL_TEMPLATE,
     train::{History, lora_of},
 };
 
@@ -33,8 +34,14 @@ use crate::{
 pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Files of the base model's that tell how to turn text into tokens. They come with the adapter, where it has them, as
 /// PEFT's users expect.
-const TOKENIZER_FILES: [&str; 5] =
-    ["added_tokens.json", CHAT_TEMPLATE, "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
+const TOKENIZER_FILES: [&str; 6] = [
+    "added_tokens.json",
+    CHAT_TEMPLATE,
+    TOOL_TEMPLATE,
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
 /// What comes with a whole model, besides what other programs read of its tokenizer.
 const BASE_FILES: [&str; 6] = [
     "added_tokens.json",
@@ -207,8 +214,9 @@ fn files<'a>(trained: &'a Trained<'_>) -> Result<ModelFiles<'a>, PublishError> {
         }
     }
     // What it was trained with is what it must be asked with.
-    let template = trained.spec.dataset.chat_template.clone();
-    files.extend(template.map(|template| (CHAT_TEMPLATE.to_owned(), template.into_bytes())));
+    if let Some(template) = trained.spec.dataset.chat_template.clone() {
+        put_template(&mut files, template);
+    }
     Ok(ModelFiles { shards, others: files })
 }
 
@@ -216,6 +224,15 @@ fn files<'a>(trained: &'a Trained<'_>) -> Result<ModelFiles<'a>, PublishError> {
 pub(crate) fn base_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, StoreError> {
     let names = BASE_FILES.into_iter().map(str::to_owned).chain(copied_in(folder));
     let files = names.map(|name| Ok(base_file(folder, &name)?.map(|bytes| (name, bytes))));
+/// Puts a chat template in the place of the base model's. One that is not the base model's own goes for tools too.
+pub(crate) fn put_template(files: &mut BTreeMap<String, Vec<u8>>, template: String) {
+    let template = template.into_bytes();
+    if files.get(CHAT_TEMPLATE) != Some(&template) {
+        files.remove(TOOL_TEMPLATE);
+    }
+    files.insert(CHAT_TEMPLATE.to_owned(), template);
+}
+
     files.filter_map(Result::transpose).collect()
 }
 

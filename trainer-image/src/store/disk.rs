@@ -13,12 +13,13 @@ use super::{Location, Role, StoreError};
 use crate::digest;
 
 /// Whether the same try would end the same way: the path or its permissions have to change first.
-pub(super) fn is_final(error: &io::Error) -> bool {
+pub(crate) fn is_final(error: &io::Error) -> bool {
     /// Too many symbolic links.
     const ELOOP: i32 = 40;
     matches!(
         error.kind(),
         ErrorKind::NotFound
+            | ErrorKind::AlreadyExists
             | ErrorKind::PermissionDenied
             | ErrorKind::IsADirectory
             | ErrorKind::NotADirectory

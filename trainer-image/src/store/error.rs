@@ -4,7 +4,7 @@ use std::{error::Error, path::PathBuf};
 
 use tunesmith_crds::{Uri, names::exit_code};
 
-use super::{Role, disk::is_final};
+use super::{Role, disk::is_final, settings::redact};
 
 /// Why an object was not read or written.
 #[derive(Debug, thiserror::Error)]
@@ -187,16 +187,13 @@ fn answer(error: &object_store::Error, secrets: &[String]) -> String {
         let (_, rest) = whole.split_once(&format!("<{name}>"))?;
         Some(rest.split_once("</")?.0)
     };
-    let mut answer = match (element("Code"), element("Message")) {
+    let answer = match (element("Code"), element("Message")) {
         (Some(code), Some(message)) => format!("{code}: {message}"),
         (Some(code), None) => code.to_owned(),
         // Each layer's text usually repeats the next one's.
         _ => causes.iter().skip(causes.len().saturating_sub(2)).cloned().collect::<Vec<_>>().join(": "),
     };
-    for secret in secrets {
-        answer = answer.replace(secret, "[redacted]");
-    }
-    answer
+    redact(&answer, secrets)
 }
 
 #[cfg(test)]
@@ -222,6 +219,24 @@ mod tests {
         assert!(text.contains("InvalidAccessKeyId: The key [redacted] does not exist."), "{text}");
         assert!(text.contains("baseModel.secretRef") && text.contains("s3://models/m/config.json"), "{text}");
         assert!(!text.contains("AKIAKEY"), "{text}");
+    }
+
+    #[test]
+    fn a_short_secret_garbles_no_words_and_is_shown_nowhere() {
+        let answer = |words: &'static str, secrets: &[&str]| {
+            let secrets: Vec<String> = secrets.iter().map(|secret| (*secret).to_owned()).collect();
+            answer(&object_store::Error::Generic { store: "S3", source: Box::new(Answer(words)) }, &secrets)
+        };
+        for (words, secrets, expected) in [
+            ("tcp connect error", &["e", "on", "tc"][..], "tcp connect error"),
+            ("user pa55:pa55 (pa55) is spa55y", &["pa55"], "user [redacted]:[redacted] ([redacted]) is spa55y"),
+            ("key=AKIAIOSFODNN7x", &["AKIAIOSFODNN7"], "key=[redacted]x"),
+            ("0123456789", &["01234567", "0123456789"], "[redacted]"),
+            ("é is a key of éé", &["é"], "[redacted] is a key of éé"),
+        ] {
+            let shown = answer(words, secrets);
+            assert!(shown.ends_with(expected), "{shown}");
+        }
     }
 
     #[test]

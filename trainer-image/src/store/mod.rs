@@ -19,6 +19,7 @@ use std::{
     sync::Arc,
 };
 
+pub(crate) use disk::is_final;
 pub use error::StoreError;
 pub use glob::{Object, Pattern};
 pub use location::{Created, Location};
@@ -137,9 +138,7 @@ impl Stores {
 
     /// Text without this process's credentials.
     pub fn redact(&self, text: &str) -> String {
-        settings::secrets(&self.environment)
-            .iter()
-            .fold(text.to_owned(), |text, secret| text.replace(secret, "[redacted]"))
+        settings::redact(text, &settings::secrets(&self.environment))
     }
 
     fn connect(&self, role: Role, uri: &Uri) -> Result<Location, String> {

@@ -104,6 +104,30 @@ pub(super) fn secrets(environment: &Environment) -> Vec<String> {
 
 /// A variable's name without a role's prefix.
 fn plain(name: &str) -> &str {
+/// Text without secrets. A short one, such as `e`, is only taken out where it is a whole word.
+pub(super) fn redact(text: &str, secrets: &[String]) -> String {
+    let mut secrets: Vec<&String> = secrets.iter().collect();
+    // One secret may be the beginning of another.
+    secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+    secrets.into_iter().fold(text.to_owned(), |text, secret| without(&text, secret))
+}
+
+fn without(text: &str, secret: &str) -> String {
+    const SHORT: usize = 8;
+    let mut shown = String::new();
+    let mut end = 0;
+    for (start, _) in text.match_indices(secret) {
+        let behind = &text[start + secret.len()..];
+        let is_word = !text[..start].ends_with(char::is_alphanumeric) && !behind.starts_with(char::is_alphanumeric);
+        if is_word || secret.len() >= SHORT {
+            shown.push_str(&text[end..start]);
+            shown.push_str("[redacted]");
+            end = start + secret.len();
+        }
+    }
+    shown + &text[end..]
+}
+
     let roles = [Role::Model, Role::Dataset, Role::Output];
     roles.iter().find_map(|role| name.strip_prefix(role.env_prefix())).unwrap_or(name)
 }

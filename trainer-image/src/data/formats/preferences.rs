@@ -12,7 +12,7 @@ const GRADES: [&str; 8] = ["score", "scores", "reward", "rewards", "rank", "rank
 /// Columns that weigh a whole row.
 const WEIGHTS: [&str; 3] = ["weight", "sample_weight", "loss_weight"];
 /// Columns of other media than text.
-const MEDIA: [&str; 6] = ["image", "images", "video", "videos", "audio", "audios"];
+pub(super) const MEDIA: [&str; 6] = ["image", "images", "video", "videos", "audio", "audios"];
 
 /// Columns that mark an answer.
 const MARKS: [&str; 4] = ["label", "labels", "kto_tag", "completions"];

@@ -5,7 +5,9 @@ use serde_json::{Map, Value};
 use super::{
     Columns,
     calls::{calls, parsed, take_legacy_call},
-    is_given, take,
+    is_given,
+    preferences::MEDIA,
+    take,
 };
 use crate::data::{conversation::Message, notes::Notes};
 
@@ -210,6 +212,9 @@ fn joined(parts: &[Value], path: &str, notes: &mut Notes) -> Result<String, Stri
         let kind = fields.get("type").and_then(Value::as_str).unwrap_or("text");
         if !["text", "input_text", "output_text"].contains(&kind) {
             return Err(format!("{path} is of type {kind:?}; only text is trained"));
+        }
+        if let Some(medium) = MEDIA.into_iter().find(|medium| fields.get(*medium).is_some_and(is_given)) {
+            return Err(format!("{path}.{medium}: only text is trained"));
         }
         let Some(Value::String(part)) = fields.get("text") else {
             return Err(format!("{path}.text is missing or not a string"));
@@ -424,6 +429,9 @@ mod tests {
         let image = json!([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]);
         let error = read(json!({"role": "user", "content": image})).unwrap_err();
         assert_eq!(error, "messages[0].content[1] is of type \"image_url\"; only text is trained");
+        let beside = |image: Value| json!({"role": "user", "content": [{"type": "text", "text": "a", "image": image}]});
+        assert_eq!(read(beside("x.png".into())).unwrap_err(), "messages[0].content[0].image: only text is trained");
+        assert_eq!(read(beside(Value::Null)).unwrap().content(), "a");
     }
 
     #[test]

@@ -10,11 +10,16 @@ use std::{
 
 use chrono::{NaiveDate, NaiveTime};
 use minijinja::{
-    Environment, Error, ErrorKind, Value,
+    Environment, Error, ErrorKind, Value, filters,
     value::{Kwargs, ValueKind},
 };
 
-use super::python::{self, Dumps};
+use super::{
+    methods::{self, is_lower, is_upper},
+    python::{self, Dumps},
+    syntax::TRUE,
+    values::{TUPLE, of_tuples, tuple, wrong},
+};
 
 /// Stand for `{% generation %}` and `{% endgeneration %}` in rendered text: code points that Unicode reserves for
 /// uses like this one, so that no text holds them.
@@ -41,9 +46,8 @@ impl Calendar {
         self.is_used.store(true, Ordering::Relaxed);
         let mut text = String::new();
         let time = self.date.and_time(NaiveTime::MIN);
-        write!(text, "{}", time.format(format)).map_err(|_| {
-            Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {format:?} is no format of a date"))
-        })?;
+        write!(text, "{}", time.format(format))
+            .map_err(|_| wrong(format!("strftime_now: {format:?} is no format of a date")))?;
         Ok(text)
     }
 }
@@ -53,7 +57,7 @@ pub(super) fn environment(calendar: &Calendar) -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
-    environment.set_unknown_method_callback(python::method);
+    environment.set_unknown_method_callback(methods::method);
     environment.set_formatter(|out, _, value| Ok(out.write_str(&python::str(value))?));
     environment.add_function("raise_exception", raise_exception);
     let calendar = calendar.clone();
@@ -62,6 +66,17 @@ pub(super) fn environment(calendar: &Calendar) -> Environment<'static> {
     environment.add_filter("string", |value: Value| python::str(&value));
     environment.add_filter("length", length);
     environment.add_filter("count", length);
+    environment.add_filter("title", |value: &Value| methods::title_filter(value));
+    environment.add_filter("trim", |value: &Value, characters: Option<&str>| methods::trim(value, characters));
+    environment.add_filter("round", |value: &Value, precision: Option<i64>| methods::round(value, precision));
+    environment.add_filter("items", |value: &Value| of_tuples(filters::items(value)));
+    environment.add_filter("dictsort", |value: &Value, options: Kwargs| of_tuples(filters::dictsort(value, options)));
+    environment.add_test("lower", |value: &Value| value.as_str().is_some_and(is_lower));
+    environment.add_test("upper", |value: &Value| value.as_str().is_some_and(is_upper));
+    // Python's look for attributes, which dictionaries' items are not, and break lines.
+    ["attr", "pprint"].into_iter().for_each(|name| environment.remove_filter(name));
+    environment.add_function(TUPLE, tuple);
+    environment.add_global(TRUE, true);
     // In Python, texts can be iterated over too, and are sequences.
     let is_text = |value: &Value| value.kind() == ValueKind::String;
     environment
@@ -73,52 +88,20 @@ pub(super) fn environment(calendar: &Calendar) -> Environment<'static> {
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message))
+    Err(wrong(message))
 }
 
 /// In Python's Jinja, what is not there has no items.
 fn length(value: Value) -> Result<usize, Error> {
-    let unknown = || Error::new(ErrorKind::InvalidOperation, format!("cannot calculate length of {}", value.kind()));
+    let unknown = || wrong(format!("cannot calculate length of {}", value.kind()));
     if value.is_undefined() { Ok(0) } else { value.len().ok_or_else(unknown) }
 }
 
 fn to_json(value: Value, indent: Option<Value>, options: Kwargs) -> Result<String, Error> {
     if indent.is_some() {
-        let message = "tojson: name its options, as in tojson(indent=4)";
-        return Err(Error::new(ErrorKind::InvalidOperation, message));
+        return Err(wrong("tojson: name its options, as in tojson(indent=4)"));
     }
     Ok(Dumps::new(&options)?.json(&value))
-}
-
-/// The text of a template as Jinja reads it: with plain line breaks, and with sentinels around the content of
-/// `{% generation %}` blocks, which only transformers knows. The tags keep their dashes and stay block tags, so white
-/// space is trimmed as before.
-pub(super) fn prepare(source: &str) -> String {
-    let source = source.replace("\r\n", "\n").replace('\r', "\n");
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source.as_str();
-    while let Some(start) = rest.find("{%") {
-        // What stands in a comment is no tag.
-        let comment = rest[..start].find("{#");
-        if let Some(end) = comment.and_then(|start| Some(start + rest[start..].find("#}")? + 2)) {
-            out.push_str(&rest[..end]);
-            rest = &rest[end..];
-            continue;
-        }
-        let Some(end) = rest[start..].find("%}").map(|end| start + end + 2) else { break };
-        let inner = rest.get(start + 2..end - 2).unwrap_or_default();
-        let dash = |is_there: bool| if is_there { "-" } else { "" };
-        let (open, close) = (dash(inner.starts_with('-')), dash(inner.ends_with('-')));
-        out.push_str(&rest[..start]);
-        match inner.trim_matches('-').trim() {
-            "generation" => out.push_str(&format!("{{%{open} if true %}}{}{{% endif {close}%}}", SENTINELS[0])),
-            "endgeneration" => out.push_str(&format!("{{%{open} if true %}}{}{{% endif {close}%}}", SENTINELS[1])),
-            _ => out.push_str(&rest[start..end]),
-        }
-        rest = &rest[end..];
-    }
-    out.push_str(rest);
-    out
 }
 
 /// A template's failure, for the user: the template's own words where it raised.

@@ -1,10 +1,13 @@
 //! Chat templates: Jinja as transformers renders it, and which bytes of the result each turn of the assistant is.
 
 mod environment;
+mod methods;
 mod python;
 mod spans;
+mod syntax;
 #[cfg(test)]
 mod tests;
+mod values;
 mod words;
 
 use std::{collections::BTreeSet, io, ops::Range, path::Path};
@@ -14,8 +17,9 @@ use minijinja::{Environment, Value as JinjaValue};
 use serde_json::{Map, Value, json};
 
 use self::{
-    environment::{Calendar, SENTINELS, environment, explain, prepare},
+    environment::{Calendar, SENTINELS, environment, explain},
     python::Dumps,
+    syntax::prepare,
     words::REASONING,
 };
 use super::conversation::{Conversation, Message};
@@ -70,6 +74,8 @@ pub struct ChatTemplate {
 const DEFAULT: &str = "default";
 /// Name of the template for conversations with tools, where the model has one of its own for them.
 const TOOL_USE: &str = "tool_use";
+/// The file with it, as transformers 5 writes it.
+pub(crate) const TOOL_TEMPLATE: &str = "additional_chat_templates/tool_use.jinja";
 /// Variables that a row can't set.
 const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
@@ -85,17 +91,9 @@ impl ChatTemplate {
         variables: Map<String, Value>,
         date: TemplateDate,
     ) -> Result<Option<Self>, String> {
-        let file = match std::fs::read(folder.join("chat_template.jinja")) {
-            Ok(bytes) => Some(String::from_utf8(bytes).map_err(|error| {
-                let at = error.utf8_error().valid_up_to() + 1;
-                format!("chat_template.jinja is not UTF-8 at byte {at}; save the file as UTF-8")
-            })?),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(format!("chat_template.jinja can't be read: {error}")),
-        };
         let configured = &tokenizer_config["chat_template"];
-        let (source, tool_use) = match (file, configured) {
-            (Some(source), _) => (source, None),
+        let (source, tool_use) = match (file(folder, "chat_template.jinja")?, configured) {
+            (Some(source), _) => (source, file(folder, TOOL_TEMPLATE)?),
             (None, Value::Null) => return Ok(None),
             (None, Value::String(source)) => (source.clone(), None),
             (None, named) => {
@@ -205,6 +203,18 @@ impl ChatTemplate {
             with_arguments_as_text(turns).map_or(Err(error), render)
         });
         rendered.map_err(|error| format!("the chat template refuses it: {}", explain(&error)))
+    }
+}
+
+/// The text of a file; none if it is not there.
+fn file(folder: &Path, name: &str) -> Result<Option<String>, String> {
+    match std::fs::read(folder.join(name)) {
+        Ok(bytes) => String::from_utf8(bytes).map(Some).map_err(|error| {
+            let at = error.utf8_error().valid_up_to() + 1;
+            format!("{name} is not UTF-8 at byte {at}; save the file as UTF-8")
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("{name} can't be read: {error}")),
     }
 }
 

@@ -1,93 +1,20 @@
 //! Values as Python writes them: `json.dumps` and `str`, which chat templates rely on.
 
-use std::fmt::Write;
+use std::{fmt::Write, sync::LazyLock};
 
 use minijinja::{
-    Error, ErrorKind, State, Value,
-    value::{Kwargs, ValueKind, from_args},
+    Value,
+    value::{Kwargs, ValueKind},
 };
-use minijinja_contrib::pycompat::unknown_method_callback;
+use regex::Regex;
 
-/// Most spaces that a template may write at once, to indent JSON or to fill a field of `format`.
-const MAX_WIDTH: usize = 1000;
+use super::{
+    methods::{is_wide, too_wide},
+    values::Sequence,
+};
 
-/// Methods of Python's types.
-pub(super) fn method(state: &State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
-    let Some(text) = value.as_str() else { return unknown_method_callback(state, value, method, args) };
-    let one = || from_args::<(&str,)>(args).map(|(part,)| part);
-    let three = |before: &str, part: &str, after: &str| Value::from([before, part, after].map(Value::from).to_vec());
-    Ok(match method {
-        "rsplit" => rsplit(text, args)?.into(),
-        "partition" => match text.split_once(one()?) {
-            Some((before, after)) => three(before, one()?, after),
-            None => three(text, "", ""),
-        },
-        "rpartition" => match text.rsplit_once(one()?) {
-            Some((before, after)) => three(before, one()?, after),
-            None => three("", "", text),
-        },
-        "removeprefix" => text.strip_prefix(one()?).unwrap_or(text).into(),
-        "removesuffix" => text.strip_suffix(one()?).unwrap_or(text).into(),
-        "format" if widest(text) > MAX_WIDTH => return Err(too_wide("format")),
-        "ljust" | "rjust" | "center" | "zfill" if args.first().is_some_and(is_wide) => return Err(too_wide(method)),
-        _ => return unknown_method_callback(state, value, method, args),
-    })
-}
-
-/// The largest number in the braces of a format.
-fn widest(format: &str) -> usize {
-    let fields = format.split('{').skip(1).filter_map(|rest| rest.split('}').next());
-    let numbers =
-        fields.flat_map(|field| field.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty()));
-    numbers.map(|digits| digits.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
-}
-
-fn is_wide(value: &Value) -> bool {
-    value.as_usize().is_some_and(|width| width > MAX_WIDTH)
-}
-
-fn too_wide(what: &str) -> Error {
-    let message = format!("{what}: a width above {MAX_WIDTH}");
-    Error::new(ErrorKind::InvalidOperation, message)
-}
-
-/// The parts of a text, of which so many are split off from its end.
-fn rsplit(text: &str, args: &[Value]) -> Result<Vec<String>, Error> {
-    let (separator, most, named): (Option<Value>, Option<i64>, Kwargs) = from_args(args)?;
-    let separator = match separator {
-        Some(separator) => Some(separator),
-        None => named.get("sep")?,
-    };
-    let most = match most {
-        Some(most) => Some(most),
-        None => named.get("maxsplit")?,
-    };
-    named.assert_all_used()?;
-    let separator = separator.filter(|separator| !separator.is_none());
-    let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
-    if separator.as_ref().is_some_and(|separator| separator.as_str().is_none_or(str::is_empty)) {
-        return Err(Error::new(ErrorKind::InvalidOperation, "rsplit: the separator must be a string, and not empty"));
-    }
-    let (mut rest, mut parts) = (text, Vec::new());
-    while parts.len() < most {
-        let split = match separator.as_ref().map(Value::as_str) {
-            Some(separator) => rest.rsplit_once(separator.unwrap_or_default()),
-            None => {
-                rest = rest.trim_end();
-                rest.rsplit_once(char::is_whitespace)
-            }
-        };
-        let Some((before, part)) = split else { break };
-        parts.push(part.to_owned());
-        rest = before;
-    }
-    let rest = if separator.is_none() { rest.trim_end() } else { rest };
-    if separator.is_some() || !rest.is_empty() {
-        parts.push(rest.to_owned());
-    }
-    parts.reverse();
-    Ok(parts)
-}
+/// What `repr` does not write as it stands, but for the space.
+static UNPRINTABLE: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"[\p{C}\p{Z}]").expect("a sound pattern"));
 
 /// Options of `json.dumps`, with transformers' defaults.
 pub(super) struct Dumps {
@@ -290,6 +217,7 @@ fn repr(out: &mut String, value: &Value) {
         }
     };
     match value.kind() {
+        ValueKind::Undefined => out.push_str("Undefined"),
         ValueKind::None => out.push_str("None"),
         ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
         ValueKind::Number => out.push_str(&match number(value).as_str() {
@@ -311,11 +239,12 @@ fn repr(out: &mut String, value: &Value) {
             out.push('}');
         }
         ValueKind::Seq | ValueKind::Iterable => {
-            out.push('[');
+            let [begin, end] = value.downcast_object_ref::<Sequence>().map_or(["[", "]"], |sequence| sequence.around);
+            out.push_str(begin);
             if let Ok(mut items) = value.try_iter() {
                 list(out, &mut items, &repr);
             }
-            out.push(']');
+            out.push_str(end);
         }
         _ => out.push_str(&value.to_string()),
     }
@@ -335,8 +264,12 @@ fn quote(out: &mut String, text: &str) {
                 out.push('\\');
                 out.push(c);
             }
-            c if c.is_control() => {
-                let _ = write!(out, "\\x{:02x}", u32::from(c));
+            c if c != ' ' && UNPRINTABLE.is_match(c.encode_utf8(&mut [0; 4])) => {
+                let _ = match u32::from(c) {
+                    code @ ..0x100 => write!(out, "\\x{code:02x}"),
+                    code @ ..0x1_0000 => write!(out, "\\u{code:04x}"),
+                    code => write!(out, "\\U{code:08x}"),
+                };
             }
             c => out.push(c),
         }
@@ -387,18 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_can_not_ask_for_more_spaces_than_there_is_memory() {
-        let mut environment = minijinja::Environment::new();
-        environment.set_unknown_method_callback(method);
-        for (template, is_fine) in [
-            ("{{ '{:>8}|{}'.format(1, 2) }}", true),
-            ("{{ '{:>99999999999}'.format(1) }}", false),
-            ("{{ '{0:99999999999999999999999999}'.format(1) }}", false),
-            ("{{ '{:.99999999999f}'.format(1.5) }}", false),
-        ] {
-            let rendered = environment.render_str(template, ());
-            assert_eq!(rendered.is_ok(), is_fine, "{template}: {rendered:?}");
-        }
+    fn json_can_not_be_indented_by_more_spaces_than_there_is_memory() {
         let options: Kwargs = [("indent", Value::from(99_999_999_999_u64))].into_iter().collect();
         assert!(Dumps::new(&options).is_err());
     }

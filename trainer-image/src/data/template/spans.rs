@@ -13,6 +13,7 @@ use super::{
 };
 use crate::data::{
     conversation::{Conversation, Message},
+    formats::is_given,
     notes::Notes,
 };
 
@@ -337,16 +338,18 @@ impl<'a> Scene<'a> {
         names.into_iter().enumerate().find(|tool| !stands(tool)).map(|(_, name)| name)
     }
 
-    /// Whether the texts of a field change nothing. A template may mention its name for another purpose.
+    /// Whether what a field says changes nothing. A template may mention its name for another purpose.
     fn is_without_effect(&self, name: &str) -> bool {
-        let is_text = |turn: &Message| turn.fields().get(name).is_none_or(Value::is_string);
+        let says_something =
+            |turn: &Message| turn.fields().get(name).is_some_and(|value| *value != false && is_given(value));
         let without = |turn: &Message| {
             let fields = turn.fields().iter().filter(|(other, _)| *other != name || turn.role() == "tool");
             turn.with_fields(fields.map(|(name, value)| (name.clone(), value.clone())).collect())
         };
         let others: Vec<Message> = self.turns().iter().map(without).collect();
         let render = |turns: &[Message]| self.template.render(self.conversation, turns, false).ok();
-        self.turns().iter().all(is_text) && render(self.turns()).is_some_and(|text| render(&others) == Some(text))
+        self.turns().iter().any(says_something)
+            && render(self.turns()).is_some_and(|text| render(&others) == Some(text))
     }
 
     /// Counts what of the conversation the template does not use.

@@ -1,5 +1,7 @@
 //! Rendering, and where the assistant speaks, with templates in the manner of well-known models.
 
+mod python;
+
 use super::*;
 use crate::data::notes::Notes;
 
@@ -333,6 +335,28 @@ fn fields_and_variables_that_a_template_ignores_are_counted() {
 }
 
 #[test]
+fn a_field_whose_name_the_template_has_for_something_else_is_counted() {
+    let source = "{{ tools }}{{ limit }}{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}";
+    for (field, value, is_counted) in [
+        ("tools", json!([{"name": "weather"}]), true),
+        ("limit", json!(7), true),
+        ("limit", json!(true), true),
+        ("limit", json!({}), false),
+        ("limit", json!(false), false),
+        ("content", json!("a"), false),
+    ] {
+        let mut turns = long().turns;
+        let mut fields = turns[0].fields().clone();
+        fields.insert(field.into(), value.clone());
+        turns[0] = turns[0].with_fields(fields);
+        let mut notes = Notes::default();
+        template_of(source).conversation(&of_turns(turns), &mut notes).unwrap();
+        let expected = format!("a turn's field \"{field}\" is not used by the chat template (1 row)");
+        assert_eq!(notes.lines(), Vec::from_iter(is_counted.then_some(expected)), "{field}: {value}");
+    }
+}
+
+#[test]
 fn a_template_can_raise_and_its_words_reach_the_user() {
     assert_eq!(
         error("{{ raise_exception('roles must alternate') }}", &long()),
@@ -345,35 +369,6 @@ fn templates_may_use_python_methods_special_tokens_and_json() {
     let source = "{{ bos_token }}{{ messages[0].content.strip().upper() }}{{ messages[0] | tojson }}\
         {% if tools is not none %}x{% endif %}{{ eos_token }}{{ pad_token }}";
     assert_eq!(text(source, &chat(&[("user", " a<b ")])), r#"<s>A<B{"role": "user", "content": " a<b "}</s>"#);
-}
-
-#[test]
-fn jinja_is_that_of_python() {
-    for (source, expected) in [
-        ("{{ none }} {{ true }} {{ ['a', 1.0, none] }} {{ {'a': false} }}", "None True ['a', 1.0, None] {'a': False}"),
-        ("{{ true | string ~ 1 }}", "True1"),
-        ("{{ 'a' is iterable }}{{ 'a' is sequence }}{{ 1 is iterable }}", "TrueTrueFalse"),
-        ("{% for x in [1, 2, 3] %}{% if x == 2 %}{% continue %}{% endif %}{{ x }}{% endfor %}", "13"),
-        ("{% for x in [1, 2, 3] %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}", "1"),
-        ("{{ {'b': 'é', 'a': [1]} | tojson(ensure_ascii=true, separators=(',', ':')) }}", r#"{"b":"\u00e9","a":[1]}"#),
-        ("{{ {'a': [1]} | tojson(indent=2) }}", "{\n  \"a\": [\n    1\n  ]\n}"),
-        ("{{ 'abc'[0] }}{{ 'abc'[-1] }}{{ 'abc'[::-1] }}{{ [1, 2][::-1] }}", "accba[2, 1]"),
-        ("a\r\nb{{ 'c\r\nd' }}\r", "a\nbc\nd"),
-        ("{{ [1] + ['a'] }}{{ {'a': 1}.items() | list }}", "[1, 'a'][['a', 1]]"),
-        ("{{ none is iterable }}{{ nope is iterable }}{{ nope | length }}{{ 'é' | count }}", "FalseTrue01"),
-        (
-            "{{ 'a,b,c'.rsplit(',', 1) }}{{ ' a  b '.rsplit() }}{{ '  a b'.rsplit(maxsplit=1) }}",
-            "['a,b', 'c']['a', 'b']['  a', 'b']",
-        ),
-        (
-            "{{ 'a-b-c'.partition('-') | join('|') }}{{ 'a-b-c'.rpartition('-')[0] }}{{ 'ab'.partition('-')[0] }}",
-            "a|-|b-ca-bab",
-        ),
-        ("{{ 'abc'.removeprefix('a') }}{{ 'abc'.removesuffix('c') }}{{ 'abc'.removesuffix('x') }}", "bcababc"),
-        ("{# {% generation %} #}{# a #}a{% if true %}b{% endif %}", "ab"),
-    ] {
-        assert_eq!(text(source, &long()), expected, "{source}");
-    }
 }
 
 #[test]
@@ -411,6 +406,14 @@ fn conversations_with_tools_have_a_template_of_their_own_where_the_model_brings_
     let template =
         ChatTemplate::load(Path::new("/nowhere"), &config, Map::new(), TemplateDate::today()).unwrap().unwrap();
     let with_tools = Conversation { tools: vec![json!({"function": {"name": "weather"}})], ..long() };
+    assert_eq!(template.render(&with_tools, &with_tools.turns, false).unwrap(), "weatherabcd");
+    assert_eq!(template.render(&long(), &long().turns, false).unwrap(), "plain");
+    // As transformers 5 saves them.
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("additional_chat_templates")).unwrap();
+    std::fs::write(folder.path().join("chat_template.jinja"), "plain").unwrap();
+    std::fs::write(folder.path().join("additional_chat_templates/tool_use.jinja"), tools).unwrap();
+    let template = ChatTemplate::load(folder.path(), &json!({}), Map::new(), TemplateDate::today()).unwrap().unwrap();
     assert_eq!(template.render(&with_tools, &with_tools.turns, false).unwrap(), "weatherabcd");
     assert_eq!(template.render(&long(), &long().turns, false).unwrap(), "plain");
 }

@@ -44,6 +44,18 @@ fn truncation_and_padding_that_a_tokenizer_was_saved_with_are_off() {
 }
 
 #[test]
+fn a_special_token_that_is_no_text_is_refused_by_name() {
+    for token in [json!(5), json!(["a"]), json!({"lstrip": true}), json!(true)] {
+        let folder = folder(|folder| edit(folder, "tokenizer_config.json", |json| json["bos_token"] = token.clone()));
+        let expected =
+            format!("tokenizer_config.json: bos_token is {token}; expected a text, or an object with content");
+        assert!(load(&folder).err().unwrap().contains(&expected));
+    }
+    let folder = folder(|folder| edit(folder, "tokenizer_config.json", |json| json["pad_token"] = Value::Null));
+    load(&folder).unwrap();
+}
+
+#[test]
 fn a_tokenizer_that_would_draw_lots_is_refused() {
     let folder = folder(|folder| edit(folder, "tokenizer.json", |json| json["model"]["dropout"] = json!(0.1)));
     assert!(load(&folder).err().unwrap().contains("model.dropout 0.1"));
