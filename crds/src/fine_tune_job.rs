@@ -12,7 +12,7 @@ pub use crate::method::{Lora, LoraBias, MethodName, Quantization, QuantizationTy
 pub use crate::training::{OnNonFinite, Optim, Overflow, Training};
 use crate::{
     evaluation::{Evaluation, GateResult},
-    schema::{is_zero, rule},
+    schema::{QUANTITY, is_name, is_quantity, is_zero, rule},
     uri::Uri,
 };
 
@@ -115,7 +115,7 @@ pub struct BaseModel {
 #[serde(rename_all = "camelCase")]
 pub struct SecretRef {
     /// Name of the Secret.
-    #[schemars(length(min = 1, max = 253))]
+    #[schemars(length(min = 1, max = 253), extend("x-kubernetes-validations" = is_name()))]
     pub name: String,
 }
 
@@ -155,7 +155,7 @@ pub struct Dataset {
     /// The date that a chat template with `strftime_now` or `date_string` writes, such as 2026-11-27. Left out, the day on
     /// which the run begins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = "^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])$"))]
+    #[schemars(regex(pattern = "^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])$"), extend("format" = "date"))]
     pub template_date: Option<String>,
     /// Train on the assistant's tokens alone (Messages, ShareGPT), or the completion's (PromptCompletion, Alpaca); false
     /// trains on every token. Text rows are always trained whole.
@@ -232,7 +232,7 @@ pub enum OnBadRow {
 pub struct Resources {
     /// Name of the GpuClass; left out, the smallest that offers the method and fits.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 63))]
+    #[schemars(length(min = 1, max = 63), extend("x-kubernetes-validations" = is_name()))]
     pub gpu_class: Option<String>,
     /// Number of training pods, all started or none; left out, as the GpuClass gives for the method.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -244,13 +244,13 @@ pub struct Resources {
     pub gpus_per_pod: Option<u32>,
     /// CPU request of a training pod, as a Kubernetes quantity. Default 1.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("x-kubernetes-validations" = rule("isQuantity(self)", "must be a quantity such as 500m or 4")))]
-    #[schemars(length(min = 1, max = 32))]
+    #[schemars(extend("x-kubernetes-validations" = is_quantity("500m or 4")))]
+    #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY))]
     pub cpu: Option<String>,
     /// Memory request and limit of a training pod, as a Kubernetes quantity; left out, estimated from the model.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("x-kubernetes-validations" = rule("isQuantity(self)", "must be a quantity such as 4Gi")))]
-    #[schemars(length(min = 1, max = 32))]
+    #[schemars(extend("x-kubernetes-validations" = is_quantity("4Gi")))]
+    #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY))]
     pub memory: Option<String>,
 }
 
@@ -259,7 +259,9 @@ pub struct Resources {
 #[x_kube(validation = Rule::new("!(has(self.secretRef) && has(self.serviceAccountName))")
     .message("give at most one of secretRef and serviceAccountName"),
     validation = Rule::new("!self.uri.startsWith('hf://') && !self.uri.startsWith('pvc://')")
-    .message("versions are published to s3://bucket/folder").field_path(".uri"))]
+    .message("versions are published to s3://bucket/folder").field_path(".uri"),
+    validation = Rule::new("!self.uri.contains('*')")
+    .message("versions are published to one folder: leave out the '*'").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
 pub struct Output {
     /// Name of the adapter: a DNS label. Versions are AdapterVersions `<adapterName>-v1`, `-v2`, …
@@ -273,7 +275,7 @@ pub struct Output {
     pub secret_ref: Option<SecretRef>,
     /// ServiceAccount whose cloud identity the pods use instead of a Secret. Its Kubernetes token is not mounted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 253))]
+    #[schemars(length(min = 1, max = 253), extend("x-kubernetes-validations" = is_name()))]
     pub service_account_name: Option<String>,
 }
 

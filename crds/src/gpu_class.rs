@@ -4,7 +4,10 @@ use k8s_openapi::api::core::v1::{NodeSelectorTerm, Toleration};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::fine_tune_job::MethodName;
+use crate::{
+    fine_tune_job::MethodName,
+    schema::{QUANTITY, is_name, is_quantity, rule},
+};
 
 /// Offers a kind of GPU (or plain CPUs) for training.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -34,12 +37,14 @@ use crate::fine_tune_job::MethodName;
 pub struct GpuClassSpec {
     /// Extended resource that a GPU is requested as, e.g. nvidia.com/gpu. Left out: a class of plain CPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 253))]
+    #[schemars(length(min = 1, max = 253), extend("x-kubernetes-validations" = rule(
+        r"self.matches(r'^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$')",
+        "must be the name of an extended resource such as nvidia.com/gpu",
+    )))]
     pub resource_name: Option<String>,
     /// Memory of one GPU, as a Kubernetes quantity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("isQuantity(self)").message("must be a quantity such as 80Gi"))]
-    #[schemars(length(min = 1, max = 32))]
+    #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY), extend("x-kubernetes-validations" = is_quantity("80Gi")))]
     pub memory: Option<String>,
     /// GPUs of one node. Left out: the most that a matching node of the cluster has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,7 +64,7 @@ pub struct GpuClassSpec {
     pub tolerations: Vec<Toleration>,
     /// RuntimeClass of the training pods, e.g. nvidia.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 253))]
+    #[schemars(length(min = 1, max = 253), extend("x-kubernetes-validations" = is_name()))]
     pub runtime_class_name: Option<String>,
 }
 

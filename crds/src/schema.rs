@@ -11,6 +11,26 @@ pub(crate) fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
+/// That a field is the name of an object.
+pub(crate) fn is_name() -> serde_json::Value {
+    const PART: &str = "[a-z0-9]([-a-z0-9]*[a-z0-9])?";
+    rule(
+        &format!(r"self.matches(r'^{PART}(\.{PART})*$')"),
+        "must be the name of an object: lower-case letters, digits, '-' and '.'",
+    )
+}
+
+/// A quantity of a size that all who read it can calculate with.
+pub(crate) const QUANTITY: &str = r"^[0-9]{1,12}(\.[0-9]{1,6})?([KMGTPE]i|[mkMGTPE]|[eE]([0-9]|1[0-2]))?$";
+
+/// That a field is a positive quantity, such as `example`.
+pub(crate) fn is_quantity(example: &str) -> serde_json::Value {
+    rule(
+        "isQuantity(self) && quantity(self).isGreaterThan(quantity('0'))",
+        &format!("must be a quantity such as {example}, above 0"),
+    )
+}
+
 /// A CEL rule on a field. (`#[x_kube]` on a field would need a type without container-level defaults.)
 pub(crate) fn rule(rule: &str, message: &str) -> serde_json::Value {
     serde_json::json!([{"rule": rule, "message": message}])

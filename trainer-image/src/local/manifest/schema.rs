@@ -59,6 +59,9 @@ fn check_text(path: &str, text: &str, schema: &Value, problems: &mut Vec<String>
     {
         problems.push(format!("{path} is {}; it must match {pattern}", shortened(text)));
     }
+    if schema["format"] == "date" && text.parse::<chrono::NaiveDate>().is_err() {
+        problems.push(format!("{path} is {}; there is no such day", shortened(text)));
+    }
     let rule = schema["x-kubernetes-validations"][0]["message"].as_str();
     if rule.is_some_and(|message| message.starts_with("must be s3://"))
         && let Err(error) = text.parse::<Uri>()
