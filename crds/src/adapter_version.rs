@@ -73,14 +73,15 @@ pub struct Artifact {
     pub kind: ArtifactType,
     /// The folder that holds them, and manifest.json.
     pub uri: Uri,
-    /// SHA-256 of manifest.json, `sha256:…`.
+    /// manifest.json, which lists every other file with its SHA-256 and size.
+    pub manifest_uri: Uri,
+    /// Its own SHA-256, `sha256:…`.
     #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
     pub manifest_digest: String,
-    /// Sum of the files' sizes, in bytes.
+    /// Files, besides manifest.json.
+    pub file_count: u32,
+    /// Sum of their sizes, in bytes.
     pub size_bytes: u64,
-    /// Every file but manifest.json.
-    #[schemars(length(max = 256))]
-    pub files: Vec<ArtifactFile>,
     /// Secret of this namespace with which the files can be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
@@ -98,15 +99,13 @@ pub enum ArtifactType {
     FullModel,
 }
 
-/// One published file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// One published file, as manifest.json lists it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ArtifactFile {
     /// Path in the artifact's folder.
-    #[schemars(length(min = 1, max = 512))]
     pub path: String,
     /// SHA-256 of the content, 64 hexadecimal digits.
-    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
     pub sha256: String,
     /// Size in bytes.
     pub size: u64,

@@ -46,6 +46,8 @@ pub mod reason {
     pub const STORE_UNAVAILABLE: &str = "StoreUnavailable";
     /// Model, data or trainer are no longer what was checked: they are checked again.
     pub const INPUTS_CHANGED: &str = "InputsChanged";
+    /// Another run has claimed the number of the version: the next free one is looked for.
+    pub const VERSION_TAKEN: &str = "VersionTaken";
     /// The cluster will never take what the job asks for.
     pub const INVALID: &str = "Invalid";
     /// The operator can't read the object, or failed on it: the message says what to do.

@@ -219,6 +219,8 @@ pub enum Cause {
     Failed,
     /// Model, data or trainer are no longer what was checked: they are checked again.
     InputsChanged,
+    /// Another run has claimed its version: the next free number is looked for.
+    VersionTaken,
     /// With an error that would come again.
     Final,
     /// activeDeadlineSeconds were over.

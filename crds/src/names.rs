@@ -44,7 +44,7 @@ pub fn adapter_version(adapter: &str, version: u32) -> String {
     format!("{adapter}-v{version}")
 }
 
-/// Exit codes of the trainer. 0 is success; 2 and 3 are final; 4, 5 and 143 are tried again, 7 from the preflight on.
+/// Exit codes of the trainer. 0 is success; 2 and 3 are final; 4, 5 and 143 are tried again, 7 and 8 from the preflight on.
 pub mod exit_code {
     /// The RunSpec or the manifest can't be served: final.
     pub const BAD_SPEC: i32 = 2;
@@ -58,6 +58,8 @@ pub mod exit_code {
     pub const GATE_FAILED: i32 = 6;
     /// Model, data or the trainer's arithmetic are no longer what preflight saw: they are checked again.
     pub const INPUTS_CHANGED: i32 = 7;
+    /// Another run has claimed the version: the next free number is looked for.
+    pub const VERSION_TAKEN: i32 = 8;
     /// SIGTERM: checkpointed, tried again without counting against `backoffLimit`.
     pub const PREEMPTED: i32 = 143;
 }

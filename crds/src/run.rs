@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    adapter_version::{Artifact, ArtifactFile, ArtifactType, DatasetRecord, Metrics},
+    adapter_version::{Artifact, ArtifactType, DatasetRecord, Metrics},
     evaluation::Evaluation,
     fine_tune_job::{Dataset, FineTuneJob, FineTuneJobSpec, Lora, MethodName, Progress, Quantization, Training},
     uri::Uri,
@@ -82,6 +82,9 @@ pub struct TrainTask {
     pub dataset_digest: String,
     /// The trainer's own image, for the record.
     pub trainer_image: String,
+    /// Name of the cluster, for the claim that the run lays on its version; empty if nobody gave it one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub cluster: String,
     /// The day that the chat template writes, where it writes one and the job pins none: that of the preflight.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template_date: Option<String>,
@@ -327,8 +330,10 @@ pub struct TrainReport {
     pub uri: Uri,
     /// SHA-256 of its manifest.json, `sha256:…`.
     pub manifest_digest: String,
-    /// Every file but manifest.json.
-    pub files: Vec<ArtifactFile>,
+    /// Files, besides manifest.json, which lists them.
+    pub file_count: u32,
+    /// Sum of their sizes, in bytes.
+    pub size_bytes: u64,
     /// The data that it was trained on.
     pub dataset: DatasetRecord,
     /// What was measured.

@@ -255,8 +255,9 @@ fn the_spec_of_an_adapter_version_never_changes() {
         "spec": {
             "adapterName": "support-bot",
             "version": 1,
-            "artifact": {"type": "LoraAdapter", "uri": "s3://adapters/support-bot/v1", "manifestDigest": digest,
-                         "sizeBytes": 1, "files": []},
+            "artifact": {"type": "LoraAdapter", "uri": "s3://adapters/support-bot/v1",
+                         "manifestUri": "s3://adapters/support-bot/v1/manifest.json", "manifestDigest": digest,
+                         "fileCount": 1, "sizeBytes": 1},
             "baseModel": {"uri": "s3://models/m", "digest": digest},
             "dataset": {"digest": digest, "rows": 1, "tokens": 1},
             "method": "LoRA",

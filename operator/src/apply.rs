@@ -254,7 +254,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        fixtures::{image, job, run},
+        fixtures::{job, run, trainer_defaults},
         mock::{ApiServer, api_server},
         runs::build::new_run,
     };
@@ -314,7 +314,7 @@ mod tests {
         for (code, written) in [(200, true), (409, false)] {
             let (client, mut server) = api_server();
             let run = run(&job(json!({})), 1);
-            let object = new_run(&job(json!({})), 1, Trigger::Generation, &image());
+            let object = new_run(&job(json!({})), 1, Trigger::Generation, &trainer_defaults());
             let server = tokio::spawn(async move {
                 let call = match code {
                     200 => server.answer(200, serde_json::to_value(object).unwrap()).await,

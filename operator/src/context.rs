@@ -1,4 +1,4 @@
-//! What both controllers share: the client, the trainer's image, metrics, events, and how long to wait after errors.
+//! What both controllers share: the client, what trainer pods have in common, metrics, events, and how long to wait after errors.
 
 use std::{
     any::Any,
@@ -8,16 +8,21 @@ use std::{
 };
 
 use futures::future::{BoxFuture, Shared};
+use k8s_openapi::NamespaceResourceScope;
 use kube::{
-    Client, Resource, ResourceExt,
+    Api, Client, Resource, ResourceExt,
     runtime::{
         controller,
         events::{Event, EventType, Recorder},
     },
 };
 
-use crate::{labels::OPERATOR, metrics::Metrics, options::Options, plan::Devices, server::Readiness, workload::Image};
+use crate::{
+    labels::OPERATOR, metrics::Metrics, options::Options, plan::Devices, server::Readiness, workload::TrainerDefaults,
+};
 
+/// Reconciles of a controller at once, in all scopes together.
+const AT_ONCE: u16 = 16;
 /// Longest note of an event, in bytes.
 const MAX_NOTE: usize = 1024;
 /// Wait after the first error of an object; it doubles with each in a row.
@@ -38,8 +43,12 @@ pub trait Outcome {
 pub struct Context {
     /// The API server.
     pub client: Client,
-    /// The trainer's image.
-    pub image: Image,
+    /// The namespace that is served; None if all are.
+    pub scope: Option<String>,
+    /// Reconciles of a controller at once.
+    pub at_once: u16,
+    /// What all trainer pods have in common.
+    pub trainer: TrainerDefaults,
     /// What happens, in numbers.
     pub metrics: Metrics,
     /// How long to wait after errors.
@@ -52,11 +61,27 @@ pub struct Context {
 }
 
 impl Context {
-    /// A context for this client.
-    pub fn new(client: Client, options: &Options, metrics: Metrics, readiness: Readiness) -> Self {
+    /// A context for one of the options' scopes.
+    pub fn new(
+        client: Client,
+        options: &Options,
+        scope: Option<String>,
+        metrics: Metrics,
+        readiness: Readiness,
+    ) -> Self {
+        let scopes = u16::try_from(options.scopes().len()).unwrap_or(u16::MAX);
+        let at_once = (AT_ONCE / scopes).max(1);
         let recorder = Recorder::new(client.clone(), OPERATOR.into());
-        let (image, devices) = (options.image(), options.devices());
-        Self { client, image, metrics, backoff: Backoff::default(), devices, readiness, recorder }
+        let (trainer, devices) = (options.trainer(), options.devices());
+        Self { client, scope, at_once, trainer, metrics, backoff: Backoff::default(), devices, readiness, recorder }
+    }
+
+    /// Objects of the namespaces that are served.
+    pub fn api<K>(&self) -> Api<K>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
+    {
+        scoped(&self.client, self.scope.as_deref())
     }
 
     /// Publishes an event about an object. One that is lost is logged, nothing else: the status says the same.
@@ -74,6 +99,17 @@ impl Context {
         if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
             tracing::warn!(%error, reason, "cannot publish an event");
         }
+    }
+}
+
+/// Objects of a namespace; of all namespaces, if none is named.
+pub fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
     }
 }
 

@@ -6,7 +6,7 @@ use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde_json::{Value, json};
 use tunesmith_crds::{
     AdapterVersion, AdapterVersionPhase, AdapterVersionStatus, FineTuneJob, FineTuneRunStatus, GpuClass,
-    adapter_version::{ArtifactFile, DatasetRecord, Metrics},
+    adapter_version::{DatasetRecord, Metrics},
     fine_tune_job::MethodName,
     fine_tune_run::{Attempt, RunStage, Settled, Trigger},
     run::{ModelShape, Outcome, PreflightReport, TrainReport},
@@ -16,7 +16,7 @@ use crate::{
     jobs::observed::Observed,
     plan::{Devices, Offers},
     runs::{Object, Run, Work, build::new_run, settle::settled},
-    workload::{Cause, Ending, Image, JobState, Pods, Stage, TrainerJob},
+    workload::{Cause, Ending, JobState, Pods, Stage, TrainerDefaults, TrainerJob},
 };
 
 /// A LoRA job named `j` for the adapter `support`, with changes to its spec merged in.
@@ -62,14 +62,19 @@ pub fn observed(job: FineTuneJob) -> Observed {
     }
 }
 
-/// The trainer's image.
-pub fn image() -> Image {
-    Image { name: "trainer:1".into(), pull_policy: "IfNotPresent".into(), arch: "amd64".into() }
+/// What all trainer pods have in common.
+pub fn trainer_defaults() -> TrainerDefaults {
+    TrainerDefaults {
+        image: "trainer:1".into(),
+        pull_policy: "IfNotPresent".into(),
+        arch: "amd64".into(),
+        cluster: "west".into(),
+    }
 }
 
 /// A run that serves the job's spec and has done nothing yet.
 pub fn run(job: &FineTuneJob, number: u32) -> Run {
-    let object = new_run(job, number, Trigger::Generation, &image());
+    let object = new_run(job, number, Trigger::Generation, &trainer_defaults());
     Run {
         object: Object {
             namespace: "team".into(),
@@ -242,7 +247,8 @@ pub fn train_report(version: u32) -> TrainReport {
         version,
         uri: format!("s3://adapters/support/v{version}").parse().unwrap(),
         manifest_digest: format!("sha256:{}", "0".repeat(64)),
-        files: vec![ArtifactFile { path: "adapter_model.safetensors".into(), sha256: "0".repeat(64), size: 42 }],
+        file_count: 8,
+        size_bytes: 42,
         dataset: DatasetRecord { digest: "sha256:data".into(), rows: 10, tokens: 1000, skipped_rows: 0 },
         metrics: Metrics { steps: 400, eval_loss: Some(1.5), ..Metrics::default() },
         execution: Default::default(),
@@ -261,8 +267,8 @@ pub fn version(number: u32, input_digest: &str, phase: Option<AdapterVersionPhas
         "adapterName": "support",
         "version": number,
         "artifact": {
-            "type": "LoraAdapter", "uri": report.uri, "manifestDigest": report.manifest_digest, "sizeBytes": 42,
-            "files": report.files,
+            "type": "LoraAdapter", "uri": report.uri, "manifestUri": report.uri.join("manifest.json"),
+            "manifestDigest": report.manifest_digest, "fileCount": 8, "sizeBytes": 42,
         },
         "baseModel": {"uri": "s3://models/m", "digest": "sha256:base"},
         "dataset": report.dataset,

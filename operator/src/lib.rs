@@ -8,6 +8,7 @@
 pub mod admission;
 mod apply;
 mod cache;
+mod classes;
 mod conditions;
 mod context;
 #[cfg(test)]
@@ -30,7 +31,10 @@ pub mod workload;
 
 use std::{sync::Arc, time::Duration};
 
-use futures::{FutureExt, future::join};
+use futures::{
+    FutureExt,
+    future::{join, join_all},
+};
 use kube::Client;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -40,6 +44,7 @@ use tracing_subscriber::EnvFilter;
 
 pub use self::options::Options;
 use self::{
+    classes::{Classes, ClassesError},
     context::{Context, Stop},
     lease::{LeaderLease, LeaseError},
     metrics::Metrics,
@@ -58,6 +63,9 @@ pub enum Error {
     /// The HTTP server or a signal handler failed.
     #[error("cannot serve metrics and health: {0}")]
     Io(#[from] std::io::Error),
+    /// The file of GpuClasses can't be used.
+    #[error(transparent)]
+    Classes(#[from] ClassesError),
     /// Another replica leads, or may.
     #[error(transparent)]
     Lease(#[from] LeaseError),
@@ -68,56 +76,76 @@ pub enum Error {
 /// # Errors
 /// If it can't start, or may not hold a lease.
 pub async fn run(options: Options) -> Result<(), Error> {
+    let classes = options.gpu_classes.as_deref().map(Classes::read).transpose()?.unwrap_or_default();
     let client = Client::try_default().await?;
-    let (metrics, readiness) = (Metrics::default(), Readiness::default());
-    let stop = stop()?;
+    let (metrics, readiness, stop) = (Metrics::default(), Readiness::default(), stop()?);
+    let served = server::serve(options.listen_address, metrics.clone(), readiness.clone());
+    let operator = Operator { client, options, classes, metrics, readiness, stop };
     tokio::select! {
-        served = server::serve(options.listen_address, metrics.clone(), readiness.clone()) => Ok(served?),
-        led = lead(client, &options, metrics, readiness, stop) => led,
+        served = served => Ok(served?),
+        led = operator.lead() => led,
     }
 }
 
-/// Runs the controllers while this replica holds the lease, and competes for it while it doesn't.
-async fn lead(
+/// One replica.
+struct Operator {
     client: Client,
-    options: &Options,
+    options: Options,
+    classes: Classes,
     metrics: Metrics,
     readiness: Readiness,
     stop: Stop,
-) -> Result<(), Error> {
-    let context = || Arc::new(Context::new(client.clone(), options, metrics.clone(), readiness.clone()));
-    let Some(namespace) = &options.lease_namespace else {
-        controllers(context(), stop).await;
-        return Ok(());
-    };
-    let lease = LeaderLease::new(client.clone(), namespace, options.lease_name.clone(), options.identity.clone());
-    loop {
-        tokio::select! {
-            acquired = lease.acquire(|| readiness.waits()) => acquired?,
-            () = stop.clone() => return Ok(()),
-        }
-        readiness.leads();
-        tracing::info!(identity = options.identity, "leads");
-        // Whoever loses the lease stops in the middle of what it does: what is half done, the record tells the next.
-        tokio::select! {
-            lost = lease.keep() => tracing::warn!(%lost, "stops to lead"),
-            () = controllers(context(), stop.clone()) => {
-                lease.release().await;
-                return Ok(());
+}
+
+impl Operator {
+    /// Works while this replica holds the lease, and competes for it while it doesn't.
+    async fn lead(&self) -> Result<(), Error> {
+        let Some(namespace) = &self.options.lease_namespace else {
+            self.work().await;
+            return Ok(());
+        };
+        let (name, identity) = (self.options.lease_name.clone(), self.options.identity.clone());
+        let lease = LeaderLease::new(self.client.clone(), namespace, name, identity.clone());
+        loop {
+            tokio::select! {
+                acquired = lease.acquire(|| self.readiness.waits()) => acquired?,
+                () = self.stop.clone() => return Ok(()),
+            }
+            tracing::info!(identity, "leads");
+            // Whoever loses the lease stops in the middle of what it does: what is half done, the record tells the next.
+            tokio::select! {
+                lost = lease.keep() => tracing::warn!(%lost, "stops to lead"),
+                () = self.work() => {
+                    lease.release().await;
+                    return Ok(());
+                }
             }
         }
     }
-}
 
-/// Runs the controllers until `stop`, and not much longer.
-async fn controllers(context: Arc<Context>, stop: Stop) {
-    let late = async {
-        stop.clone().await;
-        sleep(LAST_WORDS).await;
-    };
-    tokio::select! {
-        _ = join(jobs::run(context.clone(), stop.clone()), versions::run(context, stop.clone())) => {}
-        () = late => tracing::warn!("stops in the middle of a reconcile"),
+    /// Runs the controllers of each scope until it is to stop, and not much longer.
+    async fn work(&self) {
+        let scopes = self.options.scopes();
+        self.readiness.begins(scopes.len());
+        tokio::select! {
+            // Jobs may ask for them.
+            () = self.classes.apply(&self.client) => {}
+            () = self.stop.clone() => return,
+        }
+        let controllers = scopes.iter().map(|scope| {
+            let (metrics, readiness) = (self.metrics.clone(), self.readiness.clone());
+            let context = Arc::new(Context::new(self.client.clone(), &self.options, scope.clone(), metrics, readiness));
+            join(jobs::run(context.clone(), self.stop.clone()), versions::run(context, self.stop.clone()))
+        });
+        let late = async {
+            self.stop.clone().await;
+            sleep(LAST_WORDS).await;
+        };
+        tokio::select! {
+            _ = join_all(controllers) => {}
+            () = self.classes.keep(&self.client, &scopes) => {}
+            () = late => tracing::warn!("stops in the middle of a reconcile"),
+        }
     }
 }
 

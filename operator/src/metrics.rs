@@ -1,6 +1,7 @@
 //! What the operator does, in numbers for Prometheus. Labels are bounded: controllers, outcomes and phases, never names.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
@@ -49,6 +50,9 @@ struct PhaseLabel {
     phase: String,
 }
 
+/// The jobs of each scope.
+type Jobs = HashMap<Option<String>, Store<Guarded<FineTuneJob>>>;
+
 /// The operator's metrics; clones count together.
 #[derive(Clone)]
 pub struct Metrics {
@@ -56,7 +60,7 @@ pub struct Metrics {
     reconciles: Family<ReconcileLabels, Counter>,
     durations: Family<ControllerLabel, Histogram>,
     jobs: Family<PhaseLabel, Gauge>,
-    all_jobs: Arc<Mutex<Option<Store<Guarded<FineTuneJob>>>>>,
+    all_jobs: Arc<Mutex<Jobs>>,
 }
 
 impl Default for Metrics {
@@ -85,15 +89,15 @@ impl Metrics {
         Timer { histogram, start: Instant::now() }
     }
 
-    /// Counts the jobs of this cache by phase, whenever the metrics are read; no longer those of an earlier one.
-    pub fn watch_jobs(&self, jobs: Store<Guarded<FineTuneJob>>) {
-        *self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner) = Some(jobs);
+    /// Counts the jobs of a scope's cache by phase, whenever the metrics are read; no longer those of an earlier one.
+    pub fn watch_jobs(&self, scope: Option<String>, jobs: Store<Guarded<FineTuneJob>>) {
+        self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner).insert(scope, jobs);
     }
 
     /// All metrics in the OpenMetrics text format.
     pub fn text(&self) -> String {
-        let store = self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let jobs = store.map(|store| store.state()).unwrap_or_default();
+        let stores = self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let jobs: Vec<_> = stores.values().flat_map(Store::state).collect();
         for phase in PHASES {
             let count = jobs.iter().filter(|job| phase_of(job) == phase).count();
             self.jobs.get_or_create(&PhaseLabel { phase: format!("{phase:?}") }).set(count as i64);

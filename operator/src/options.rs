@@ -1,10 +1,10 @@
 //! Flags of the operator; each can be set by an environment variable too.
 
-use std::net::SocketAddr;
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
 use clap::Parser;
 
-use crate::{plan::Devices, workload::Image};
+use crate::{plan::Devices, workload::TrainerDefaults};
 
 /// Runs FineTuneJobs and verifies AdapterVersions.
 #[derive(Clone, Debug, Parser)]
@@ -22,6 +22,15 @@ pub struct Options {
     /// What the trainer's image computes on: cpu, cuda.
     #[arg(long, env = "TRAINER_DEVICES", default_value = "cpu", value_delimiter = ',', value_parser = ["cpu", "cuda"])]
     pub trainer_devices: Vec<String>,
+    /// Name of this cluster, for the claims that runs lay on versions in a store that clusters share.
+    #[arg(long, env = "CLUSTER_NAME", default_value = "")]
+    pub cluster_name: String,
+    /// The namespaces to serve; all of them, if none is given.
+    #[arg(long, env = "WATCH_NAMESPACES", value_delimiter = ',')]
+    pub watch_namespaces: Vec<String>,
+    /// File of GpuClasses that the operator applies: specs by their names.
+    #[arg(long, env = "GPU_CLASSES")]
+    pub gpu_classes: Option<PathBuf>,
     /// Address of /metrics, /healthz and /readyz.
     #[arg(long, env = "LISTEN_ADDRESS", default_value = "0.0.0.0:8080")]
     pub listen_address: SocketAddr,
@@ -37,12 +46,23 @@ pub struct Options {
 }
 
 impl Options {
-    /// The trainer's image.
-    pub fn image(&self) -> Image {
-        Image {
-            name: self.trainer_image.clone(),
+    /// What all trainer pods have in common.
+    pub fn trainer(&self) -> TrainerDefaults {
+        TrainerDefaults {
+            image: self.trainer_image.clone(),
             pull_policy: self.trainer_image_pull_policy.clone(),
             arch: self.trainer_arch.clone(),
+            cluster: self.cluster_name.clone(),
+        }
+    }
+
+    /// What the controllers serve: each of the namespaces by itself, or all together (None).
+    pub fn scopes(&self) -> Vec<Option<String>> {
+        let named = self.watch_namespaces.iter().map(|name| name.trim()).filter(|name| !name.is_empty());
+        let named: BTreeSet<&str> = named.collect();
+        match named.is_empty() {
+            true => vec![None],
+            false => named.into_iter().map(|name| Some(name.to_owned())).collect(),
         }
     }
 

@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -18,26 +18,36 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 /// Whether the operator can do its work: a leader once its caches have listed all that they watch, another replica once it
 /// has reached the API server.
 #[derive(Clone, Default)]
-pub struct Readiness(Arc<AtomicBool>);
+pub struct Readiness(Arc<State>);
+
+#[derive(Default)]
+struct State {
+    is_ready: AtomicBool,
+    /// Scopes whose caches have not listed yet.
+    unknown: AtomicUsize,
+}
 
 impl Readiness {
     /// The API server has answered, and another replica leads.
     pub fn waits(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.is_ready.store(true, Ordering::Relaxed);
     }
 
-    /// This replica leads from now on, and knows nothing yet.
-    pub fn leads(&self) {
-        self.0.store(false, Ordering::Relaxed);
+    /// This replica works from now on, and knows nothing yet of so many scopes.
+    pub fn begins(&self, scopes: usize) {
+        self.0.unknown.store(scopes, Ordering::Relaxed);
+        self.0.is_ready.store(false, Ordering::Relaxed);
     }
 
-    /// The caches have listed all that they watch.
+    /// The caches of a scope have listed all that they watch.
     pub fn synced(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        if self.0.unknown.fetch_sub(1, Ordering::Relaxed) <= 1 {
+            self.0.is_ready.store(true, Ordering::Relaxed);
+        }
     }
 
     fn status(&self) -> StatusCode {
-        if self.0.load(Ordering::Relaxed) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+        if self.0.is_ready.load(Ordering::Relaxed) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
     }
 }
 

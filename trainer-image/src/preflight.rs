@@ -7,7 +7,7 @@ use crate::{
     data::{Overview, template::TemplateDate},
     error::Error,
     inputs::Inputs,
-    publish::MANIFEST,
+    publish::{CLAIM, MANIFEST},
     store::{Location, Role, StoreError},
     train::{Context, lora_of, lora_parameters, schedule},
 };
@@ -60,11 +60,11 @@ fn check_writable(output: &Location) -> Result<(), StoreError> {
     probe.delete()
 }
 
-/// The highest published version in an adapter's folder; 0 if there is none.
+/// The highest version in an adapter's folder that a run has published, or has claimed to; 0 if there is none.
 pub fn highest_version(output: &Location) -> Result<u32, StoreError> {
     let version = |object: String| {
         let (folder, file) = object.split_once('/')?;
-        (file == MANIFEST).then_some(folder.strip_prefix('v')?.parse().ok()?)
+        (file == MANIFEST || file == CLAIM).then_some(folder.strip_prefix('v')?.parse().ok()?)
     };
     Ok(output.list()?.into_iter().filter_map(version).max().unwrap_or(0))
 }

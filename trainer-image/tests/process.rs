@@ -81,6 +81,7 @@ impl Bench {
             template_date: None,
             numerics_version: report.numerics_version,
             trainer_image: "registry.example.com/tunesmith/tunesmith-trainer:v0.1.0".into(),
+            cluster: String::new(),
         };
         spec.with_training(method, task)
     }
@@ -263,6 +264,7 @@ fn a_pod_that_is_told_to_stop_in_the_middle_of_a_download_ends_at_once() {
         trainer_image: "tunesmith-trainer:dev".into(),
         template_date: Some("2026-11-27".into()),
         numerics_version: 0,
+        cluster: String::new(),
     };
     let preflight = bench.spec("s3://models/tiny");
     let method = preflight.method.clone().unwrap();

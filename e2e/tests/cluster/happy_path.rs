@@ -75,7 +75,10 @@ async fn from_apply_to_a_verified_adapter_in_s3() -> Result<()> {
     assert!(after < before - 0.3, "eval loss {before} → {after}");
 
     let keys = team.published().await?;
-    for file in &version.spec.artifact.files {
+    let files = team.files("telecom-support", 1).await?;
+    let artifact = &version.spec.artifact;
+    assert_eq!((artifact.file_count as usize, artifact.size_bytes), (files.len(), files.iter().map(|f| f.size).sum()));
+    for file in &files {
         let key = format!("telecom-support/v1/{}", file.path);
         assert!(keys.contains(&key), "{key} is not in {keys:?}");
         assert_eq!(team.read_published(&key).await?.len() as u64, file.size);

@@ -27,13 +27,6 @@ async fn kill_operator(team: &Tenant) -> Result<()> {
     Ok(())
 }
 
-/// SHA-256 of the published weights of version 1 of `adapter`, from its record.
-async fn weights(team: &Tenant, adapter: &str) -> Result<String> {
-    let version: tunesmith_crds::AdapterVersion = team.api().get(&format!("{adapter}-v1")).await?;
-    let file = version.spec.artifact.files.into_iter().find(|file| file.path == "adapter_model.safetensors");
-    Ok(file.expect("weights").sha256)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_that_is_killed_at_any_point_leaves_one_job_and_one_version() -> Result<()> {
     let team = Tenant::new("operator").await?;
@@ -73,7 +66,7 @@ async fn a_killed_training_resumes_from_its_checkpoint_and_gives_the_same_weight
     let run = job.status.and_then(|status| status.run).expect("a run");
     assert_eq!((run.attempt, run.failures), (3, 0), "a deleted pod is no failure");
     team.until_phase("undisturbed", FineTuneJobPhase::Succeeded).await?;
-    assert_eq!(weights(&team, "killed").await?, weights(&team, "undisturbed").await?);
+    assert_eq!(team.weights("killed", 1).await?, team.weights("undisturbed", 1).await?);
     Ok(())
 }
 

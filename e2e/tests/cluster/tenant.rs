@@ -14,7 +14,7 @@ use kube::{
 };
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, path::Path as Key};
 use serde_json::{Value, json};
-use tunesmith_crds::{AdapterVersion, FineTuneJob, FineTuneJobPhase, names};
+use tunesmith_crds::{AdapterVersion, FineTuneJob, FineTuneJobPhase, adapter_version::ArtifactFile, names};
 use tunesmith_e2e::{Cluster, S3};
 
 use crate::testbed::{self, TINY_MODEL};
@@ -87,6 +87,20 @@ impl Tenant {
         let key = Key::from(format!("{}/{name}", self.namespace));
         let found = self.s3.bucket("adapters")?.get(&key).await.with_context(|| format!("no {key}"))?;
         Ok(found.bytes().await?.to_vec())
+    }
+
+    /// The files that the manifest of a published version lists.
+    pub async fn files(&self, adapter: &str, version: u32) -> Result<Vec<ArtifactFile>> {
+        let manifest = self.read_published(&format!("{adapter}/v{version}/manifest.json")).await?;
+        let manifest: Value = serde_json::from_slice(&manifest)?;
+        Ok(serde_json::from_value(manifest["files"].clone())?)
+    }
+
+    /// SHA-256 of the weights of a published version.
+    pub async fn weights(&self, adapter: &str, version: u32) -> Result<String> {
+        let files = self.files(adapter, version).await?;
+        let weights = files.into_iter().find(|file| file.path == "adapter_model.safetensors");
+        Ok(weights.context("no weights")?.sha256)
     }
 
     /// A job that tunes the tiny model in a few seconds, with `changes` merged into its spec.

@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::json;
 use tunesmith_crds::{AdapterVersion, AdapterVersionPhase, FineTuneJobPhase, conditions};
 
-use crate::tenant::{Tenant, condition};
+use crate::tenant::{Tenant, condition, merge};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_inputs_are_never_trained_twice() -> Result<()> {
@@ -41,6 +41,24 @@ async fn a_changed_spec_leads_to_the_next_version() -> Result<()> {
     let history: Vec<_> = status.history.iter().map(|run| (run.number, run.version.as_deref())).collect();
     assert_eq!(history, [(2, Some("bot-v2")), (1, Some("bot-v1"))]);
     assert_eq!(team.versions().await?, ["bot-v1", "bot-v2"]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn namespaces_that_share_a_folder_never_share_a_version() -> Result<()> {
+    let (prod, dev) = tokio::try_join!(Tenant::new("prod"), Tenant::new("dev"))?;
+    let output = json!({"output": {"uri": format!("s3://adapters/{}", prod.namespace)}});
+    prod.apply(&prod.job("bot", json!({"training": {"seed": 1}}))).await?;
+    let mut changes = json!({"training": {"seed": 2}});
+    merge(&mut changes, output);
+    dev.apply(&dev.job("bot", changes)).await?;
+    for team in [&prod, &dev] {
+        team.until_phase("bot", FineTuneJobPhase::Succeeded).await?;
+    }
+    let mut both = [prod.versions().await?, dev.versions().await?].concat();
+    both.sort();
+    assert_eq!(both, ["bot-v1", "bot-v2"]);
+    assert_ne!(prod.weights("bot", 1).await?, prod.weights("bot", 2).await?);
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use k8s_openapi::api::{
     core::v1::{Node, Pod},
 };
 use kube::{
-    Api, Client, Resource, ResourceExt,
+    Api, Resource, ResourceExt,
     core::DeserializeGuard,
     runtime::{
         Controller, WatchStreamExt,
@@ -59,18 +59,18 @@ pub struct Caches {
 
 /// The controller of FineTuneJobs with its watches, and the caches that they fill while it runs.
 pub fn controller(context: &Context) -> (Controller<Guarded<FineTuneJob>>, Caches) {
-    let client = &context.client;
     let of_jobs = || watcher::Config::default().labels(JOB_LABEL);
-    let (jobs, job_events) = watch(client, of_jobs(), owners::<Job>, trim_nothing);
-    let (pods, pod_events) = watch(client, of_jobs(), owners::<Pod>, trim_pod);
-    let (runs, run_events) = watch(client, watcher::Config::default(), run_keys, trim_nothing);
-    let (versions, version_events) = watch(client, watcher::Config::default(), version_keys, trim_nothing);
-    let (classes, class_events) = watch(client, watcher::Config::default(), no_keys, trim_nothing);
-    let (nodes, node_events) = watch(client, watcher::Config::default(), no_keys, trim_node);
+    let (jobs, job_events) = watch(context.api(), of_jobs(), owners::<Job>, trim_nothing);
+    let (pods, pod_events) = watch(context.api(), of_jobs(), owners::<Pod>, trim_pod);
+    let (runs, run_events) = watch(context.api(), watcher::Config::default(), run_keys, trim_nothing);
+    let (versions, version_events) = watch(context.api(), watcher::Config::default(), version_keys, trim_nothing);
+    let (classes, class_events) =
+        watch(Api::all(context.client.clone()), watcher::Config::default(), no_keys, trim_nothing);
+    let (nodes, node_events) = watch(Api::all(context.client.clone()), watcher::Config::default(), no_keys, trim_node);
 
     let (store, writer) = reflector::store::<Guarded<FineTuneJob>>();
     let adapters = Adapters::default();
-    let all_jobs = watcher(Api::<Guarded<FineTuneJob>>::all(client.clone()), watcher::Config::default())
+    let all_jobs = watcher(context.api::<Guarded<FineTuneJob>>(), watcher::Config::default())
         .default_backoff()
         .modify(slim)
         .reflect(writer)
@@ -79,7 +79,7 @@ pub fn controller(context: &Context) -> (Controller<Guarded<FineTuneJob>>, Cache
             let adapters = adapters.clone();
             move |event| event.iter().for_each(|job| adapters.note(job))
         });
-    context.metrics.watch_jobs(store.clone());
+    context.metrics.watch_jobs(context.scope.clone(), store.clone());
     let of_run = |run: Arc<Guarded<FineTuneRun>>| labelled(&*run);
     // Nodes come and go without waking anybody: who waits for one looks again by itself.
     let drained = node_events.filter_map(|_| ready(None::<ObjectRef<Guarded<FineTuneJob>>>));
@@ -223,7 +223,7 @@ impl Adapters {
 
 /// An index, and the stream that fills it and tells what has changed.
 fn watch<K>(
-    client: &Client,
+    objects: Api<K>,
     config: watcher::Config,
     keys: fn(&K) -> Vec<String>,
     trim: fn(&mut K),
@@ -233,7 +233,7 @@ where
 {
     let index = Arc::new(Index::new(keys));
     let filled = index.clone();
-    let events = watcher(Api::<K>::all(client.clone()), config)
+    let events = watcher(objects, config)
         .default_backoff()
         .modify(move |object| {
             slim(object);

@@ -33,6 +33,7 @@ use crate::{
         Run,
         build::{build, new_run},
         decide::{Advance, Step},
+        settle::refused,
         with_conditions,
     },
     state::State,
@@ -41,8 +42,6 @@ use crate::{
 
 /// Name of the controller in metrics and logs.
 const NAME: &str = "finetunejob";
-/// Reconciles at once.
-const AT_ONCE: u16 = 16;
 
 /// A reconcile that failed; the next one starts over.
 #[derive(Debug, thiserror::Error)]
@@ -95,10 +94,11 @@ pub async fn run(context: Arc<Context>, stop: Stop) {
             context.readiness.synced();
         }
     };
+    let at_once = context.at_once;
     let reconciler = Arc::new(Reconciler { context, caches, live });
     let reconciles = controller
         .reconcile_on(poll_fn(move |context| turns.poll_recv(context)))
-        .with_config(kube::runtime::controller::Config::default().concurrency(AT_ONCE))
+        .with_config(kube::runtime::controller::Config::default().concurrency(at_once))
         .graceful_shutdown_on(stop)
         .run(reconcile, retry, reconciler)
         .for_each(|result| log_failure(NAME, result));
@@ -210,7 +210,8 @@ async fn carry_out(
             return Ok(None);
         }
         let begins = advance.steps.iter().any(|step| matches!(step, Step::CreateCheck | Step::CreateAttempt(_)));
-        let is_as_read = match record != run.record {
+        let changed = record != run.record;
+        let is_as_read = match changed {
             true => write_record(&context.client, run, record).await,
             // What an older record asks for may be over by now.
             false if begins => is_unchanged(&context.client, run).await,
@@ -221,12 +222,18 @@ async fn carry_out(
         }
         let changes = changes(observed, run, advance, context);
         if let Some(refusal) = apply(&context.client, &namespace, changes).await? {
+            // Asked again, for the record that was just written is another version.
+            if refusal.is_final && begins && !changed {
+                let record = with_conditions(refused(run, &refusal.message, now), now);
+                write_record(&context.client, run, record).await.map_err(Error::Record)?;
+                return Ok(None);
+            }
             return Ok(Some(Some(refusal)));
         }
     }
-    let start = decision
-        .start
-        .map(|(number, trigger)| Change::CreateRun(Box::new(new_run(&observed.job, number, trigger, &context.image))));
+    let start = decision.start.map(|(number, trigger)| {
+        Change::CreateRun(Box::new(new_run(&observed.job, number, trigger, &context.trainer)))
+    });
     let forget = decision.forget.iter();
     let forget = forget.map(|run| Change::DeleteRun { name: run.name.clone(), uid: run.uid.clone() });
     let refusal = apply(&context.client, &namespace, start.into_iter().chain(forget).collect()).await?;
@@ -235,7 +242,7 @@ async fn carry_out(
 
 fn changes(observed: &Observed, run: &Run, advance: &Advance, context: &Context) -> Vec<Change> {
     let steps: Vec<&Step> = advance.steps.iter().collect();
-    steps.into_iter().flat_map(|step| build(step, &observed.job, run, &advance.record, &context.image)).collect()
+    steps.into_iter().flat_map(|step| build(step, &observed.job, run, &advance.record, &context.trainer)).collect()
 }
 
 /// Writes the status if it has changed, and an event if the phase or its reason has.
@@ -290,6 +297,7 @@ fn is_warning(state: &State) -> bool {
         reason::RETRYING,
         reason::STORE_UNAVAILABLE,
         reason::INPUTS_CHANGED,
+        reason::VERSION_TAKEN,
         reason::NO_GPU_CLASS,
         reason::QUOTA_EXCEEDED,
         reason::ADMISSION_REFUSED,

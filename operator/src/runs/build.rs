@@ -30,7 +30,7 @@ use crate::{
     labels,
     plan::Planned,
     workload::{
-        Image, Stage, TrainerPod,
+        Stage, TrainerDefaults, TrainerPod,
         pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, RUN_SPEC_KEY, check_resources},
     },
 };
@@ -39,19 +39,25 @@ use crate::{
 const TRAIN_CPU: &str = "1";
 
 /// The changes to the cluster that a step means, for a run whose record says `record`.
-pub fn build(step: &Step, job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus, image: &Image) -> Vec<Change> {
-    let image = &Image { name: run.spec.image.clone(), ..image.clone() };
+pub fn build(
+    step: &Step,
+    job: &FineTuneJob,
+    run: &Run,
+    record: &FineTuneRunStatus,
+    trainer: &TrainerDefaults,
+) -> Vec<Change> {
+    let trainer = &TrainerDefaults { image: image_of(run, record), ..trainer.clone() };
     match step {
         Step::CreateCheck => {
             let Some(check) = &record.check else { return Vec::new() };
             let name = check_name(run, check.number);
             vec![
                 Change::CreateConfigMap(Box::new(input(run, &name, Stage::Preflight, &check_spec(run, job)))),
-                Change::CreateJob(Box::new(check_job(job, run, &name, image))),
+                Change::CreateJob(Box::new(check_job(job, run, &name, trainer))),
             ]
         }
         Step::CreateAttempt(planned) => {
-            let (Some(task), Some(attempt)) = (task_spec(job, run, record), record.attempts.last()) else {
+            let (Some(task), Some(attempt)) = (task_spec(job, run, record, trainer), record.attempts.last()) else {
                 return Vec::new();
             };
             let deadline = job
@@ -61,20 +67,39 @@ pub fn build(step: &Step, job: &FineTuneJob, run: &Run, record: &FineTuneRunStat
             let name = attempt_name(run, attempt.number);
             vec![
                 Change::CreateConfigMap(Box::new(input(run, &name, Stage::Train, &task))),
-                Change::CreateJob(Box::new(training_job(job, run, attempt.number, planned, deadline, image))),
+                Change::CreateJob(Box::new(training_job(job, run, attempt.number, planned, deadline, trainer))),
             ]
         }
         Step::Admit { name, uid } => vec![Change::Admit { name: name.clone(), uid: uid.clone() }],
         Step::DeleteJob { name, uid } => vec![Change::DeleteJob { name: name.clone(), uid: uid.clone() }],
         Step::CreateVersion => {
-            let version = adapter_version(job, run, record);
+            let version = adapter_version(job, run, record, trainer);
             version.into_iter().map(|version| Change::CreateVersion(Box::new(version))).collect()
         }
     }
 }
 
+/// The image of a run's pods: the one that the check ran, by its digest, so that a tag that moves on changes no attempt. An
+/// image that no registry knows by that digest goes by its name.
+fn image_of(run: &Run, record: &FineTuneRunStatus) -> String {
+    let image = &run.spec.image;
+    let (folder, file) = image.rsplit_once('/').map_or(("", image.as_str()), |(folder, file)| (folder, file));
+    let file = file.split(['@', ':']).next().unwrap_or(file);
+    let repository = if folder.is_empty() { file.to_owned() } else { format!("{folder}/{file}") };
+    let ran = record.check.as_ref().and_then(|check| check.image_id.as_deref()).unwrap_or_default();
+    match ran.rsplit_once("://").map_or(ran, |(_, id)| id).split_once('@') {
+        Some((place, digest)) if is_place_of(place, &repository) => format!("{repository}@{digest}"),
+        _ => image.clone(),
+    }
+}
+
+/// Whether a repository is the one that a short name means.
+fn is_place_of(place: &str, repository: &str) -> bool {
+    ["", "docker.io/", "docker.io/library/"].iter().any(|prefix| place == format!("{prefix}{repository}"))
+}
+
 /// The record of the job's next run.
-pub fn new_run(job: &FineTuneJob, number: u32, trigger: Trigger, image: &Image) -> FineTuneRun {
+pub fn new_run(job: &FineTuneJob, number: u32, trigger: Trigger, trainer: &TrainerDefaults) -> FineTuneRun {
     let spec = FineTuneRunSpec {
         job: RunOf {
             name: job.name_any(),
@@ -83,7 +108,7 @@ pub fn new_run(job: &FineTuneJob, number: u32, trigger: Trigger, image: &Image) 
         },
         number,
         trigger,
-        image: image.name.clone(),
+        image: trainer.image.clone(),
         job_spec: job.spec.clone(),
     };
     let mut run = FineTuneRun::new(&run_name(job, number), spec);
@@ -127,14 +152,15 @@ pub fn check_spec(run: &Run, job: &FineTuneJob) -> RunSpec {
 }
 
 /// What an attempt works on; None before that is settled.
-fn task_spec(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus) -> Option<RunSpec> {
+fn task_spec(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus, trainer: &TrainerDefaults) -> Option<RunSpec> {
     let (settled, preflight) = (record.settled.as_ref()?, record.preflight.as_ref()?);
     let task = TrainTask {
         version: settled.version,
         input_digest: settled.input_digest.clone(),
         base_digest: preflight.base_digest.clone(),
         dataset_digest: preflight.dataset.digest.clone(),
-        trainer_image: run.spec.image.clone(),
+        trainer_image: trainer.image.clone(),
+        cluster: trainer.cluster.clone(),
         template_date: preflight.template_date.clone(),
         numerics_version: preflight.numerics_version,
     };
@@ -143,12 +169,12 @@ fn task_spec(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus) -> Option
 }
 
 /// One try, and no other by the Job controller: what became of it is for the record.
-fn check_job(job: &FineTuneJob, run: &Run, name: &str, image: &Image) -> Job {
+fn check_job(job: &FineTuneJob, run: &Run, name: &str, trainer: &TrainerDefaults) -> Job {
     let labels = labels_of(run, Stage::Preflight);
     let spec = &run.spec.job_spec;
     let pod = TrainerPod {
         stage: Stage::Preflight,
-        image,
+        trainer,
         labels: labels.clone(),
         config_map: name.to_owned(),
         secrets: secrets(spec),
@@ -181,7 +207,7 @@ fn training_job(
     number: u32,
     planned: &Planned,
     deadline: Option<i64>,
-    image: &Image,
+    trainer: &TrainerDefaults,
 ) -> Job {
     let mut labels = labels_of(run, Stage::Train);
     labels.insert(names::ATTEMPT_LABEL.into(), number.to_string());
@@ -189,7 +215,7 @@ fn training_job(
     let has_gpus = planned.plan.gpus_per_pod > 0;
     let pod = TrainerPod {
         stage: Stage::Train,
-        image,
+        trainer,
         labels: labels.clone(),
         config_map: name.clone(),
         secrets: secrets(spec),
@@ -261,9 +287,14 @@ fn secrets(spec: &FineTuneJobSpec) -> Vec<(&'static str, &SecretRef)> {
 }
 
 /// The record of what a run has published. It has no owner: it outlives its job.
-fn adapter_version(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus) -> Option<AdapterVersion> {
+fn adapter_version(
+    job: &FineTuneJob,
+    run: &Run,
+    record: &FineTuneRunStatus,
+    trainer: &TrainerDefaults,
+) -> Option<AdapterVersion> {
     let report = record.published.as_ref()?;
-    let spec = task_spec(job, run, record)?;
+    let spec = task_spec(job, run, record, trainer)?;
     let (task, method) = (spec.train.as_ref()?, spec.method.as_ref()?);
     let (lora, quantization) = match method {
         Method::Full => (None, None),
@@ -282,9 +313,10 @@ fn adapter_version(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus) -> 
             artifact: Artifact {
                 kind: method.artifact_type(),
                 uri: report.uri.clone(),
+                manifest_uri: report.uri.join("manifest.json"),
                 manifest_digest: report.manifest_digest.clone(),
-                size_bytes: report.files.iter().map(|file| file.size).sum(),
-                files: report.files.clone(),
+                file_count: report.file_count,
+                size_bytes: report.size_bytes,
                 secret_ref: output.secret_ref.clone(),
                 service_account_name: output.service_account_name.clone(),
             },

@@ -251,6 +251,7 @@ fn retry_reason(cause: Option<Cause>) -> &'static str {
     match cause {
         Some(Cause::StoreUnavailable) => reason::STORE_UNAVAILABLE,
         Some(Cause::InputsChanged) => reason::INPUTS_CHANGED,
+        Some(Cause::VersionTaken) => reason::VERSION_TAKEN,
         _ => reason::RETRYING,
     }
 }

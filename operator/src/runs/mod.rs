@@ -127,7 +127,9 @@ fn active_mut(record: &mut FineTuneRunStatus) -> Option<&mut Attempt> {
 fn next_at(last: &Attempt, failures: u32, short_disruptions: u32) -> Timestamp {
     let Some(ended) = &last.ended else { return Timestamp::UNIX_EPOCH };
     let wait = match last.cause {
-        Some(Cause::Disrupted | Cause::InputsChanged) => doubled(DISRUPTION_WAIT_SECONDS, short_disruptions),
+        Some(Cause::Disrupted | Cause::InputsChanged | Cause::VersionTaken) => {
+            doubled(DISRUPTION_WAIT_SECONDS, short_disruptions)
+        }
         _ => doubled(FAILURE_WAIT_SECONDS, failures),
     };
     ended.0.saturating_add(wait).unwrap_or(ended.0)

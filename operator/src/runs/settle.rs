@@ -36,9 +36,19 @@ pub fn settled(run: &Run, now: Timestamp) -> FineTuneRunStatus {
     record
 }
 
+/// The record of a run whose Job the API server will never take.
+pub fn refused(run: &Run, message: &str, now: Timestamp) -> FineTuneRunStatus {
+    let mut record = run.record.clone();
+    end(run, &mut record, without_pod(Cause::Final { message: message.into() }, now));
+    record
+}
+
 fn ending_of_lost(now: Timestamp) -> Ending {
-    let message = "its Job was deleted".into();
-    Ending { cause: Cause::Disrupted { message }, started: None, finished: Time(now), image_id: None, outlived: false }
+    without_pod(Cause::Disrupted { message: "its Job was deleted".into() }, now)
+}
+
+fn without_pod(cause: Cause, now: Timestamp) -> Ending {
+    Ending { cause, started: None, finished: Time(now), image_id: None, outlived: false }
 }
 
 /// Writes an ending into the record of the try or attempt that it ended.
@@ -86,8 +96,14 @@ fn count(record: &mut FineTuneRunStatus, attempt: &Attempt, is_check: bool) {
     let kind = attempt.cause.unwrap_or(Kind::Failed);
     let has_failed = matches!(kind, Kind::Failed | Kind::Final | Kind::StoreUnavailable);
     let seconds = seconds_of(attempt);
-    let was_short = matches!(kind, Kind::Disrupted | Kind::InputsChanged) && seconds < SHORT_SECONDS;
-    record.short_disruptions = if was_short { record.short_disruptions.saturating_add(1) } else { 0 };
+    let was_short =
+        matches!(kind, Kind::Disrupted | Kind::InputsChanged | Kind::VersionTaken) && seconds < SHORT_SECONDS;
+    record.short_disruptions = match was_short {
+        true => record.short_disruptions.saturating_add(1),
+        // What passed says nothing about the attempts before it.
+        false if is_check && kind == Kind::Done => record.short_disruptions,
+        false => 0,
+    };
     record.message.clone_from(&attempt.message);
     if is_check {
         record.check_failures = if has_failed { record.check_failures.saturating_add(1) } else { 0 };
@@ -100,8 +116,10 @@ fn count(record: &mut FineTuneRunStatus, attempt: &Attempt, is_check: bool) {
         record.failures = record.failures.saturating_add(1);
     }
     record.stage = Some(RunStage::Admitting);
-    if kind == Kind::InputsChanged {
-        (record.check, record.preflight, record.settled) = (None, None, None);
+    // A check looks for the next free number too.
+    if matches!(kind, Kind::InputsChanged | Kind::VersionTaken) {
+        // The last check stays: its Job is there, and the next one must not have its name.
+        (record.preflight, record.settled) = (None, None);
         record.stage = Some(RunStage::Checking);
     }
 }

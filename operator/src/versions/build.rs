@@ -21,7 +21,7 @@ use crate::{
     apply::Change,
     labels,
     workload::{
-        Image, Stage, TrainerPod,
+        Stage, TrainerDefaults, TrainerPod,
         pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, RUN_SPEC_KEY, check_resources, retry_policy},
     },
 };
@@ -30,11 +30,11 @@ use crate::{
 const RETRIES: i32 = 3;
 
 /// The changes that a step means.
-pub fn build(step: &Step, version: &AdapterVersion, image: &Image) -> Vec<Change> {
+pub fn build(step: &Step, version: &AdapterVersion, trainer: &TrainerDefaults) -> Vec<Change> {
     match step {
         Step::Start => vec![
             Change::CreateConfigMap(Box::new(config_map(version))),
-            Change::CreateJob(Box::new(verify_job(version, image))),
+            Change::CreateJob(Box::new(verify_job(version, trainer))),
         ],
         Step::Remove { uid } => vec![Change::DeleteJob { name: verify_name(version), uid: uid.clone() }],
     }
@@ -56,12 +56,12 @@ fn config_map(version: &AdapterVersion) -> ConfigMap {
     }
 }
 
-fn verify_job(version: &AdapterVersion, image: &Image) -> Job {
+fn verify_job(version: &AdapterVersion, trainer: &TrainerDefaults) -> Job {
     let artifact = &version.spec.artifact;
     let metadata = metadata(version);
     let pod = TrainerPod {
         stage: Stage::Verify,
-        image,
+        trainer,
         labels: metadata.labels.clone().unwrap_or_default(),
         config_map: verify_name(version),
         secrets: artifact.secret_ref.iter().map(|secret| (env_prefix::OUTPUT, secret)).collect(),

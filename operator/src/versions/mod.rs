@@ -11,7 +11,11 @@ use futures::{FutureExt, StreamExt};
 use k8s_openapi::{api::batch::v1::Job, jiff::Timestamp};
 use kube::{
     Api, Resource, ResourceExt,
-    runtime::{Controller, controller::Action, watcher},
+    runtime::{
+        Controller,
+        controller::{self, Action},
+        watcher,
+    },
 };
 use serde_json::json;
 use tunesmith_crds::{AdapterVersion, conditions::reason, names::STAGE_LABEL};
@@ -66,8 +70,9 @@ impl Outcome for Error {
 /// Runs the controller until `stop`.
 pub async fn run(context: Arc<Context>, stop: Stop) {
     let verifications = watcher::Config::default().labels(&format!("{STAGE_LABEL}={}", Stage::Verify.name()));
-    Controller::new(Api::<Guarded<AdapterVersion>>::all(context.client.clone()), watcher::Config::default())
-        .owns(Api::<Job>::all(context.client.clone()), verifications)
+    Controller::new(context.api::<Guarded<AdapterVersion>>(), watcher::Config::default())
+        .owns(context.api::<Job>(), verifications)
+        .with_config(controller::Config::default().concurrency(context.at_once))
         .graceful_shutdown_on(stop)
         .run(reconcile, retry, context)
         .for_each(|result| log_failure(NAME, result))
@@ -114,7 +119,7 @@ async fn reconcile_once(version: &AdapterVersion, context: &Context) -> Result<A
     let (before, after): (Vec<Step>, Vec<Step>) = decision.steps.into_iter().partition(|step| *step == Step::Start);
     let namespace = version.namespace().unwrap_or_default();
     let changes = |steps: Vec<Step>| -> Vec<Change> {
-        steps.iter().flat_map(|step| build::build(step, &observed.version, &context.image)).collect()
+        steps.iter().flat_map(|step| build::build(step, &observed.version, &context.trainer)).collect()
     };
     let refusal = apply(&context.client, &namespace, changes(before)).await?;
     let state = match &refusal {

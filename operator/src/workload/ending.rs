@@ -58,6 +58,11 @@ pub enum Cause {
         /// Which.
         message: String,
     },
+    /// Another run has claimed its version.
+    VersionTaken {
+        /// Which run.
+        message: String,
+    },
     /// It failed: another attempt may follow.
     Failed {
         /// Why, for the user.
@@ -130,6 +135,7 @@ impl Cause {
             Self::Disrupted { .. } => fine_tune_run::Cause::Disrupted,
             Self::StoreUnavailable { .. } => fine_tune_run::Cause::StoreUnavailable,
             Self::InputsChanged { .. } => fine_tune_run::Cause::InputsChanged,
+            Self::VersionTaken { .. } => fine_tune_run::Cause::VersionTaken,
             Self::Failed { .. } => fine_tune_run::Cause::Failed,
             Self::Final { .. } => fine_tune_run::Cause::Final,
             Self::DeadlineExceeded => fine_tune_run::Cause::DeadlineExceeded,
@@ -143,6 +149,7 @@ impl Cause {
             Self::Disrupted { message }
             | Self::StoreUnavailable { message }
             | Self::InputsChanged { message }
+            | Self::VersionTaken { message }
             | Self::Failed { message }
             | Self::Final { message } => Some(message),
             Self::DeadlineExceeded => Some("activeDeadlineSeconds are over"),
@@ -184,6 +191,7 @@ fn container_cause(pod: &Pod, container: &ContainerStateTerminated) -> Cause {
         },
         exit_code::BAD_SPEC | exit_code::BAD_INPUT => Cause::Final { message: failure(report, container) },
         exit_code::INPUTS_CHANGED => Cause::InputsChanged { message: failure(report, container) },
+        exit_code::VERSION_TAKEN => Cause::VersionTaken { message: failure(report, container) },
         exit_code::STORAGE => Cause::StoreUnavailable { message: failure(report, container) },
         exit_code::PREEMPTED => Cause::Disrupted {
             message: match report {
@@ -251,7 +259,10 @@ fn is_first_rank(pod: &Pod) -> bool {
 fn weight(cause: &Cause) -> u8 {
     match cause {
         Cause::Disrupted { .. } | Cause::DeadlineExceeded => 0,
-        Cause::StoreUnavailable { .. } | Cause::InputsChanged { .. } | Cause::Failed { .. } => 1,
+        Cause::StoreUnavailable { .. }
+        | Cause::InputsChanged { .. }
+        | Cause::VersionTaken { .. }
+        | Cause::Failed { .. } => 1,
         Cause::Final { .. } => 2,
         Cause::Done { .. } => 3,
     }

@@ -36,23 +36,25 @@ const NON_ROOT: i64 = 65532;
 const CHECK_CPU: &str = "100m";
 const CHECK_MEMORY: &str = "2Gi";
 
-/// The trainer's image.
+/// What all trainer pods have in common.
 #[derive(Clone, Debug)]
-pub struct Image {
-    /// Its reference.
-    pub name: String,
+pub struct TrainerDefaults {
+    /// Reference of the image.
+    pub image: String,
     /// When the kubelet pulls it: Always, IfNotPresent or Never.
     pub pull_policy: String,
     /// Architecture that it was built for, as nodes are labelled: amd64 or arm64.
     pub arch: String,
+    /// Name of this cluster, for the claims that runs lay on versions in a shared store; may be empty.
+    pub cluster: String,
 }
 
 /// What differs between the pods of trainer Jobs.
 pub struct TrainerPod<'a> {
     /// The subcommand.
     pub stage: Stage,
-    /// The image.
-    pub image: &'a Image,
+    /// What it has in common with the others.
+    pub trainer: &'a TrainerDefaults,
     /// Labels.
     pub labels: BTreeMap<String, String>,
     /// The ConfigMap with its input under [`RUN_SPEC_KEY`].
@@ -109,7 +111,7 @@ impl TrainerPod<'_> {
                 restart_policy: Some("Never".into()),
                 termination_grace_period_seconds: Some(self.grace_seconds),
                 active_deadline_seconds: self.deadline,
-                node_selector: Some([("kubernetes.io/arch".into(), self.image.arch.clone())].into()),
+                node_selector: Some([("kubernetes.io/arch".into(), self.trainer.arch.clone())].into()),
                 service_account_name: self.service_account_name.map(Into::into),
                 automount_service_account_token: Some(false),
                 enable_service_links: Some(false),
@@ -153,8 +155,8 @@ impl TrainerPod<'_> {
         }));
         Container {
             name: CONTAINER.into(),
-            image: Some(self.image.name.clone()),
-            image_pull_policy: Some(self.image.pull_policy.clone()),
+            image: Some(self.trainer.image.clone()),
+            image_pull_policy: Some(self.trainer.pull_policy.clone()),
             args: Some(vec![self.stage.name().into()]),
             env_from: Some(env_from.collect()),
             env: (!self.has_gpus()).then(|| vec![no_gpus()]),

@@ -20,7 +20,7 @@ use crate::{
     data::overview::Marking,
     error::Error,
     preflight::{Preflight, highest_version, preflight},
-    publish::published,
+    publish::{Claim, MANIFEST, PublishError, published},
     store::{Location, Role, StoreError, Stores},
     train::{Checkpoints, Context, clear, train},
 };
@@ -69,7 +69,7 @@ fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Resul
         clear(&Checkpoints::new(&adapter, &digest, &spec.training), &spec, &report);
         return Ok(Outcome::Trained(report));
     }
-    let task = TrainTask {
+    let mut task = TrainTask {
         version: report.highest_version + 1,
         input_digest: digest,
         base_digest: report.base_digest,
@@ -77,8 +77,17 @@ fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Resul
         template_date: report.template_date,
         numerics_version: report.numerics_version,
         trainer_image: format!("tunesmith-trainer {} (standalone)", env!("CARGO_PKG_VERSION")),
+        cluster: String::new(),
     };
+    if is_unfinished(&adapter.join(&format!("v{}", report.highest_version)), &Claim::of(&spec, &task))? {
+        task.version = report.highest_version;
+    }
     train(&spec.with_training(method, task), context)
+}
+
+/// Whether a version's folder is claimed by this run, which ended before it had published.
+fn is_unfinished(version: &Location, claim: &Claim) -> Result<bool, StoreError> {
+    Ok(claim.holds(version)? && version.join(MANIFEST).read_if_exists()?.is_none())
 }
 
 /// What the operator would make of a job, and what its preflight finds.
@@ -171,7 +180,7 @@ fn same_inputs(
         // Other inputs are what most versions have, and no conflict here.
         match published(&adapter.join(&format!("v{version}")), digest) {
             Ok(Some(report)) if suffices(&report.metrics) => return Ok(Some(report)),
-            Ok(_) | Err(crate::publish::PublishError::Conflict { .. }) => {}
+            Ok(_) | Err(PublishError::Taken { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }

@@ -4,12 +4,16 @@ use std::{fs, path::Path};
 
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
-use tunesmith_crds::run::{Outcome, TrainReport};
+use tunesmith_crds::{
+    adapter_version::ArtifactFile,
+    run::{Outcome, TrainReport},
+};
 
 use super::{Ended, check, manifest, run, stand_in, summary};
 use crate::{
     error::Error,
     progress::Progress,
+    publish::Manifest,
     store::Stores,
     tiny_model,
     train::{Context, Stop},
@@ -66,6 +70,11 @@ fn trained(ended: Ended) -> TrainReport {
     }
 }
 
+fn files_of(desk: &TempDir, version: u32) -> Vec<ArtifactFile> {
+    let manifest = desk.path().join(format!("store/adapters/support/v{version}/manifest.json"));
+    Manifest::parse(&fs::read(manifest).unwrap()).unwrap().files
+}
+
 fn with_gates(gates: &str) -> String {
     MANIFEST.replace("  method: LoRA\n", &format!("  method: LoRA\n  evaluation: {{gates: [{gates}]}}\n"))
 }
@@ -79,7 +88,7 @@ fn the_same_manifest_trains_once_and_a_changed_one_makes_the_next_version() {
     let second = published(&desk, &MANIFEST.replace("maxSteps: 3", "maxSteps: 4"));
     assert_eq!(second.version, 2);
     assert_eq!(published(&desk, MANIFEST), first, "the first version still serves its inputs");
-    let files: Vec<_> = first.files.iter().map(|file| file.path.as_str()).collect();
+    let files: Vec<_> = files_of(&desk, 1).into_iter().map(|file| file.path).collect();
     let expected = [
         "README.md",
         "adapter_config.json",
@@ -91,6 +100,17 @@ fn the_same_manifest_trains_once_and_a_changed_one_makes_the_next_version() {
         "trainer_state.json",
     ];
     assert_eq!(files, expected);
+}
+
+#[test]
+fn a_run_that_ended_while_it_published_goes_on_with_its_own_version() {
+    let desk = desk();
+    let first = published(&desk, MANIFEST);
+    let version = desk.path().join("store/adapters/support/v1");
+    fs::remove_file(version.join("manifest.json")).unwrap();
+    assert_eq!(published(&desk, &MANIFEST.replace("maxSteps: 3", "maxSteps: 4")).version, 2, "it is another run's");
+    fs::remove_dir_all(desk.path().join("store/adapters/support/v2")).unwrap();
+    assert_eq!(published(&desk, MANIFEST).version, first.version);
 }
 
 #[test]
@@ -114,8 +134,8 @@ fn gates_are_judged_by_what_is_recorded_and_trained_anew_only_for_what_is_not() 
     assert_eq!((asked.gates[0].value, asked.gates[0].passed), (Some(0.0), false));
     let second = trained(asked);
     assert_eq!((second.version, second.metrics.base_recall, second.metrics.steps), (2, Some(0.0), 3));
-    let weights = |report: &TrainReport| report.files.iter().find(|f| f.path.ends_with(".safetensors")).cloned();
-    assert_eq!(weights(&second), weights(&first));
+    let weights = |version| files_of(&desk, version).into_iter().find(|file| file.path.ends_with(".safetensors"));
+    assert_eq!(weights(2), weights(1));
     assert_eq!(published(&desk, &with_gates(gate)), second);
     // Other questions are another metric.
     fs::write(desk.path().join("probe.jsonl"), row.replace("1 + 1", "2 + 2")).unwrap();

@@ -2,6 +2,7 @@
 //! everything.
 
 mod card;
+mod claim;
 mod curve;
 mod full;
 mod manifest;
@@ -20,13 +21,16 @@ use tunesmith_crds::{
 use tunesmith_engine::LazyTensor;
 
 pub(crate) use self::full::{ModelFiles, files as full_model};
-pub use self::manifest::{MANIFEST, Manifest};
+pub use self::{
+    claim::{CLAIM, Claim},
+    manifest::{MANIFEST, Manifest},
+};
 use crate::{
+    data::template::TOOL_TEMPLATE,
     digest,
     model::copied_in,
     store::{Created, Location, StoreError},
     tensors::TensorFile,
-    data::template::TOOL_TEMPLATE,
     train::{History, lora_of},
 };
 
@@ -60,16 +64,13 @@ pub enum PublishError {
     Store(#[from] StoreError),
     /// The version is another run's.
     #[error(
-        "version conflict: {uri} was already published from other inputs ({found}, this run has {expected}); \
-         nothing was overwritten. Use another output.adapterName, or another output.uri"
+        "version conflict: {uri} belongs to {owner}; nothing was overwritten, and another try takes the next number"
     )]
-    Conflict {
+    Taken {
         /// Folder of the version.
         uri: Box<Uri>,
-        /// Input digest of what is there.
-        found: String,
-        /// Input digest of this run.
-        expected: String,
+        /// The other run.
+        owner: String,
     },
     /// The manifest that is there can't be read.
     #[error("{uri} is no manifest of this release: {problem}; move it away, or use another output.adapterName")]
@@ -101,7 +102,8 @@ impl PublishError {
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Store(error) => error.exit_code(),
-            Self::Conflict { .. } | Self::Manifest { .. } => exit_code::BAD_SPEC,
+            Self::Taken { .. } => exit_code::VERSION_TAKEN,
+            Self::Manifest { .. } => exit_code::BAD_SPEC,
             Self::ZeroAdapter | Self::Config(_) => exit_code::BAD_INPUT,
             Self::ReadBack { .. } => exit_code::STORAGE,
         }
@@ -141,10 +143,9 @@ pub fn published(folder: &Location, input_digest: &str) -> Result<Option<TrainRe
         Manifest::parse(&bytes).map_err(|problem| PublishError::Manifest { uri: object.uri().clone(), problem })?;
     match manifest.source.input_digest == input_digest {
         true => Ok(Some(manifest.report(folder.uri(), &bytes))),
-        false => Err(PublishError::Conflict {
+        false => Err(PublishError::Taken {
             uri: Box::new(folder.uri().clone()),
-            found: manifest.source.input_digest,
-            expected: input_digest.to_owned(),
+            owner: format!("run {} of {}, with other inputs", manifest.source.run, manifest.source.job),
         }),
     }
 }
@@ -156,6 +157,11 @@ pub fn published(folder: &Location, input_digest: &str) -> Result<Option<TrainRe
 pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, PublishError> {
     if lora_of(trained.method).is_some() && peft::is_zero(&trained.weights) {
         return Err(PublishError::ZeroAdapter);
+    }
+    Claim::of(trained.spec, trained.task).lay(folder)?;
+    // Whoever had published before this claim has none: it was taken away.
+    if let Some(report) = published(folder, &trained.task.input_digest)? {
+        return Ok(report);
     }
     let ModelFiles { shards, others } = files(&trained)?;
     let mut described = Vec::new();
@@ -177,9 +183,7 @@ pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, P
     }
     // Ours, if an answer was lost on the way, or another attempt's: then what counts is what its manifest says.
     let report = published(folder, &trained.task.input_digest)?;
-    let report = report.ok_or_else(|| PublishError::ReadBack { uri: folder.join(MANIFEST).uri().clone() })?;
-    read_back(folder, &report.files)?;
-    Ok(report)
+    report.ok_or_else(|| PublishError::ReadBack { uri: folder.join(MANIFEST).uri().clone() })
 }
 
 /// Every file but the manifest.
@@ -220,10 +224,6 @@ fn files<'a>(trained: &'a Trained<'_>) -> Result<ModelFiles<'a>, PublishError> {
     Ok(ModelFiles { shards, others: files })
 }
 
-/// The files of a base model's folder that come with a whole model made from it, by name and content.
-pub(crate) fn base_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, StoreError> {
-    let names = BASE_FILES.into_iter().map(str::to_owned).chain(copied_in(folder));
-    let files = names.map(|name| Ok(base_file(folder, &name)?.map(|bytes| (name, bytes))));
 /// Puts a chat template in the place of the base model's. One that is not the base model's own goes for tools too.
 pub(crate) fn put_template(files: &mut BTreeMap<String, Vec<u8>>, template: String) {
     let template = template.into_bytes();
@@ -233,6 +233,10 @@ pub(crate) fn put_template(files: &mut BTreeMap<String, Vec<u8>>, template: Stri
     files.insert(CHAT_TEMPLATE.to_owned(), template);
 }
 
+/// The files of a base model's folder that come with a whole model made from it, by name and content.
+pub(crate) fn base_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, StoreError> {
+    let names = BASE_FILES.into_iter().map(str::to_owned).chain(copied_in(folder));
+    let files = names.map(|name| Ok(base_file(folder, &name)?.map(|bytes| (name, bytes))));
     files.filter_map(Result::transpose).collect()
 }
 

@@ -10,7 +10,7 @@ use object_store::{
 use super::{
     Environment, Role,
     listing::KeepKeys,
-    settings::{CA_BUNDLE, Settings, check_aws, check_network, of_role},
+    settings::{CA_BUNDLE, METADATA_DISABLED, Settings, check_aws, check_network, of_role},
 };
 
 /// A client for a bucket.
@@ -96,7 +96,9 @@ fn name_the_culprit(settings: &Settings, bucket: &str) -> Option<String> {
 /// A Secret is made for this program, so what of it does nothing may be a slip of the pen.
 fn warn_of_unknown(settings: &Settings, role: Role) {
     for (name, setting) in settings {
-        let is_known = name == CA_BUNDLE || name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>().is_ok();
+        let is_known = name == CA_BUNDLE
+            || name == METADATA_DISABLED
+            || name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>().is_ok();
         if !is_known && setting.variable.starts_with(role.env_prefix()) {
             tracing::warn!(variable = setting.variable, "no such setting: it is ignored");
         }
@@ -117,6 +119,22 @@ mod tests {
     fn connect_with(variables: &[(&str, &str)]) -> Result<(), String> {
         let all = SOUND.iter().chain(variables).map(|(name, value)| ((*name).into(), (*value).into()));
         connect(&all.collect(), Role::Output, "adapters").map(drop)
+    }
+
+    #[test]
+    fn the_nodes_own_identity_is_used_only_if_that_is_said() {
+        let connect = |variables: &[(&str, &str)]| {
+            let endpoint = ("TUNESMITH_OUTPUT_AWS_ENDPOINT_URL", "http://127.0.0.1:8333");
+            let all =
+                [endpoint].iter().chain(variables).map(|(name, value)| ((*name).into(), (*value).into())).collect();
+            super::connect(&all, Role::Output, "adapters").map(drop)
+        };
+        for silent in [&[][..], &[("AWS_EC2_METADATA_DISABLED", "true")], &[("AWS_SKIP_SIGNATURE", "false")]] {
+            let error = connect(silent).unwrap_err();
+            assert!(error.contains("AWS_EC2_METADATA_DISABLED=false"), "{error}");
+        }
+        connect(&[("AWS_EC2_METADATA_DISABLED", "False")]).unwrap();
+        connect(&[("AWS_SKIP_SIGNATURE", "true")]).unwrap();
     }
 
     #[test]

@@ -51,6 +51,8 @@ const URLS: [&str; 6] = [
 ];
 const REGIONS: [&str; 2] = ["AWS_REGION", "AWS_DEFAULT_REGION"];
 const FILES: [&str; 3] = ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", CA_BUNDLE];
+/// `false` lets the cloud's metadata service say who asks.
+pub(super) const METADATA_DISABLED: &str = "AWS_EC2_METADATA_DISABLED";
 /// A file of certificates to trust besides the system's.
 pub(super) const CA_BUNDLE: &str = "AWS_CA_BUNDLE";
 /// What begins a certificate in PEM.
@@ -102,8 +104,6 @@ pub(super) fn secrets(environment: &Environment) -> Vec<String> {
     environment.iter().filter_map(secret).chain(environment.values().filter_map(password)).collect()
 }
 
-/// A variable's name without a role's prefix.
-fn plain(name: &str) -> &str {
 /// Text without secrets. A short one, such as `e`, is only taken out where it is a whole word.
 pub(super) fn redact(text: &str, secrets: &[String]) -> String {
     let mut secrets: Vec<&String> = secrets.iter().collect();
@@ -128,6 +128,8 @@ fn without(text: &str, secret: &str) -> String {
     shown + &text[end..]
 }
 
+/// A variable's name without a role's prefix.
+fn plain(name: &str) -> &str {
     let roles = [Role::Model, Role::Dataset, Role::Output];
     roles.iter().find_map(|role| name.strip_prefix(role.env_prefix())).unwrap_or(name)
 }
@@ -268,9 +270,17 @@ fn check_identity(settings: &Settings) -> Result<(), String> {
         (Some(set), None) => return Err(format!("{set} is set, but AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE is not")),
         _ => {}
     }
-    match PROFILE.into_iter().find_map(variable) {
-        Some(set) => Err(format!("{set} is not read here: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")),
-        None => Ok(()),
+    if let Some(set) = PROFILE.into_iter().find_map(variable) {
+        return Err(format!("{set} is not read here: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"));
+    }
+    // The client would ask the cloud's metadata service, and be what the node is. Nobody means that by leaving something out.
+    let is_asked = settings.get(METADATA_DISABLED).is_some_and(|setting| setting.value.eq_ignore_ascii_case("false"));
+    match is_asked || variable("AWS_METADATA_ENDPOINT").is_some() {
+        true => Ok(()),
+        false => Err(format!(
+            "nothing says who asks: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_SKIP_SIGNATURE=true for a bucket \
+             that is open to all, or {METADATA_DISABLED}=false to be what the node is"
+        )),
     }
 }
 

@@ -41,7 +41,7 @@ use crate::{
     error::Error,
     inputs::{Inputs, day_of},
     progress::Progress,
-    publish::{Manifest, Trained, publish, published},
+    publish::{Claim, Manifest, Trained, publish, published},
     store::{Role, Stores},
 };
 
@@ -76,6 +76,7 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
         clear(&checkpoints, spec, &report);
         return Ok(Outcome::Trained(report));
     }
+    Claim::of(spec, task).check(&version)?;
 
     context.progress.stage(TrainStage::Loading);
     let day = day_of_run(task, &checkpoints)?;

@@ -29,6 +29,7 @@ use crate::{
     generate::Writer,
     preflight::preflight,
     progress::Progress,
+    publish::Manifest,
     store::{Role, Stores},
     tiny_model,
     verify::verify,
@@ -109,6 +110,7 @@ impl Bench {
             template_date: report.template_date,
             numerics_version: report.numerics_version,
             trainer_image: "registry.example.com/tunesmith/tunesmith-trainer:v0.1.0".into(),
+            cluster: String::new(),
         };
         spec.with_training(method, task)
     }
@@ -235,11 +237,12 @@ fn a_version_comes_with_the_base_models_tokenizer() {
     fs::write(bench.path("model/special_tokens_map.json"), r#"{"eos_token": "<|im_end|>"}"#).unwrap();
     fs::write(bench.path("model/chat_template.jinja"), "{% for m in messages %}{{ m['content'] }}{% endfor %}")
         .unwrap();
-    let report = bench.publish(json!({"maxSteps": 2}), 1);
+    bench.publish(json!({"maxSteps": 2}), 1);
+    let manifest = Manifest::parse(&fs::read(bench.path("adapters/support/v1/manifest.json")).unwrap()).unwrap();
     for name in ["chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"] {
         let read = |folder: &str| fs::read(bench.path(folder).join(name)).unwrap();
         assert_eq!(read("adapters/support/v1"), read("model"), "{name}");
-        assert!(report.files.iter().any(|file| file.path == name), "{name} is not in the manifest");
+        assert!(manifest.files.iter().any(|file| file.path == name), "{name} is not in the manifest");
     }
 }
 
@@ -289,8 +292,38 @@ fn the_same_version_is_published_once_and_never_overwritten() {
     assert_eq!(trained(bench.train(&spec, &Stop::default()).unwrap()), first);
     let other = bench.checked(json!({"seed": 7}), 1);
     let error = bench.train(&other, &Stop::default()).unwrap_err();
-    assert_eq!(error.exit_code(), exit_code::BAD_SPEC);
-    assert!(error.to_string().contains("version conflict"), "{error}");
+    assert_eq!(error.exit_code(), exit_code::VERSION_TAKEN);
+    assert!(
+        error.to_string().contains("version conflict") && error.to_string().contains("run 1 of support"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_version_that_another_run_has_claimed_is_left_alone() {
+    let bench = Bench::new();
+    let spec = bench.checked(json!({}), 1);
+    let mut other = spec.clone();
+    (other.job.namespace, other.job.uid) = ("staging".into(), "1".into());
+    other.train.as_mut().unwrap().cluster = "west".into();
+    let version = bench.path("adapters/support/v1");
+    trained(bench.train(&other, &Stop::default()).unwrap());
+    // The other run is in the middle of its writing.
+    fs::remove_file(version.join("manifest.json")).unwrap();
+    fs::write(version.join("adapter_model.safetensors"), b"half").unwrap();
+    assert_eq!(
+        bench.with_context(&Stop::default(), |context| {
+            preflight(&bench.spec(json!({})), context).unwrap().report.highest_version
+        }),
+        1
+    );
+    let error = bench.train(&spec, &Stop::default()).unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::VERSION_TAKEN);
+    assert!(error.to_string().contains("run 1 of staging/support in cluster west"), "{error}");
+    assert_eq!(bench.weights(1), b"half");
+    // Its own next attempt makes it good.
+    trained(bench.train(&other, &Stop::default()).unwrap());
+    assert_ne!(bench.weights(1), b"half");
 }
 
 #[test]
@@ -301,7 +334,7 @@ fn a_crash_before_the_manifest_leaves_nothing_visible_and_is_made_good() {
     let version = bench.path("adapters/support/v1");
     fs::remove_file(version.join("manifest.json")).unwrap();
     fs::write(version.join("adapter_model.safetensors"), b"half").unwrap();
-    assert_eq!(trained(bench.train(&spec, &Stop::default()).unwrap()).files.len(), first.files.len());
+    assert_eq!(trained(bench.train(&spec, &Stop::default()).unwrap()).file_count, first.file_count);
     assert_ne!(bench.weights(1), b"half");
 }
 
@@ -365,9 +398,10 @@ fn a_damaged_or_missing_file_fails_verification() {
     let artifact = Artifact {
         kind: tunesmith_crds::adapter_version::ArtifactType::LoraAdapter,
         uri: report.uri.clone(),
+        manifest_uri: report.uri.join("manifest.json"),
         manifest_digest: report.manifest_digest,
-        size_bytes: report.files.iter().map(|file| file.size).sum(),
-        files: report.files,
+        file_count: report.file_count,
+        size_bytes: report.size_bytes,
         secret_ref: None,
         service_account_name: None,
     };

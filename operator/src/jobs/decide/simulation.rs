@@ -9,7 +9,7 @@ use tunesmith_crds::{AdapterVersionPhase, FineTuneRunStatus, names};
 
 use super::*;
 use crate::{
-    fixtures::{at, ended, failed, image, job, observed, passed, trained, trainer_job, version},
+    fixtures::{at, ended, failed, job, observed, passed, trained, trainer_defaults, trainer_job, version},
     jobs::status::status,
     runs::{
         Work, active,
@@ -61,7 +61,7 @@ struct Turn {
 fn turns() -> impl Strategy<Value = Vec<Turn>> {
     let event = prop_oneof![
         2 => Just(Event::Wait),
-        6 => (0..8_u8).prop_map(Event::End),
+        6 => (0..9_u8).prop_map(Event::End),
         2 => (0..5_u8).prop_map(Event::Advance),
         4 => Just(Event::Collect),
         1 => Just(Event::Forget),
@@ -176,7 +176,8 @@ impl World {
                 (3, _) => failed("crashed"),
                 (4, _) => Cause::Disrupted { message: "preempted".into() },
                 (5, _) => Cause::InputsChanged { message: "other data".into() },
-                (6, _) => Cause::StoreUnavailable { message: "no answer".into() },
+                (6, Stage::Train) => Cause::VersionTaken { message: "another run has it".into() },
+                (6 | 7, _) => Cause::StoreUnavailable { message: "no answer".into() },
                 _ => Cause::Final { message: "bad data".into() },
             };
             let mut over = ended(job.clone(), cause);
@@ -254,7 +255,7 @@ impl World {
             }
             self.created += 1;
             let created = self.created;
-            let run = new_run(&self.observed.job, number, trigger, &image());
+            let run = new_run(&self.observed.job, number, trigger, &trainer_defaults());
             self.observed.runs.entry(number).or_insert_with(|| {
                 let mut fresh = crate::fixtures::run(&self.observed.job, number);
                 fresh.object.uid = format!("uid-run-{created}");

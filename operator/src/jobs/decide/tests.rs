@@ -20,6 +20,7 @@ use crate::{
     runs::{
         Work,
         decide::{Step, digest_of},
+        settle::refused,
     },
     workload::{Cause, JobState, Pods, Stage},
 };
@@ -449,6 +450,42 @@ fn inputs_that_changed_since_they_were_checked_are_checked_again() {
     assert_eq!(steps(&decision), [Step::CreateCheck]);
     let record = &advance_of(&decision).record;
     assert_eq!((&record.settled, &record.preflight, record.last_attempt, record.failures), (&None, &None, 1, 0));
+    assert_eq!(
+        record.check.as_ref().map(|check| (check.number, check.cause)),
+        Some((2, None)),
+        "the old report is old"
+    );
+}
+
+#[test]
+fn a_version_that_another_run_has_claimed_makes_the_next_one_of_what_is_trained() {
+    let taken = Cause::VersionTaken { message: "s3://adapters/support/v1 belongs to run 1 of dev/support".into() };
+    let mut observed = observed_checked(job(json!({"backoffLimit": 0})), |run| {
+        settle(run, 1, "sha256:x");
+        attempt_ended(run, taken);
+    });
+    let decision = check(&observed, Phase::Preflight, reason::PREFLIGHT);
+    assert_eq!(steps(&decision), [Step::CreateCheck]);
+    let run = observed.runs.get_mut(&1).unwrap();
+    run.record = advance_of(&decision).record.clone();
+    check_ended(run, passed());
+    run.record.preflight.as_mut().unwrap().highest_version = 1;
+    let decision = check(&observed, Phase::Starting, reason::STARTING);
+    let record = &advance_of(&decision).record;
+    assert_eq!((record.settled.as_ref().unwrap().version, record.last_attempt, record.failures), (2, 2, 0));
+    assert_eq!(record.attempts[0].cause, Some(Kind::VersionTaken));
+}
+
+#[test]
+fn what_the_api_server_will_never_take_ends_the_run() {
+    let mut observed = observed_checked(plain(), |_| {});
+    let begun = decide(&observed, at(1000));
+    let run = observed.runs.get_mut(&1).unwrap();
+    run.record = advance_of(&begun).record.clone();
+    run.record = refused(run, "Job j-1-1 was refused: cpu: Invalid value", at(1001));
+    let decision = check(&observed, Phase::Failed, reason::TRAINING_FAILED);
+    assert_eq!((steps(&decision).len(), decision.state.message.contains("Invalid value")), (0, true));
+    assert!(advance_of(&decision).record.is_done());
 }
 
 #[test]

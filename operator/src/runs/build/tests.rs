@@ -7,7 +7,7 @@ use super::*;
 use std::sync::Arc;
 
 use crate::{
-    fixtures::{class, cpu, image, job, observed_checked, observed_published, preflight_report},
+    fixtures::{class, cpu, job, observed_checked, observed_published, preflight_report, trainer_defaults},
     plan::{Devices, Offers},
     runs::decide::advance,
 };
@@ -50,7 +50,8 @@ fn first_attempt(job: &FineTuneJob, offers: &Offers) -> (ConfigMap, Job) {
 fn built(observed: &crate::jobs::observed::Observed) -> (ConfigMap, Job) {
     let run = &observed.runs[&1];
     let advance = advance(run, observed, crate::fixtures::at(10_000));
-    let changes = advance.steps.iter().flat_map(|step| build(step, &observed.job, run, &advance.record, &image()));
+    let changes =
+        advance.steps.iter().flat_map(|step| build(step, &observed.job, run, &advance.record, &trainer_defaults()));
     let [Change::CreateConfigMap(input), Change::CreateJob(job)] = &changes.collect::<Vec<_>>()[..] else { panic!() };
     ((**input).clone(), (**job).clone())
 }
@@ -240,12 +241,37 @@ fn a_run_keeps_its_image_and_the_spec_that_it_serves() {
     assert_eq!(pod.containers[0].image.as_deref(), Some("trainer:0"));
 }
 
+#[test]
+fn attempts_run_the_very_image_that_checked() {
+    for (image, ran, pinned) in [
+        ("reg.io:5000/t/trainer:0", Some("reg.io:5000/t/trainer@sha256:1"), "reg.io:5000/t/trainer@sha256:1"),
+        ("reg.io/trainer:0", Some("docker-pullable://reg.io/trainer@sha256:1"), "reg.io/trainer@sha256:1"),
+        ("trainer:0", Some("docker.io/library/trainer@sha256:1"), "trainer@sha256:1"),
+        ("reg.io/trainer@sha256:1", Some("reg.io/trainer@sha256:1"), "reg.io/trainer@sha256:1"),
+        // Loaded into the node's store, or pulled from elsewhere: no registry has it by this name.
+        ("trainer:0", Some("sha256:1"), "trainer:0"),
+        ("trainer:0", Some("docker.io/library/import-2026-11-28@sha256:1"), "trainer:0"),
+        ("trainer:0", None, "trainer:0"),
+    ] {
+        let observed = observed_checked(job(json!({})), |run| {
+            run.spec.image = image.into();
+            run.record.check.as_mut().unwrap().image_id = ran.map(Into::into);
+        });
+        let (input, built) = built(&observed);
+        let pod = built.spec.unwrap().template.spec.unwrap();
+        assert_eq!(pod.containers[0].image.as_deref(), Some(pinned));
+        let spec: RunSpec = serde_json::from_str(&input.data.unwrap()[RUN_SPEC_KEY]).unwrap();
+        assert_eq!(spec.train.unwrap().trainer_image, pinned, "on record with the version");
+    }
+}
+
 /// The AdapterVersion of a run that has published.
 fn recorded(job: FineTuneJob, change: impl FnOnce(&mut crate::jobs::observed::Observed)) -> AdapterVersion {
     let mut observed = observed_published(job);
     change(&mut observed);
     let run = &observed.runs[&1];
-    let [Change::CreateVersion(built)] = &build(&Step::CreateVersion, &observed.job, run, &run.record, &image())[..]
+    let [Change::CreateVersion(built)] =
+        &build(&Step::CreateVersion, &observed.job, run, &run.record, &trainer_defaults())[..]
     else {
         panic!()
     };
