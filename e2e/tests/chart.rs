@@ -85,17 +85,66 @@ fn crds_are_kept_when_the_chart_goes_and_can_be_left_out() -> Result<()> {
 
 #[test]
 fn the_default_classes_give_full_four_a100s_and_lora_one_consumer_gpu() -> Result<()> {
-    let objects = template(&[])?;
-    let classes = find(&objects, "GpuClass");
-    let offers = |name: &str| {
-        let class = classes.iter().find(|class| class["metadata"]["name"] == name);
-        class.map(|class| class["spec"]["methods"].to_string()).with_context(|| format!("no class {name}"))
+    let classes = |flags: &[&str]| -> Result<Value> {
+        let objects = template(flags)?;
+        let file = objects.iter().find_map(|object| object["data"]["gpu-classes.yaml"].as_str()).context("no file")?;
+        Ok(serde_saphyr::from_str(file)?)
+    };
+    let defaults = classes(&[])?;
+    let offers = |name: &str| -> Result<String> {
+        Ok(defaults.get(name).with_context(|| format!("no class {name}"))?["methods"].to_string())
     };
     assert_eq!(offers("a100-80gb")?, r#"[{"gpus":4,"method":"Full"}]"#);
     assert_eq!(offers("consumer-24gb")?, r#"[{"gpus":1,"method":"LoRA"},{"gpus":1,"method":"QLoRA"}]"#);
     let cpu = ["Full", "LoRA", "QLoRA"].map(|method| format!(r#"{{"gpus":0,"method":"{method}"}}"#));
     assert_eq!(offers("cpu")?, format!("[{}]", cpu.join(",")));
-    assert_eq!(find(&template(&["--set", "gpuClasses.cpu=null"])?, "GpuClass").len(), 2);
+    assert_eq!(classes(&["--set", "gpuClasses.cpu=null"])?.as_object().map(|classes| classes.len()), Some(2));
+    let none = ["cpu", "a100-80gb", "consumer-24gb"].map(|name| format!("gpuClasses.{name}=null")).join(",");
+    assert_eq!(classes(&["--set", &none])?, Value::Null);
+    Ok(())
+}
+
+/// The resources about which a role's rules are.
+fn resources(role: &Value) -> Vec<String> {
+    let rules = role["rules"].as_array().into_iter().flatten();
+    let lists = rules.flat_map(|rule| rule["resources"].as_array().cloned().unwrap_or_default());
+    lists.filter_map(|resource| Some(resource.as_str()?.to_owned())).collect()
+}
+
+#[test]
+fn listed_namespaces_are_all_that_the_operator_is_let_into() -> Result<()> {
+    let name = "tunesmith-operator";
+    let of_operator = |objects: &[Value], kind: &str| -> Vec<Value> {
+        let own = find(objects, kind).into_iter().filter(|object| object["metadata"]["name"] == name);
+        own.cloned().collect()
+    };
+    let objects = template(&["--set", "watchNamespaces={red,blue}"])?;
+    assert_eq!(resources(&of_operator(&objects, "ClusterRole")[0]), ["gpuclasses", "nodes"]);
+    for kind in ["Role", "RoleBinding"] {
+        let places: Vec<_> =
+            of_operator(&objects, kind).into_iter().map(|role| role["metadata"]["namespace"].clone()).collect();
+        assert_eq!(places, ["red", "blue"]);
+    }
+    let env = find(&objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["env"].to_string();
+    assert!(env.contains(r#"{"name":"WATCH_NAMESPACES","value":"red,blue"}"#), "{env}");
+
+    let everywhere = template(&[])?;
+    assert!(of_operator(&everywhere, "Role").is_empty());
+    let mut cluster_wide = resources(&of_operator(&everywhere, "ClusterRole")[0]);
+    let mut both =
+        [resources(&of_operator(&objects, "ClusterRole")[0]), resources(&of_operator(&objects, "Role")[0])].concat();
+    (cluster_wide.sort(), both.sort());
+    assert_eq!(cluster_wide, both);
+    Ok(())
+}
+
+#[test]
+fn trainer_pods_of_named_namespaces_get_a_network_policy() -> Result<()> {
+    assert!(find(&template(&[])?, "NetworkPolicy").is_empty());
+    let objects = template(&["--set", "networkPolicy.namespaces={red}"])?;
+    let policy = find(&objects, "NetworkPolicy")[0];
+    assert_eq!(policy["metadata"]["namespace"], "red");
+    assert!(policy["spec"]["egress"].to_string().contains("169.254.169.254/32"));
     Ok(())
 }
 
@@ -123,6 +172,7 @@ fn wrong_values_are_refused_by_name() {
         (["--set", "operatr.image=x"], "operatr"),
         (["--set", "trainer.imagePullPolicy=Sometimes"], "imagePullPolicy"),
         (["--set", "trainer.devices={tpu}"], "devices"),
+        (["--set", "watchNamespaces={Red}"], "watchNamespaces"),
         (["--set", "gpuClasses.mine.methods[0].method=Auto"], "method"),
     ] {
         let error = template(&flags).expect_err(name).to_string();
