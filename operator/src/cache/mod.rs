@@ -34,7 +34,7 @@ use tunesmith_crds::{
     names::{self, ADAPTER_LABEL, JOB_LABEL},
 };
 
-use self::index::Index;
+pub use self::index::Index;
 use crate::{context::Context, runs::Run};
 
 /// An object as it was read, or why it can't be.
@@ -222,7 +222,7 @@ impl Adapters {
 }
 
 /// An index, and the stream that fills it and tells what has changed.
-fn watch<K>(
+pub fn watch<K>(
     objects: Api<K>,
     config: watcher::Config,
     keys: fn(&K) -> Vec<String>,
@@ -249,14 +249,17 @@ where
     (index, events)
 }
 
-/// The jobs to reconcile after what a watch has seen. Its errors are logged: it goes on by itself.
-fn touched<K>(
+/// The objects to reconcile after what a watch has seen. Its errors are logged: it goes on by itself.
+pub fn touched<K, T: Resource + 'static>(
     events: impl Stream<Item = watcher::Result<Arc<K>>> + Send + 'static,
-    job_of: impl Fn(Arc<K>) -> Option<ObjectRef<Guarded<FineTuneJob>>> + Send + 'static,
-) -> impl Stream<Item = ObjectRef<Guarded<FineTuneJob>>> + Send + 'static {
+    object_of: impl Fn(Arc<K>) -> Option<ObjectRef<T>> + Send + 'static,
+) -> impl Stream<Item = ObjectRef<T>> + Send + 'static
+where
+    T::DynamicType: Send,
+{
     events.filter_map(move |event| {
         let job = match event {
-            Ok(object) => job_of(object),
+            Ok(object) => object_of(object),
             Err(error) => {
                 tracing::warn!(%error, "a watch failed");
                 None
@@ -305,7 +308,8 @@ fn no_keys<K>(_: &K) -> Vec<String> {
     Vec::new()
 }
 
-fn owners<K: Resource>(object: &K) -> Vec<String> {
+/// The UIDs of an object's owners.
+pub fn owners<K: Resource>(object: &K) -> Vec<String> {
     object.owner_references().iter().map(|owner| owner.uid.clone()).collect()
 }
 

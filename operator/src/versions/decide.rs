@@ -140,6 +140,11 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
     Decision { steps, state }
 }
 
+/// Whether the status holds a verdict.
+pub fn is_settled(version: &AdapterVersion) -> bool {
+    settled(version).is_some()
+}
+
 /// The verdict that the status holds already.
 fn settled(version: &AdapterVersion) -> Option<State> {
     let status = version.status.as_ref()?;

@@ -14,17 +14,18 @@ use kube::{
     runtime::{
         Controller,
         controller::{self, Action},
+        reflector::ObjectRef,
         watcher,
     },
 };
 use serde_json::json;
 use tunesmith_crds::{AdapterVersion, conditions::reason, names::STAGE_LABEL};
 
-use self::decide::{Observed, Step, decide};
+use self::decide::{Observed, Step, decide, is_settled};
 use crate::{
     admission,
     apply::{ApplyError, Change, apply, apply_status},
-    cache::Guarded,
+    cache::{Guarded, Index, owners, touched, watch},
     conditions::stalled,
     context::{Context, Outcome, Stop, log_failure, words_of},
     labels::OPERATOR,
@@ -67,35 +68,61 @@ impl Outcome for Error {
     }
 }
 
+/// The operator's means, and the Jobs that verify.
+struct Reconciler {
+    context: Arc<Context>,
+    jobs: Arc<Index<Job>>,
+}
+
 /// Runs the controller until `stop`.
 pub async fn run(context: Arc<Context>, stop: Stop) {
     let verifications = watcher::Config::default().labels(&format!("{STAGE_LABEL}={}", Stage::Verify.name()));
+    let (jobs, events) = watch(context.api(), verifications, owners::<Job>, trim_job);
+    let at_once = context.at_once;
+    let reconciler = Arc::new(Reconciler { context: context.clone(), jobs });
     Controller::new(context.api::<Guarded<AdapterVersion>>(), watcher::Config::default())
-        .owns(context.api::<Job>(), verifications)
-        .with_config(controller::Config::default().concurrency(context.at_once))
+        .reconcile_on(touched(events, |job| owner_of(&*job)))
+        .with_config(controller::Config::default().concurrency(at_once))
         .graceful_shutdown_on(stop)
-        .run(reconcile, retry, context)
+        .run(reconcile, retry, reconciler)
         .for_each(|result| log_failure(NAME, result))
         .await;
 }
 
-async fn reconcile(version: Arc<Guarded<AdapterVersion>>, context: Arc<Context>) -> Result<Action, Error> {
+/// The version that a Job verifies.
+fn owner_of(job: &Job) -> Option<ObjectRef<Guarded<AdapterVersion>>> {
+    let owner = job.owner_references().iter().find(|owner| owner.kind == AdapterVersion::kind(&()))?;
+    Some(ObjectRef::new(&owner.name).within(&job.namespace()?))
+}
+
+/// Only that it is there, and whose it is, counts.
+fn trim_job(job: &mut Job) {
+    (job.spec, job.status) = (None, None);
+}
+
+async fn reconcile(version: Arc<Guarded<AdapterVersion>>, reconciler: Arc<Reconciler>) -> Result<Action, Error> {
+    let Reconciler { context, jobs } = &*reconciler;
+    // Of thousands of versions, most have their verdict, and nothing is left to be done.
+    let uid = version.meta().uid.as_deref().unwrap_or_default();
+    if version.0.as_ref().is_ok_and(is_settled) && jobs.with_key(uid).is_empty() {
+        return Ok(Action::await_change());
+    }
     let _timer = context.metrics.time(NAME);
     let result = match &version.0 {
         Ok(readable) => {
-            let caught = AssertUnwindSafe(reconcile_once(readable, &context)).catch_unwind().await;
+            let caught = AssertUnwindSafe(reconcile_once(readable, context)).catch_unwind().await;
             match caught {
                 Ok(result) => result,
                 Err(panic) => {
                     let error = Error::Internal(words_of(&*panic));
-                    stall(&version, &error.to_string(), &context).await?;
+                    stall(&version, &error.to_string(), context).await?;
                     Err(error)
                 }
             }
         }
         Err(invalid) => {
             let words = format!("it can't be read: {invalid}; delete it");
-            stall(&version, &words, &context).await.map(|()| Action::await_change())
+            stall(&version, &words, context).await.map(|()| Action::await_change())
         }
     };
     context.metrics.count(NAME, result.as_ref().map_or_else(Outcome::label, |_| "ok"));
@@ -173,6 +200,6 @@ async fn observe(version: &AdapterVersion, context: &Context) -> Result<Option<O
     Ok(Some(Observed { version, job, refusal }))
 }
 
-fn retry(version: Arc<Guarded<AdapterVersion>>, _: &Error, context: Arc<Context>) -> Action {
-    Action::requeue(context.backoff.next(&*version))
+fn retry(version: Arc<Guarded<AdapterVersion>>, _: &Error, reconciler: Arc<Reconciler>) -> Action {
+    Action::requeue(reconciler.context.backoff.next(&*version))
 }
