@@ -81,7 +81,7 @@ pub async fn run(context: Arc<Context>, stop: Stop) {
     let at_once = context.at_once;
     let reconciler = Arc::new(Reconciler { context: context.clone(), jobs });
     Controller::new(context.api::<Guarded<AdapterVersion>>(), watcher::Config::default())
-        .reconcile_on(touched(events, |job| owner_of(&*job)))
+        .reconcile_on(touched(events, |job| owner_of(&job)))
         .with_config(controller::Config::default().concurrency(at_once))
         .graceful_shutdown_on(stop)
         .run(reconcile, retry, reconciler)
