@@ -9,10 +9,10 @@ DEMO_FLAGS := --kubeconfig $(KUBECONFIG)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit e2e generate oracle bench fuzz down rust
+.PHONY: help demo test lint unit e2e generate oracle bench bench-operator fuzz down rust
 
 help: ## Show this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # Every cargo command selects the whole workspace, so that features are resolved and dependencies built once.
 # The demo and the tests share one build, of the dev profile: it optimises what computes, and nothing else.
@@ -42,6 +42,12 @@ oracle: rust ## Compare with transformers and PEFT (installs PyTorch, 6 GB)
 
 bench: rust ## Speed and memory, beside PEFT where Python has it
 	$(CARGO) bench --package tunesmith-engine --bench trainer
+
+# The operator is built alone, as its image has it: by the release profile, with its own features only.
+bench-operator: rust ## The operator with 10,000 jobs: memory, requests, latency, fail-over
+	$(CARGO) build --release --package tunesmith-operator
+	$(CARGO) build --workspace --bins
+	$(PROGRAMS)/debug/bench_operator
 
 FUZZ_SECONDS ?= 60
 fuzz: rust ## Feed damaged files to all that reads files (installs cargo-fuzz; FUZZ_SECONDS=60 a target)

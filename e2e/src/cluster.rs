@@ -10,6 +10,7 @@ use kube::api::{Api, Patch, PatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::json;
 
+use crate::control_plane::ExtraFlags;
 use crate::images::{self, Image, Images};
 use crate::paths::cache;
 use crate::s3::{self, S3};
@@ -77,6 +78,24 @@ impl Cluster {
         Ok(())
     }
 
+    /// Brings up an API server with etcd and the controller manager, anew, and nothing else: no node, no scheduler, no S3.
+    /// `extra` may write files that its flags name.
+    pub(crate) fn up_without_nodes(&self, extra: impl FnOnce(&Site) -> Result<ExtraFlags>) -> Result<()> {
+        let site = &self.site;
+        let step = Step::start(format!("cluster {}, without nodes", site.name));
+        require_root()?;
+        site.tools.require_installed()?;
+        let _lock = self.lock()?;
+        self.remove_all()?;
+        site.network.create()?;
+        site.create_folders()?;
+        pki::create(site)?;
+        let extra = extra(site)?;
+        control_plane::start_without_scheduler(site, extra)?;
+        step.done();
+        Ok(())
+    }
+
     /// Removes all that the cluster is made of, its data too, and nothing else.
     pub fn down(&self) -> Result<()> {
         let site = &self.site;
@@ -87,11 +106,24 @@ impl Cluster {
             step.skipped("it is not up");
             return Ok(());
         }
-        teardown::end_processes(site)?;
-        teardown::remove_traces(site)?;
-        fs::remove_dir_all(&site.folder).with_context(|| format!("cannot remove {}", site.folder.display()))?;
+        self.remove_all()?;
         step.done();
         Ok(())
+    }
+
+    fn remove_all(&self) -> Result<()> {
+        let site = &self.site;
+        teardown::end_processes(site)?;
+        teardown::remove_traces(site)?;
+        if site.folder.exists() {
+            fs::remove_dir_all(&site.folder).with_context(|| format!("cannot remove {}", site.folder.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Where its things lie.
+    pub(crate) fn site(&self) -> &Site {
+        &self.site
     }
 
     /// The daemons that were started, each with its pid while it runs.

@@ -11,14 +11,27 @@ use crate::site::Site;
 
 const READY: Duration = Duration::from_secs(90);
 
+/// Flags beyond those that every cluster has.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ExtraFlags {
+    pub(crate) api_server: Vec<String>,
+    pub(crate) controller_manager: Vec<String>,
+}
+
 /// Starts the control plane and waits until the API server answers.
 pub(crate) fn start(site: &Site) -> Result<()> {
+    start_without_scheduler(site, ExtraFlags::default())?;
+    scheduler(site).start(site)?;
+    Ok(())
+}
+
+/// [`start`] for a cluster whose pods somebody else gives to nodes.
+pub(crate) fn start_without_scheduler(site: &Site, extra: ExtraFlags) -> Result<()> {
     etcd(site).start(site)?;
-    let api_server = api_server(site);
+    let api_server = api_server(site, extra.api_server);
     api_server.start(site)?;
     api_server.wait(site, READY, || succeeds(kubectl(site).args(["get", "--raw=/readyz"])))?;
-    controller_manager(site).start(site)?;
-    scheduler(site).start(site)?;
+    controller_manager(site, extra.controller_manager).start(site)?;
     Ok(())
 }
 
@@ -44,7 +57,7 @@ fn etcd(site: &Site) -> Daemon {
     Daemon::new(site, "etcd", arguments)
 }
 
-fn api_server(site: &Site) -> Daemon {
+fn api_server(site: &Site, extra: Vec<String>) -> Daemon {
     let pki = |name: &str| site.pki(name).display().to_string();
     let arguments = [
         format!("--advertise-address={}", site.network.node_ip()),
@@ -63,10 +76,10 @@ fn api_server(site: &Site) -> Daemon {
         format!("--service-account-key-file={}", pki("service-accounts.pub")),
         format!("--service-account-signing-key-file={}", pki("service-accounts.key")),
     ];
-    Daemon::new(site, "kube-apiserver", arguments)
+    Daemon::new(site, "kube-apiserver", arguments.into_iter().chain(extra))
 }
 
-fn controller_manager(site: &Site) -> Daemon {
+fn controller_manager(site: &Site, extra: Vec<String>) -> Daemon {
     let pki = |name: &str| site.pki(name).display().to_string();
     let arguments = [
         format!("--kubeconfig={}", pki("kube-controller-manager.kubeconfig")),
@@ -76,7 +89,7 @@ fn controller_manager(site: &Site) -> Daemon {
         "--bind-address=127.0.0.1".into(),
         "--leader-elect=false".into(),
     ];
-    Daemon::new(site, "kube-controller-manager", arguments)
+    Daemon::new(site, "kube-controller-manager", arguments.into_iter().chain(extra))
 }
 
 fn scheduler(site: &Site) -> Daemon {

@@ -14,6 +14,7 @@ mod images;
 pub mod model;
 mod network;
 mod node;
+pub mod operator_bench;
 mod paths;
 mod pki;
 mod s3;

@@ -8,12 +8,16 @@
 //! 198.18.0.0/15 is reserved for benchmarks (RFC 2544), so no real network is hidden; each cluster takes one /19 of it.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::io;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::command::{run, succeeds};
 
@@ -67,6 +71,17 @@ impl Network {
     /// The addresses of pods.
     pub(crate) fn pod_cidr(&self) -> String {
         format!("{}/24", self.address(16 << 8))
+    }
+
+    /// The addresses of pods that have no network of their own, of [`Network::take_pod_addresses`].
+    pub(crate) fn pod_address(&self, number: u16) -> Ipv4Addr {
+        self.address((16 << 8) + u32::from(number % 4096))
+    }
+
+    /// Makes the namespace itself answer at all 4,096 addresses from that of the pods on: for pods that are only played.
+    pub(crate) fn take_pod_addresses(&self) -> Result<()> {
+        let range = format!("{}/20", self.pod_address(0));
+        run(ip().args(["-netns", &self.namespace, "route", "replace", "local", &range, "dev", "lo"])).map(drop)
     }
 
     /// All the addresses that the host must route into the cluster.
@@ -127,6 +142,28 @@ impl Network {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.namespace_file().display())).arg("--").arg(program.as_ref());
         command
+    }
+
+    /// Listens inside the namespace, from a process that is outside.
+    pub(crate) fn listen(&self, port: u16) -> Result<TcpListener> {
+        let listening = self.inside(move || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)));
+        listening.with_context(|| format!("cannot listen on port {port} of the cluster"))
+    }
+
+    /// Connects to a port of the namespace's own loopback, from a process that is outside.
+    pub(crate) fn connect(&self, port: u16) -> Result<TcpStream> {
+        let connected = self.inside(move || TcpStream::connect((Ipv4Addr::LOCALHOST, port)));
+        connected.with_context(|| format!("cannot connect to port {port} of the cluster"))
+    }
+
+    /// Makes a socket inside the namespace. It stays there; the thread that went there ends.
+    fn inside<S: Send + 'static>(&self, make: impl FnOnce() -> io::Result<S> + Send + 'static) -> Result<S> {
+        let namespace = fs::File::open(self.namespace_file()).context("the cluster's network is not there")?;
+        let made = thread::spawn(move || {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            make()
+        });
+        Ok(made.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))?)
     }
 
     /// The processes in the namespace. Those in pods have namespaces of their own and are not among them.
