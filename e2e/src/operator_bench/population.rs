@@ -165,6 +165,9 @@ pub(crate) async fn originals(client: &Client, jobs: &Jobs) -> Result<Originals>
     Ok(Originals { finished: of(&done, false).await?, active: of(&trains, true).await? })
 }
 
+/// Originals, the namespace of their copies, and what is another word there.
+type Copied<'a> = (&'a Vec<Original>, String, Vec<(String, String)>);
+
 /// Fills the cluster up to so many jobs that have ended, and so many that train.
 ///
 /// Tunesmith's own objects go to etcd, byte for byte as they lie there of the originals. Jobs and ConfigMaps go through the API
@@ -178,21 +181,28 @@ pub(crate) async fn fill(
 ) -> Result<()> {
     let ended = (1..finished_jobs).map(|number| (&originals.finished, finished(0), finished(number), number));
     let train = (1..active_jobs).map(|number| (&originals.active, active(0), active(number), number));
-    let mut etcd = Etcd::of(network);
-    let mut others = Vec::new();
-    for (of, old, new, number) in train.chain(ended) {
-        let mut renames = vec![(old.to_owned(), new.clone())];
+    let copies = train.chain(ended).map(|(of, old, new, number)| {
         let kinds = (0_u32..).zip(of.iter());
-        renames.extend(kinds.map(|(kind, original)| (original.uid(), uid(&new, kind))));
-        for original in of {
-            match original.resource.group.as_str() {
-                GROUP => etcd.put(&original.resource, &original.stored(&namespace(number), &renames)?)?,
-                _ => others.push((original, namespace(number), renames.clone())),
+        let uids: Vec<(String, String)> = kinds.map(|(kind, original)| (original.uid(), uid(&new, kind))).collect();
+        (of, namespace(number), [vec![(old, new)], uids].concat())
+    });
+    let copies: Vec<Copied<'_>> = copies.collect();
+    let mut etcd = Etcd::of(network);
+    // Owners first: the garbage collector deletes what has none.
+    for owners in [true, false] {
+        for (of, namespace, renames) in &copies {
+            let wanted =
+                |original: &&Original| original.is_ours() && (original.resource.kind == "FineTuneJob") == owners;
+            for original in of.iter().filter(wanted) {
+                etcd.put(&original.resource, &original.stored(namespace, renames)?)?;
             }
         }
+        etcd.flush()?;
     }
-    etcd.flush()?;
-    // An owner must be there before what it owns.
+    let others = copies.into_iter().flat_map(|(of, namespace, renames)| {
+        let others = of.iter().filter(|original| !original.is_ours());
+        others.map(move |original| (original, namespace.clone(), renames.clone()))
+    });
     let creations = stream::iter(others).map(|(original, namespace, renames)| async move {
         let api = Api::<DynamicObject>::namespaced_with(client.clone(), &namespace, &original.resource);
         api.create(&PostParams::default(), &original.copy(&renames)?)
@@ -208,7 +218,7 @@ pub(crate) async fn fill(
                 *new = job.uid().unwrap_or_default();
             }
         }
-        for record in originals.active.iter().filter(|other| other.resource.group == GROUP) {
+        for record in originals.active.iter().filter(|other| other.is_ours()) {
             etcd.put(&record.resource, &record.stored(&namespace, &renames)?)?;
         }
     }
@@ -243,6 +253,10 @@ impl Original {
 
     fn uid(&self) -> String {
         self.object.uid().unwrap_or_default()
+    }
+
+    fn is_ours(&self) -> bool {
+        self.resource.group == GROUP
     }
 
     fn is_job(&self) -> bool {
