@@ -111,9 +111,10 @@ impl Bench {
             if sum != last {
                 (last, changed) = (sum, Instant::now());
             }
-            // Versions that need nothing may be left alone: then their count stays below, and quiet tells the end.
             let jobs = u64::from(options.finished + options.active);
-            if of("finetunejob") >= jobs && of("adapterversion") >= u64::from(options.finished) {
+            // Versions that have their verdict may be left alone.
+            let versions = of("adapterversion");
+            if of("finetunejob") >= jobs && (versions == 0 || versions >= u64::from(options.finished)) {
                 all.get_or_insert(changed);
             }
             let quiet = changed.duration_since(replica.begun);
