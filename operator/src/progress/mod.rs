@@ -95,6 +95,10 @@ pub async fn run(
         let mut asked = asked.buffer_unordered(AT_ONCE);
         while let Some((uid, pod, said)) = asked.next().await {
             let Some(said) = said else { continue };
+            // Known first: whoever hears of it looks at once.
+            if let Some(known) = live.lock().get_mut(&uid) {
+                known.said = Some(said.clone());
+            }
             if pod.said.as_ref().map(|before| before.stage) != Some(said.stage) {
                 // The receiver lives as long as the controller.
                 let _ = turned.send(pod.job.clone());
@@ -112,7 +116,7 @@ pub async fn run(
                 }
             }
             if let Some(known) = live.lock().get_mut(&uid) {
-                (known.said, known.written) = (Some(said), written);
+                known.written = written;
             }
         }
     }
