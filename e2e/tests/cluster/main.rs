@@ -10,6 +10,7 @@ mod gates;
 mod happy_path;
 mod interruptions;
 mod methods;
+mod policy;
 mod queueing;
 mod tenant;
 mod testbed;
