@@ -17,6 +17,8 @@ pub const RETRY_ANNOTATION: &str = "tunesmith.dev/retry-at";
 /// Port on which a trainer pod serves `/progress`, `/metrics` and `/healthz`.
 pub const TRAINER_PORT: u16 = 8080;
 
+/// Annotation of a trainer pod with its task, which it sees under [`RUN_SPEC_PATH`].
+pub const RUN_SPEC_ANNOTATION: &str = "tunesmith.dev/run";
 /// Where a trainer pod finds its [`crate::RunSpec`].
 pub const RUN_SPEC_PATH: &str = "/etc/tunesmith/run.json";
 /// Where a trainer pod leaves its [`crate::RunReport`]: the kubelet makes it the container's termination message.

@@ -2,10 +2,7 @@
 
 use std::fmt::Debug;
 
-use k8s_openapi::{
-    NamespaceResourceScope,
-    api::{batch::v1::Job, core::v1::ConfigMap},
-};
+use k8s_openapi::{NamespaceResourceScope, api::batch::v1::Job};
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions},
@@ -26,8 +23,6 @@ use crate::{
 pub enum Change {
     /// Create the record of a run.
     CreateRun(Box<FineTuneRun>),
-    /// Create a ConfigMap.
-    CreateConfigMap(Box<ConfigMap>),
     /// Create a Job.
     CreateJob(Box<Job>),
     /// Create an AdapterVersion.
@@ -106,10 +101,6 @@ async fn apply_one(client: &Client, namespace: &str, change: Change) -> Result<O
         Change::CreateRun(object) => {
             let same_job = |there: &FineTuneRun, ours: &FineTuneRun| there.spec.job.uid == ours.spec.job.uid;
             return create(&Api::namespaced(client.clone(), namespace), &*object, same_job).await;
-        }
-        Change::CreateConfigMap(object) => {
-            let same = |there: &ConfigMap, ours: &ConfigMap| same_owner(there, ours) && there.data == ours.data;
-            return create(&Api::namespaced(client.clone(), namespace), &*object, same).await;
         }
         Change::CreateJob(object) => return create(&jobs(), &*object, same_owner).await,
         Change::CreateVersion(object) => {

@@ -11,7 +11,7 @@ pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 /// The operator, as manager of objects and of fields, and as reporter of events.
 pub const OPERATOR: &str = "tunesmith-operator";
 
-/// Labels of a trainer Job, its pods and its ConfigMap; `instance` is the object that it works for.
+/// Labels of a trainer Job and its pods; `instance` is the object that it works for.
 pub fn trainer(instance: &str, stage: Stage) -> BTreeMap<String, String> {
     [
         ("app.kubernetes.io/name", "tunesmith-trainer"),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use futures::{TryStreamExt, pin_mut};
-use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
+use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Status;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
@@ -17,7 +17,7 @@ use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::time::{interval, sleep};
-use tunesmith_crds::names::{JOB_LABEL, STAGE_LABEL};
+use tunesmith_crds::names::{JOB_LABEL, RUN_SPEC_ANNOTATION, STAGE_LABEL};
 
 use super::population::Fate;
 use super::reports;
@@ -116,7 +116,7 @@ impl Kubelets {
             ("train", None) => return Ok(()),
             ("train", Some(length)) => {
                 sleep(length).await;
-                reports::trained(&self.input(pod).await?)
+                reports::trained(&task(pod)?)
             }
             (stage, _) => {
                 sleep(SHORT).await;
@@ -157,16 +157,6 @@ impl Kubelets {
             Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
             Err(error) => Err(error).with_context(|| format!("cannot remove pod {}", pod.name_any())),
         }
-    }
-
-    /// The RunSpec that the pod mounts.
-    async fn input(&self, pod: &Pod) -> Result<Value> {
-        let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
-        let name = volumes.filter_map(|volume| volume.config_map.as_ref()).map(|map| map.name.clone()).next();
-        let maps = Api::<ConfigMap>::namespaced(self.client.clone(), &pod.namespace().unwrap_or_default());
-        let map = maps.get(&name.context("the pod mounts no ConfigMap")?).await?;
-        let text = map.data.and_then(|data| data.into_values().next()).context("the ConfigMap is empty")?;
-        Ok(serde_json::from_str(&text)?)
     }
 
     fn pods(&self, pod: &Pod) -> Api<Pod> {
@@ -242,4 +232,10 @@ fn condition(status: &str) -> Value {
 /// As Kubernetes writes times.
 fn seconds(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+/// What the pod works on.
+fn task(pod: &Pod) -> Result<Value> {
+    let task = pod.annotations().get(RUN_SPEC_ANNOTATION).context("the pod has no task")?;
+    Ok(serde_json::from_str(task)?)
 }

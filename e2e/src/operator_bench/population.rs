@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node};
+use k8s_openapi::api::core::v1::{Namespace, Node};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams, TypeMeta};
 use kube::{Client, Resource, ResourceExt};
@@ -154,7 +154,6 @@ pub(crate) async fn originals(client: &Client, jobs: &Jobs) -> Result<Originals>
         let mut all = vec![Original::read::<FineTuneJob>(client, &namespace, name).await?];
         all.extend(Original::labelled::<FineTuneRun>(client, &namespace, name).await?);
         if goes_on {
-            all.extend(Original::labelled::<ConfigMap>(client, &namespace, name).await?);
             all.extend(Original::labelled::<Job>(client, &namespace, name).await?);
             // The check is over, and its Job was removed by a TTL.
             all.retain(|original| !original.object.name_any().contains("-preflight-"));
@@ -170,8 +169,8 @@ type Copied<'a> = (&'a Vec<Original>, String, Vec<(String, String)>);
 
 /// Fills the cluster up to so many jobs that have ended, and so many that train.
 ///
-/// Tunesmith's own objects go to etcd, byte for byte as they lie there of the originals. Jobs and ConfigMaps go through the API
-/// server, and the Job controller makes the pods.
+/// Tunesmith's own objects go to etcd, byte for byte as they lie there of the originals. Jobs go through the API server, and the Job
+/// controller makes the pods.
 pub(crate) async fn fill(
     client: &Client,
     network: &Network,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::{
     api::{
         batch::v1::{Job, JobSpec},
-        core::v1::{Affinity, ConfigMap, NodeAffinity, NodeSelector, ResourceRequirements},
+        core::v1::{Affinity, NodeAffinity, NodeSelector, ResourceRequirements},
     },
     apimachinery::pkg::{
         api::resource::Quantity,
@@ -31,7 +31,7 @@ use crate::{
     plan::Planned,
     workload::{
         Stage, TrainerDefaults, TrainerPod,
-        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, RUN_SPEC_KEY, check_resources},
+        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, check_resources},
     },
 };
 
@@ -49,12 +49,8 @@ pub fn build(
     let trainer = &TrainerDefaults { image: image_of(run, record), ..trainer.clone() };
     match step {
         Step::CreateCheck => {
-            let Some(check) = &record.check else { return Vec::new() };
-            let name = check_name(run, check.number);
-            vec![
-                Change::CreateConfigMap(Box::new(input(run, &name, Stage::Preflight, &check_spec(run, job)))),
-                Change::CreateJob(Box::new(check_job(job, run, &name, trainer))),
-            ]
+            let check = record.check.iter();
+            check.map(|check| Change::CreateJob(Box::new(check_job(job, run, check.number, trainer)))).collect()
         }
         Step::CreateAttempt(planned) => {
             let (Some(task), Some(attempt)) = (task_spec(job, run, record, trainer), record.attempts.last()) else {
@@ -64,11 +60,7 @@ pub fn build(
                 .spec
                 .active_deadline_seconds
                 .map(|seconds| seconds.saturating_sub(i64::try_from(record.seconds).unwrap_or(i64::MAX)).max(1));
-            let name = attempt_name(run, attempt.number);
-            vec![
-                Change::CreateConfigMap(Box::new(input(run, &name, Stage::Train, &task))),
-                Change::CreateJob(Box::new(training_job(job, run, attempt.number, planned, deadline, trainer))),
-            ]
+            vec![Change::CreateJob(Box::new(training_job(job, run, attempt.number, &task, planned, deadline, trainer)))]
         }
         Step::Admit { name, uid } => vec![Change::Admit { name: name.clone(), uid: uid.clone() }],
         Step::DeleteJob { name, uid } => vec![Change::DeleteJob { name: name.clone(), uid: uid.clone() }],
@@ -131,12 +123,12 @@ pub fn run_name(job: &FineTuneJob, number: u32) -> String {
     format!("{}-{number}", job.name_any())
 }
 
-/// Name of the Job of a try to check, and of the ConfigMap with its input.
+/// Name of the Job of a try to check.
 pub fn check_name(run: &Run, number: u32) -> String {
     format!("{}-preflight-{number}", run.object.name)
 }
 
-/// Name of the Job of an attempt to train, and of the ConfigMap with its input.
+/// Name of the Job of an attempt to train.
 pub fn attempt_name(run: &Run, number: u32) -> String {
     format!("{}-{number}", run.object.name)
 }
@@ -169,14 +161,14 @@ fn task_spec(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus, trainer: 
 }
 
 /// One try, and no other by the Job controller: what became of it is for the record.
-fn check_job(job: &FineTuneJob, run: &Run, name: &str, trainer: &TrainerDefaults) -> Job {
+fn check_job(job: &FineTuneJob, run: &Run, number: u32, trainer: &TrainerDefaults) -> Job {
     let labels = labels_of(run, Stage::Preflight);
     let spec = &run.spec.job_spec;
     let pod = TrainerPod {
         stage: Stage::Preflight,
         trainer,
         labels: labels.clone(),
-        config_map: name.to_owned(),
+        task: json!(check_spec(run, job)).to_string(),
         secrets: secrets(spec),
         claims: spec.claims(),
         service_account_name: spec.output.service_account_name.as_deref(),
@@ -189,7 +181,7 @@ fn check_job(job: &FineTuneJob, run: &Run, name: &str, trainer: &TrainerDefaults
         deadline: None,
     };
     Job {
-        metadata: metadata(run, name, labels),
+        metadata: metadata(run, &check_name(run, number), labels),
         spec: Some(JobSpec {
             backoff_limit: Some(0),
             pod_replacement_policy: Some("Failed".into()),
@@ -205,6 +197,7 @@ fn training_job(
     job: &FineTuneJob,
     run: &Run,
     number: u32,
+    task: &RunSpec,
     planned: &Planned,
     deadline: Option<i64>,
     trainer: &TrainerDefaults,
@@ -217,7 +210,7 @@ fn training_job(
         stage: Stage::Train,
         trainer,
         labels: labels.clone(),
-        config_map: name.clone(),
+        task: json!(task).to_string(),
         secrets: secrets(spec),
         claims: spec.claims(),
         service_account_name: spec.output.service_account_name.as_deref(),
@@ -372,16 +365,6 @@ fn metadata(run: &Run, name: &str, labels: BTreeMap<String, String>) -> ObjectMe
         labels: Some(labels),
         owner_references: Some(vec![owner]),
         ..Default::default()
-    }
-}
-
-/// What a pod works on. Nobody reads it back.
-fn input(run: &Run, name: &str, stage: Stage, spec: &RunSpec) -> ConfigMap {
-    ConfigMap {
-        metadata: metadata(run, name, labels_of(run, stage)),
-        data: Some([(RUN_SPEC_KEY.into(), serde_json::to_string(spec).unwrap_or_default())].into()),
-        immutable: Some(true),
-        binary_data: None,
     }
 }
 

@@ -3,13 +3,11 @@
 use std::collections::BTreeSet;
 
 use k8s_openapi::{
-    api::{
-        batch::v1::{Job, JobSpec},
-        core::v1::ConfigMap,
-    },
+    api::batch::v1::{Job, JobSpec},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::{Resource, ResourceExt};
+use serde_json::json;
 use tunesmith_crds::{
     AdapterVersion,
     names::{ADAPTER_LABEL, env_prefix},
@@ -22,7 +20,7 @@ use crate::{
     labels,
     workload::{
         Stage, TrainerDefaults, TrainerPod,
-        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, RUN_SPEC_KEY, check_resources, retry_policy},
+        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, check_resources, retry_policy},
     },
 };
 
@@ -32,38 +30,25 @@ const RETRIES: i32 = 3;
 /// The changes that a step means.
 pub fn build(step: &Step, version: &AdapterVersion, trainer: &TrainerDefaults) -> Vec<Change> {
     match step {
-        Step::Start => vec![
-            Change::CreateConfigMap(Box::new(config_map(version))),
-            Change::CreateJob(Box::new(verify_job(version, trainer))),
-        ],
+        Step::Start => vec![Change::CreateJob(Box::new(verify_job(version, trainer)))],
         Step::Remove { uid } => vec![Change::DeleteJob { name: verify_name(version), uid: uid.clone() }],
     }
 }
 
-/// Name of the Job that verifies a version, and of its ConfigMap.
+/// Name of the Job that verifies a version.
 pub fn verify_name(version: &AdapterVersion) -> String {
     format!("{}-verify", version.name_any())
-}
-
-fn config_map(version: &AdapterVersion) -> ConfigMap {
-    let spec = VerifySpec { schema_version: SCHEMA_VERSION, artifact: version.spec.artifact.clone() };
-    let json = serde_json::to_string(&spec).unwrap_or_default();
-    ConfigMap {
-        metadata: metadata(version),
-        data: Some([(RUN_SPEC_KEY.into(), json)].into()),
-        immutable: Some(true),
-        binary_data: None,
-    }
 }
 
 fn verify_job(version: &AdapterVersion, trainer: &TrainerDefaults) -> Job {
     let artifact = &version.spec.artifact;
     let metadata = metadata(version);
+    let task = VerifySpec { schema_version: SCHEMA_VERSION, artifact: artifact.clone() };
     let pod = TrainerPod {
         stage: Stage::Verify,
         trainer,
         labels: metadata.labels.clone().unwrap_or_default(),
-        config_map: verify_name(version),
+        task: json!(task).to_string(),
         secrets: artifact.secret_ref.iter().map(|secret| (env_prefix::OUTPUT, secret)).collect(),
         claims: BTreeSet::new(),
         service_account_name: artifact.service_account_name.as_deref(),

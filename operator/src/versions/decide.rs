@@ -43,9 +43,9 @@ pub struct Decision {
 /// One change to the cluster.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {
-    /// Create the verify Job and its ConfigMap.
+    /// Create the verify Job.
     Start,
-    /// Delete the Job; its ConfigMap serves the next.
+    /// Delete the Job.
     Remove {
         /// UID of the Job.
         uid: String,

@@ -9,21 +9,20 @@ use k8s_openapi::{
         PodFailurePolicyRule,
     },
     api::core::v1::{
-        Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource,
-        EnvVar, KeyToPath, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
-        ResourceRequirements, SeccompProfile, SecretEnvSource, SecurityContext, Toleration, Volume, VolumeMount,
+        Affinity, Capabilities, Container, ContainerPort, DownwardAPIVolumeFile, DownwardAPIVolumeSource,
+        EmptyDirVolumeSource, EnvFromSource, EnvVar, ObjectFieldSelector, PersistentVolumeClaimVolumeSource,
+        PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretEnvSource,
+        SecurityContext, Toleration, Volume, VolumeMount,
     },
     apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta},
 };
 use tunesmith_crds::{
     fine_tune_job::SecretRef,
-    names::{CLAIMS_DIR, REPORT_PATH, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, exit_code},
+    names::{CLAIMS_DIR, REPORT_PATH, RUN_SPEC_ANNOTATION, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, exit_code},
 };
 
 use super::Stage;
 
-/// Key of the ConfigMap that holds the trainer's input; the last part of [`RUN_SPEC_PATH`].
-pub const RUN_SPEC_KEY: &str = "run.json";
 /// What a pod that only checks may write to its working folder.
 pub const CHECK_WORK_LIMIT: &str = "64Gi";
 /// Name of the trainer's container: sidecars may stand beside it.
@@ -57,8 +56,9 @@ pub struct TrainerPod<'a> {
     pub trainer: &'a TrainerDefaults,
     /// Labels.
     pub labels: BTreeMap<String, String>,
-    /// The ConfigMap with its input under [`RUN_SPEC_KEY`].
-    pub config_map: String,
+    /// What it works on, as JSON: an annotation, which the kubelet shows it as a file. So the Job has all that it needs, and
+    /// nobody can change it or take it away.
+    pub task: String,
     /// Secrets whose keys become environment variables with this prefix.
     pub secrets: Vec<(&'static str, &'a SecretRef)>,
     /// PersistentVolumeClaims that it reads.
@@ -85,26 +85,14 @@ impl TrainerPod<'_> {
     /// The template of a Job.
     pub fn template(self) -> PodTemplateSpec {
         let container = self.container();
-        let mut volumes = vec![
-            Volume {
-                name: "run".into(),
-                config_map: Some(ConfigMapVolumeSource {
-                    name: self.config_map,
-                    items: Some(vec![KeyToPath {
-                        key: RUN_SPEC_KEY.into(),
-                        path: RUN_SPEC_KEY.into(),
-                        ..Default::default()
-                    }]),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            },
-            empty_dir("work", &self.work_limit),
-            empty_dir("tmp", "1Gi"),
-        ];
+        let mut volumes = vec![task_volume(), empty_dir("work", &self.work_limit), empty_dir("tmp", "1Gi")];
         volumes.extend(self.claims.iter().enumerate().map(|(number, claim)| claim_volume(number, claim)));
         PodTemplateSpec {
-            metadata: Some(ObjectMeta { labels: Some(self.labels), ..Default::default() }),
+            metadata: Some(ObjectMeta {
+                labels: Some(self.labels),
+                annotations: Some([(RUN_SPEC_ANNOTATION.to_owned(), self.task)].into()),
+                ..Default::default()
+            }),
             spec: Some(PodSpec {
                 containers: vec![container],
                 volumes: Some(volumes),
@@ -138,14 +126,13 @@ impl TrainerPod<'_> {
     }
 
     fn container(&self) -> Container {
-        let run_folder = RUN_SPEC_PATH.strip_suffix(RUN_SPEC_KEY).unwrap_or(RUN_SPEC_PATH).trim_end_matches('/');
         let env_from = self.secrets.iter().map(|(prefix, secret)| EnvFromSource {
             prefix: Some((*prefix).into()),
             secret_ref: Some(SecretEnvSource { name: secret.name.clone(), optional: None }),
             config_map_ref: None,
         });
         let mut volume_mounts = vec![
-            VolumeMount { read_only: Some(true), ..mount("run", run_folder) },
+            VolumeMount { read_only: Some(true), ..mount("run", task_path().0) },
             mount("work", WORK_DIR),
             mount("tmp", "/tmp"),
         ];
@@ -220,6 +207,24 @@ pub fn retry_policy() -> PodFailurePolicy {
 /// Where NVIDIA's runtime is the node's default, a pod that asks for no GPU would see them all.
 fn no_gpus() -> EnvVar {
     EnvVar { name: "NVIDIA_VISIBLE_DEVICES".into(), value: Some("void".into()), value_from: None }
+}
+
+/// Folder and name of the file with the task.
+fn task_path() -> (&'static str, &'static str) {
+    RUN_SPEC_PATH.rsplit_once('/').unwrap_or(("", RUN_SPEC_PATH))
+}
+
+fn task_volume() -> Volume {
+    let field = ObjectFieldSelector {
+        field_path: format!("metadata.annotations['{RUN_SPEC_ANNOTATION}']"),
+        ..Default::default()
+    };
+    let file = DownwardAPIVolumeFile { path: task_path().1.into(), field_ref: Some(field), ..Default::default() };
+    Volume {
+        name: "run".into(),
+        downward_api: Some(DownwardAPIVolumeSource { items: Some(vec![file]), ..Default::default() }),
+        ..Default::default()
+    }
 }
 
 /// A claim's name may be longer than a volume's, and have dots.
