@@ -3,7 +3,7 @@
 //! as nobody uses it; classes that others made are left alone.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
     time::Duration,
@@ -11,14 +11,13 @@ use std::{
 
 use kube::{
     Api, Client, ResourceExt,
-    api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams},
+    api::{DeleteParams, ObjectMeta, Patch, PatchParams},
 };
 use tokio::time::sleep;
-use tunesmith_crds::{FineTuneJob, FineTuneRun, GpuClass, GpuClassSpec};
+use tunesmith_crds::{GpuClass, GpuClassSpec};
 
 use crate::{
-    cache::Guarded,
-    context::scoped,
+    cache::{Caches, Cluster, Guarded},
     labels::{MANAGED_BY, OPERATOR},
 };
 
@@ -69,20 +68,21 @@ impl Classes {
     }
 
     /// Applies them once; resolves when the API server has taken each of them, or will never do so.
-    pub async fn apply(&self, client: &Client) {
-        while let Err(error) = self.apply_once(client).await {
+    pub async fn apply(&self, client: &Client, cluster: &Cluster) {
+        cluster.listed().await;
+        while let Err(error) = self.apply_once(client, cluster).await {
             tracing::warn!(%error, "cannot apply the chart's GpuClasses");
             sleep(AGAIN).await;
         }
     }
 
     /// Keeps them as they are in the file, and deletes those that it names no more, for as long as it is polled.
-    pub async fn keep(&self, client: &Client, scopes: &[Option<String>]) {
+    pub async fn keep(&self, client: &Client, cluster: &Cluster, scopes: &[Caches]) {
         loop {
             sleep(EVERY).await;
             let kept = async {
-                self.apply_once(client).await?;
-                self.delete_unused(client, scopes).await
+                self.apply_once(client, cluster).await?;
+                self.delete_unused(client, cluster, |name| scopes.iter().any(|caches| caches.uses_class(name))).await
             };
             if let Err(error) = kept.await {
                 tracing::warn!(%error, "cannot keep the chart's GpuClasses");
@@ -90,14 +90,11 @@ impl Classes {
         }
     }
 
-    async fn apply_once(&self, client: &Client) -> Result<(), kube::Error> {
+    async fn apply_once(&self, client: &Client, cluster: &Cluster) -> Result<(), kube::Error> {
         let api = Api::<Guarded<GpuClass>>::all(client.clone());
-        let there = api.list(&ListParams::default()).await?;
+        let there = cluster.all_classes();
         for (name, spec) in &self.0 {
-            let is_as_wanted = |class: &Guarded<GpuClass>| {
-                class.name_any() == *name && is_own(class) && class.0.as_ref().is_ok_and(|class| class.spec == *spec)
-            };
-            if there.iter().any(is_as_wanted) {
+            if there.iter().any(|class| class.name_any() == *name && is_own(class) && class.spec == *spec) {
                 continue;
             }
             let labels = [(MANAGED_BY.to_owned(), OPERATOR.to_owned())].into();
@@ -116,18 +113,18 @@ impl Classes {
         Ok(())
     }
 
-    async fn delete_unused(&self, client: &Client, scopes: &[Option<String>]) -> Result<(), kube::Error> {
+    async fn delete_unused(
+        &self,
+        client: &Client,
+        cluster: &Cluster,
+        is_used: impl Fn(&str) -> bool,
+    ) -> Result<(), kube::Error> {
         let api = Api::<Guarded<GpuClass>>::all(client.clone());
-        let there = api.list(&ListParams::default()).await?;
-        let surplus = there.iter().filter(|class| is_own(class) && !self.0.contains_key(&class.name_any()));
-        let surplus: BTreeSet<String> = surplus.map(|class| class.name_any()).collect();
-        if surplus.is_empty() {
-            return Ok(());
-        }
-        let used = used(client, scopes).await?;
-        for name in surplus.difference(&used) {
+        let there = cluster.all_classes();
+        let surplus = there.iter().filter(|class| is_own(class)).map(|class| class.name_any());
+        for name in surplus.filter(|name| !self.0.contains_key(name) && !is_used(name)) {
             tracing::info!(class = name, "deletes a GpuClass that the chart names no more");
-            match api.delete(name, &DeleteParams::default()).await {
+            match api.delete(&name, &DeleteParams::default()).await {
                 Err(kube::Error::Api(status)) if status.is_not_found() => {}
                 deleted => drop(deleted?),
             }
@@ -136,30 +133,18 @@ impl Classes {
     }
 }
 
-/// Classes that runs are planned onto which are not over, or that jobs ask for by name.
-async fn used(client: &Client, scopes: &[Option<String>]) -> Result<BTreeSet<String>, kube::Error> {
-    let mut used = BTreeSet::new();
-    for scope in scopes {
-        let runs = scoped::<Guarded<FineTuneRun>>(client, scope.as_deref()).list(&ListParams::default()).await?;
-        let runs = runs.iter().filter_map(|run| run.0.as_ref().ok()?.status.as_ref());
-        used.extend(runs.filter(|run| !run.is_done()).filter_map(|run| Some(run.plan.as_ref()?.gpu_class.clone())));
-        let jobs = scoped::<Guarded<FineTuneJob>>(client, scope.as_deref()).list(&ListParams::default()).await?;
-        used.extend(jobs.iter().filter_map(|job| job.0.as_ref().ok()?.spec.resources.gpu_class.clone()));
-    }
-    Ok(used)
-}
-
 /// Whether the operator has applied a class.
-fn is_own(class: &Guarded<GpuClass>) -> bool {
+fn is_own(class: &GpuClass) -> bool {
     class.labels().get(MANAGED_BY).is_some_and(|manager| manager == OPERATOR)
 }
 
 #[cfg(test)]
 mod tests {
+    use kube::runtime::watcher::Event;
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::{fixtures::job, mock::api_server};
+    use crate::mock::api_server;
 
     const FILE: &str = "cpu:\n  methods:\n    - {method: LoRA, gpus: 0}\n";
 
@@ -175,8 +160,12 @@ mod tests {
         json!({"apiVersion": "tunesmith.dev/v1alpha1", "kind": "GpuClass", "metadata": {"name": name, "labels": labels}, "spec": spec})
     }
 
-    fn list(items: &[Value]) -> Value {
-        json!({"apiVersion": "v1", "kind": "List", "metadata": {}, "items": items})
+    fn cluster(classes: &[Value]) -> Cluster {
+        let cluster = Cluster::default();
+        for class in classes {
+            cluster.classes.take(Event::Apply(serde_json::from_str(&class.to_string()).unwrap()));
+        }
+        cluster
     }
 
     #[test]
@@ -192,7 +181,6 @@ mod tests {
         for (there, calls) in [(vec![class("cpu", Some(OPERATOR))], 0), (vec![class("cpu", None)], 1), (vec![], 1)] {
             let (client, mut server) = api_server();
             let server = tokio::spawn(async move {
-                server.answer(200, list(&there)).await;
                 for _ in 0..calls {
                     let call = server.answer(200, class("cpu", Some(OPERATOR))).await;
                     assert!(
@@ -203,7 +191,7 @@ mod tests {
                     assert_eq!(call.body["metadata"]["labels"][MANAGED_BY], OPERATOR);
                 }
             });
-            classes(FILE).unwrap().apply_once(&client).await.unwrap();
+            classes(FILE).unwrap().apply_once(&client, &cluster(&there)).await.unwrap();
             server.await.unwrap();
         }
     }
@@ -212,15 +200,12 @@ mod tests {
     async fn a_class_that_is_in_use_or_anothers_stays() {
         let (client, mut server) = api_server();
         let server = tokio::spawn(async move {
-            let own = ["used", "unused", "cpu"].map(|name| class(name, Some(OPERATOR)));
-            server.answer(200, list(&[&own[..], &[class("anothers", None)]].concat())).await;
-            server.answer(200, list(&[])).await;
-            let job = job(json!({"resources": {"gpuClass": "used"}}));
-            server.answer(200, list(&[serde_json::to_value(job).unwrap()])).await;
             let call = server.answer(200, class("unused", Some(OPERATOR))).await;
             assert!(call.line.starts_with("DELETE /apis/tunesmith.dev/v1alpha1/gpuclasses/unused"), "{}", call.line);
         });
-        classes(FILE).unwrap().delete_unused(&client, &[None]).await.unwrap();
+        let own = ["used", "unused", "cpu"].map(|name| class(name, Some(OPERATOR)));
+        let cluster = cluster(&[&own[..], &[class("anothers", None)]].concat());
+        classes(FILE).unwrap().delete_unused(&client, &cluster, |name| name == "used").await.unwrap();
         server.await.unwrap();
     }
 }

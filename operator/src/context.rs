@@ -17,9 +17,7 @@ use kube::{
     },
 };
 
-use crate::{
-    labels::OPERATOR, metrics::Metrics, options::Options, plan::Devices, server::Readiness, workload::TrainerDefaults,
-};
+use crate::{labels::OPERATOR, metrics::Metrics, options::Options, plan::Devices, workload::TrainerDefaults};
 
 /// Reconciles of a controller at once, in all scopes together.
 const AT_ONCE: u16 = 16;
@@ -43,8 +41,6 @@ pub trait Outcome {
 pub struct Context {
     /// The API server.
     pub client: Client,
-    /// The namespace that is served; None if all are.
-    pub scope: Option<String>,
     /// Reconciles of a controller at once.
     pub at_once: u16,
     /// What all trainer pods have in common.
@@ -55,33 +51,17 @@ pub struct Context {
     pub backoff: Backoff,
     /// What the trainer's image computes on.
     pub devices: Devices,
-    /// Whether the operator knows the cluster.
-    pub readiness: Readiness,
     recorder: Recorder,
 }
 
 impl Context {
-    /// A context for one of the options' scopes.
-    pub fn new(
-        client: Client,
-        options: &Options,
-        scope: Option<String>,
-        metrics: Metrics,
-        readiness: Readiness,
-    ) -> Self {
+    /// A context for each of the options' scopes.
+    pub fn new(client: Client, options: &Options, metrics: Metrics) -> Self {
         let scopes = u16::try_from(options.scopes().len()).unwrap_or(u16::MAX);
         let at_once = (AT_ONCE / scopes).max(1);
         let recorder = Recorder::new(client.clone(), OPERATOR.into());
         let (trainer, devices) = (options.trainer(), options.devices());
-        Self { client, scope, at_once, trainer, metrics, backoff: Backoff::default(), devices, readiness, recorder }
-    }
-
-    /// Objects of the namespaces that are served.
-    pub fn api<K>(&self) -> Api<K>
-    where
-        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
-    {
-        scoped(&self.client, self.scope.as_deref())
+        Self { client, at_once, trainer, metrics, backoff: Backoff::default(), devices, recorder }
     }
 
     /// Publishes an event about an object. One that is lost is logged, nothing else: the status says the same.

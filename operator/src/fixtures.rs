@@ -1,6 +1,6 @@
 //! Values that several tests start from.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde_json::{Value, json};
@@ -41,12 +41,12 @@ pub fn job(changes: Value) -> FineTuneJob {
 }
 
 /// A GpuClass; `spec` as in YAML.
-pub fn class(name: &str, spec: Value) -> GpuClass {
-    GpuClass::new(name, serde_json::from_value(spec).unwrap())
+pub fn class(name: &str, spec: Value) -> Arc<GpuClass> {
+    Arc::new(GpuClass::new(name, serde_json::from_value(spec).unwrap()))
 }
 
 /// Plain CPUs for LoRA.
-pub fn cpu() -> GpuClass {
+pub fn cpu() -> Arc<GpuClass> {
     class("cpu", json!({"methods": [{"method": "LoRA", "gpus": 0}]}))
 }
 

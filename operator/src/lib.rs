@@ -11,6 +11,7 @@ mod cache;
 mod classes;
 mod conditions;
 mod context;
+mod details;
 #[cfg(test)]
 mod fixtures;
 pub mod jobs;
@@ -38,12 +39,14 @@ use futures::{
 use kube::Client;
 use tokio::{
     signal::unix::{SignalKind, signal},
+    task::JoinSet,
     time::sleep,
 };
 use tracing_subscriber::EnvFilter;
 
 pub use self::options::Options;
 use self::{
+    cache::{Caches, Cluster, Watches, watch_cluster},
     classes::{Classes, ClassesError},
     context::{Context, Stop},
     lease::{LeaderLease, LeaseError},
@@ -78,22 +81,39 @@ pub enum Error {
 pub async fn run(options: Options) -> Result<(), Error> {
     let classes = options.gpu_classes.as_deref().map(Classes::read).transpose()?.unwrap_or_default();
     let client = Client::try_default().await?;
-    let (metrics, readiness, stop) = (Metrics::default(), Readiness::default(), stop()?);
+    let (metrics, readiness, cluster) = (Metrics::default(), Readiness::default(), Cluster::default());
     let served = server::serve(options.listen_address, metrics.clone(), readiness.clone());
-    let operator = Operator { client, options, classes, metrics, readiness, stop };
+    let mut watches = JoinSet::new();
+    let mut scopes = Vec::new();
+    for scope in options.scopes() {
+        let (watch, caches) = Watches::new(client.clone(), scope, cluster.clone());
+        watches.spawn(watch.run());
+        metrics.watch_jobs(caches.jobs.clone());
+        let context = Context::new(client.clone(), &options, metrics.clone());
+        scopes.push((Arc::new(context), caches));
+    }
+    let all_caches: Vec<Caches> = scopes.iter().map(|(_, caches)| caches.clone()).collect();
+    watches.spawn(watch_cluster(client.clone(), cluster.clone(), all_caches.clone()));
+    watches.spawn(async move {
+        for caches in all_caches {
+            caches.listed().await;
+        }
+        readiness.synced();
+    });
+    let operator = Operator { client, options, classes, cluster, scopes, stop: stop()? };
     tokio::select! {
         served = served => Ok(served?),
         led = operator.lead() => led,
     }
 }
 
-/// One replica.
+/// One replica: it watches as long as it runs, and works while it leads.
 struct Operator {
     client: Client,
     options: Options,
     classes: Classes,
-    metrics: Metrics,
-    readiness: Readiness,
+    cluster: Cluster,
+    scopes: Vec<(Arc<Context>, Caches)>,
     stop: Stop,
 }
 
@@ -107,16 +127,16 @@ impl Operator {
         let (name, identity) = (self.options.lease_name.clone(), self.options.identity.clone());
         let lease = LeaderLease::new(self.client.clone(), namespace, name, identity.clone());
         loop {
-            tokio::select! {
-                acquired = lease.acquire(|| self.readiness.waits()) => acquired?,
+            let mut held = tokio::select! {
+                acquired = lease.acquire() => acquired?,
                 () = self.stop.clone() => return Ok(()),
-            }
+            };
             tracing::info!(identity, "leads");
             // Whoever loses the lease stops in the middle of what it does: what is half done, the record tells the next.
             tokio::select! {
-                lost = lease.keep() => tracing::warn!(%lost, "stops to lead"),
+                lost = lease.keep(&mut held) => tracing::warn!(%lost, "stops to lead"),
                 () = self.work() => {
-                    lease.release().await;
+                    lease.release(held).await;
                     return Ok(());
                 }
             }
@@ -125,17 +145,21 @@ impl Operator {
 
     /// Runs the controllers of each scope until it is to stop, and not much longer.
     async fn work(&self) {
-        let scopes = self.options.scopes();
-        self.readiness.begins(scopes.len());
-        tokio::select! {
+        let all_caches: Vec<Caches> = self.scopes.iter().map(|(_, caches)| caches.clone()).collect();
+        let known = async {
+            for caches in &all_caches {
+                caches.listed().await;
+            }
             // Jobs may ask for them.
-            () = self.classes.apply(&self.client) => {}
+            self.classes.apply(&self.client, &self.cluster).await;
+        };
+        tokio::select! {
+            () = known => {}
             () = self.stop.clone() => return,
         }
-        let controllers = scopes.iter().map(|scope| {
-            let (metrics, readiness) = (self.metrics.clone(), self.readiness.clone());
-            let context = Arc::new(Context::new(self.client.clone(), &self.options, scope.clone(), metrics, readiness));
-            join(jobs::run(context.clone(), self.stop.clone()), versions::run(context, self.stop.clone()))
+        let controllers = self.scopes.iter().map(|(context, caches)| {
+            let jobs = jobs::run(context.clone(), caches.clone(), self.stop.clone());
+            join(jobs, versions::run(context.clone(), caches.clone(), self.stop.clone()))
         });
         let late = async {
             self.stop.clone().await;
@@ -143,7 +167,7 @@ impl Operator {
         };
         tokio::select! {
             _ = join_all(controllers) => {}
-            () = self.classes.keep(&self.client, &scopes) => {}
+            () = self.classes.keep(&self.client, &self.cluster, &all_caches) => {}
             () = late => tracing::warn!("stops in the middle of a reconcile"),
         }
     }

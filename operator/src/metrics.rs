@@ -1,12 +1,10 @@
 //! What the operator does, in numbers for Prometheus. Labels are bounded: controllers, outcomes and phases, never names.
 
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 
-use kube::runtime::reflector::Store;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{
@@ -19,7 +17,7 @@ use prometheus_client::{
 };
 use tunesmith_crds::{FineTuneJob, FineTuneJobPhase as Phase};
 
-use crate::cache::Guarded;
+use crate::cache::Index;
 
 /// Every phase, so that one without jobs shows as 0.
 const PHASES: [Phase; 9] = [
@@ -50,9 +48,6 @@ struct PhaseLabel {
     phase: String,
 }
 
-/// The jobs of each scope.
-type Jobs = HashMap<Option<String>, Store<Guarded<FineTuneJob>>>;
-
 /// The operator's metrics; clones count together.
 #[derive(Clone)]
 pub struct Metrics {
@@ -60,7 +55,7 @@ pub struct Metrics {
     reconciles: Family<ReconcileLabels, Counter>,
     durations: Family<ControllerLabel, Histogram>,
     jobs: Family<PhaseLabel, Gauge>,
-    all_jobs: Arc<Mutex<Jobs>>,
+    all_jobs: Arc<Mutex<Vec<Arc<Index<FineTuneJob>>>>>,
 }
 
 impl Default for Metrics {
@@ -89,17 +84,17 @@ impl Metrics {
         Timer { histogram, start: Instant::now() }
     }
 
-    /// Counts the jobs of a scope's cache by phase, whenever the metrics are read; no longer those of an earlier one.
-    pub fn watch_jobs(&self, scope: Option<String>, jobs: Store<Guarded<FineTuneJob>>) {
-        self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner).insert(scope, jobs);
+    /// Counts the jobs of a scope's cache by phase, whenever the metrics are read.
+    pub fn watch_jobs(&self, jobs: Arc<Index<FineTuneJob>>) {
+        self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner).push(jobs);
     }
 
     /// All metrics in the OpenMetrics text format.
     pub fn text(&self) -> String {
-        let stores = self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let jobs: Vec<_> = stores.values().flat_map(Store::state).collect();
+        let scopes = self.all_jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let jobs: Vec<_> = scopes.iter().flat_map(|jobs| jobs.notes()).collect();
         for phase in PHASES {
-            let count = jobs.iter().filter(|job| phase_of(job) == phase).count();
+            let count = jobs.iter().filter(|(_, job)| job.phase == phase).count();
             self.jobs.get_or_create(&PhaseLabel { phase: format!("{phase:?}") }).set(count as i64);
         }
         let mut text = String::new();
@@ -107,13 +102,6 @@ impl Metrics {
         let _ = encode(&mut text, &self.registry);
         text
     }
-}
-
-fn phase_of(job: &Guarded<FineTuneJob>) -> Phase {
-    // One that can't be read is as good as failed.
-    job.0
-        .as_ref()
-        .map_or(Phase::Failed, |job| job.status.as_ref().and_then(|status| status.phase).unwrap_or(Phase::Pending))
 }
 
 /// Records the time from its creation until it is dropped.

@@ -33,7 +33,7 @@ const GRACE_SECONDS: (u64, u64) = (120, 3600);
 #[derive(Clone, Debug, Default)]
 pub struct Offers {
     /// Its GpuClasses.
-    pub classes: Vec<GpuClass>,
+    pub classes: Vec<Arc<GpuClass>>,
     /// Its nodes.
     pub nodes: Vec<Arc<Node>>,
     /// What the trainer's image can compute on.

@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
@@ -15,39 +15,19 @@ use crate::metrics::Metrics;
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Whether the operator can do its work: a leader once its caches have listed all that they watch, another replica once it
-/// has reached the API server.
+/// Whether the operator can do its work: its caches have listed all that they watch. So have those of a replica that waits
+/// for the lease.
 #[derive(Clone, Default)]
-pub struct Readiness(Arc<State>);
-
-#[derive(Default)]
-struct State {
-    is_ready: AtomicBool,
-    /// Scopes whose caches have not listed yet.
-    unknown: AtomicUsize,
-}
+pub struct Readiness(Arc<AtomicBool>);
 
 impl Readiness {
-    /// The API server has answered, and another replica leads.
-    pub fn waits(&self) {
-        self.0.is_ready.store(true, Ordering::Relaxed);
-    }
-
-    /// This replica works from now on, and knows nothing yet of so many scopes.
-    pub fn begins(&self, scopes: usize) {
-        self.0.unknown.store(scopes, Ordering::Relaxed);
-        self.0.is_ready.store(false, Ordering::Relaxed);
-    }
-
-    /// The caches of a scope have listed all that they watch.
+    /// The caches have listed all that they watch.
     pub fn synced(&self) {
-        if self.0.unknown.fetch_sub(1, Ordering::Relaxed) <= 1 {
-            self.0.is_ready.store(true, Ordering::Relaxed);
-        }
+        self.0.store(true, Ordering::Relaxed);
     }
 
     fn status(&self) -> StatusCode {
-        if self.0.is_ready.load(Ordering::Relaxed) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+        if self.0.load(Ordering::Relaxed) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
     }
 }
 

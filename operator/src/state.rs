@@ -20,21 +20,25 @@ pub struct State {
     pub reason: &'static str,
     /// One sentence.
     pub message: String,
-    /// When to look again without an event.
-    pub requeue: Duration,
+    /// When to look again without an event; None for what only an event can change.
+    pub requeue: Option<Duration>,
 }
 
 impl State {
     /// A state of this phase.
     pub fn new(phase: Phase, reason: &'static str, message: impl Into<String>) -> Self {
-        let requeue = if phase == Phase::Queued { LOOK_AGAIN } else { SAFETY };
+        let requeue = match phase {
+            Phase::Queued => Some(LOOK_AGAIN),
+            Phase::Succeeded | Phase::Failed | Phase::Suspended => None,
+            _ => Some(SAFETY),
+        };
         Self { phase, reason, message: message.into(), requeue }
     }
 
     /// The same, to be looked at again after this time.
     #[must_use]
     pub fn again_in(self, wait: Duration) -> Self {
-        Self { requeue: wait.clamp(Duration::from_secs(1), SAFETY), ..self }
+        Self { requeue: Some(wait.clamp(Duration::from_secs(1), SAFETY)), ..self }
     }
 
     /// The same, to be looked at again soon: what it waits for has no watch.

@@ -5,13 +5,13 @@ mod observe;
 pub mod observed;
 pub mod status;
 
-use std::{panic::AssertUnwindSafe, sync::Arc};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
-use futures::{FutureExt, StreamExt, stream::poll_fn};
+use futures::{FutureExt, StreamExt};
 use k8s_openapi::jiff::Timestamp;
-use kube::{Resource, ResourceExt, runtime::controller::Action, runtime::reflector::ObjectRef};
+use kube::{Resource, ResourceExt, runtime::controller::Action};
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::time::sleep;
 use tunesmith_crds::{
     FineTuneJob, FineTuneJobPhase, FineTuneJobStatus, FineTuneRunStatus, conditions::reason, fine_tune_job::Progress,
 };
@@ -24,9 +24,10 @@ use self::{
 use crate::{
     admission::Refusal,
     apply::{ApplyError, Change, apply, apply_status, is_unchanged, write_record},
-    cache::{self, Caches, Guarded},
+    cache::{Caches, Guarded, Name},
     conditions::stalled,
     context::{Context, Outcome, Stop, log_failure, words_of},
+    details::Details,
     labels::OPERATOR,
     progress::{self, Live},
     runs::{
@@ -42,6 +43,10 @@ use crate::{
 
 /// Name of the controller in metrics and logs.
 const NAME: &str = "finetunejob";
+/// Jobs that are over and are looked at at a time, when the controller begins.
+const AT_A_TIME: usize = 250;
+/// Time between them.
+const BETWEEN: Duration = Duration::from_millis(100);
 
 /// A reconcile that failed; the next one starts over.
 #[derive(Debug, thiserror::Error)]
@@ -79,37 +84,48 @@ struct Reconciler {
     context: Arc<Context>,
     caches: Caches,
     live: Live,
+    details: Details,
 }
 
-/// Runs the controller until `stop`.
-pub async fn run(context: Arc<Context>, stop: Stop) {
-    let (controller, caches) = cache::controller(&context);
+/// Runs the controller until `stop`; it looks at every job once, first at those that are not over.
+pub async fn run(context: Arc<Context>, caches: Caches, stop: Stop) {
     let live = Live::default();
-    let (turned, mut turns) = mpsc::unbounded_channel::<ObjectRef<Guarded<FineTuneJob>>>();
-    let polls = progress::run(context.client.clone(), live.clone(), controller.store(), turned);
-    let listed = {
-        let (listed, context) = (caches.listed.clone(), context.clone());
-        async move {
-            listed.await;
-            context.readiness.synced();
-        }
-    };
+    let controller = caches.job_queue.controller();
+    let polls = progress::run(context.client.clone(), live.clone(), caches.clone());
     let at_once = context.at_once;
-    let reconciler = Arc::new(Reconciler { context, caches, live });
+    let reconciler = Arc::new(Reconciler { context, caches: caches.clone(), live, details: Details::default() });
     let reconciles = controller
-        .reconcile_on(poll_fn(move |context| turns.poll_recv(context)))
         .with_config(kube::runtime::controller::Config::default().concurrency(at_once))
         .graceful_shutdown_on(stop)
         .run(reconcile, retry, reconciler)
         .for_each(|result| log_failure(NAME, result));
+    let wake = async {
+        wake_all(&caches).await;
+        polls.await;
+    };
     tokio::select! {
         () = reconciles => {}
-        () = async { tokio::join!(polls, listed); } => {}
+        () = wake => {}
     }
 }
 
-async fn reconcile(job: Arc<Guarded<FineTuneJob>>, reconciler: Arc<Reconciler>) -> Result<Action, Error> {
-    let _timer = reconciler.context.metrics.time(NAME);
+/// What is over waits, a few at a time: mostly nothing is to be done for it, and others wait for something.
+async fn wake_all(caches: &Caches) {
+    let (over, others): (Vec<_>, Vec<_>) = caches.jobs.notes().into_iter().partition(|(_, job)| job.is_over);
+    for chunk in [others].iter().map(Vec::as_slice).chain(over.chunks(AT_A_TIME)) {
+        for (place, _) in chunk {
+            caches.job_queue.wake(place.0.as_deref().unwrap_or_default(), &place.1);
+        }
+        sleep(BETWEEN).await;
+    }
+}
+
+async fn reconcile(name: Arc<Name<FineTuneJob>>, reconciler: Arc<Reconciler>) -> Result<Action, Error> {
+    let (context, caches) = (&reconciler.context, &reconciler.caches);
+    let _timer = context.metrics.time(NAME);
+    let Some(job) = caches.jobs.named(&name.namespace().unwrap_or_default(), &name.name_any()) else {
+        return Ok(Action::await_change());
+    };
     let result = match &job.0 {
         Ok(readable) => {
             // A defect that one job meets must not stop the others.
@@ -118,17 +134,17 @@ async fn reconcile(job: Arc<Guarded<FineTuneJob>>, reconciler: Arc<Reconciler>) 
                 Ok(result) => result,
                 Err(panic) => {
                     let error = Error::Internal(words_of(&*panic));
-                    stall(&job, &error.to_string(), &reconciler.context).await?;
+                    stall(&job, &error.to_string(), context).await?;
                     Err(error)
                 }
             }
         }
         Err(invalid) => {
             let words = format!("it can't be read: {invalid}; mend its spec, or delete it");
-            stall(&job, &words, &reconciler.context).await.map(|()| Action::await_change())
+            stall(&job, &words, context).await.map(|()| Action::await_change())
         }
     };
-    reconciler.context.metrics.count(NAME, result.as_ref().map_or_else(Outcome::label, |_| "ok"));
+    context.metrics.count(NAME, result.as_ref().map_or_else(Outcome::label, |_| "ok"));
     result
 }
 
@@ -144,11 +160,11 @@ async fn stall(job: &Guarded<FineTuneJob>, message: &str, context: &Context) -> 
 }
 
 async fn reconcile_once(job: &FineTuneJob, reconciler: &Reconciler) -> Result<Action, Error> {
-    let Reconciler { context, caches, live } = reconciler;
-    caches.listed.clone().await;
+    let Reconciler { context, caches, live, details } = reconciler;
     if job.metadata.deletion_timestamp.is_some() {
         live.only(job, None);
         context.backoff.forget(job);
+        details.forget(job);
         return Ok(Action::await_change());
     }
     let observed = observe(&context.client, caches, live, context.devices, job).await?;
@@ -162,14 +178,16 @@ async fn reconcile_once(job: &FineTuneJob, reconciler: &Reconciler) -> Result<Ac
     let was_refused = refusal.is_some();
     let state = decision.state.clone().refused(refusal);
     let status = status::status(&observed, &decision, &state, now);
-    write_status(&observed, &decision, status, &state, context).await?;
-    Ok(Action::requeue(match was_refused {
-        true => context.backoff.next(job),
+    let told_in = write_status(&observed, &decision, status, &state, reconciler).await?;
+    let again_in = match was_refused {
+        true => Some(context.backoff.next(job)),
         false => {
             context.backoff.forget(job);
             state.requeue
         }
-    }))
+    };
+    let wait = again_in.into_iter().chain(told_in).min();
+    Ok(wait.map_or_else(Action::await_change, Action::requeue))
 }
 
 /// The pod of the run that trains is asked how far it is.
@@ -245,33 +263,41 @@ fn changes(observed: &Observed, run: &Run, advance: &Advance, context: &Context)
     steps.into_iter().flat_map(|step| build(step, &observed.job, run, &advance.record, &context.trainer)).collect()
 }
 
-/// Writes the status if it has changed, and an event if the phase or its reason has.
+/// Writes the status if it has changed, and an event if the phase has, or its reason. What stays the same but for details is
+/// written when they last: then it returns when to look again.
 async fn write_status(
     observed: &Observed,
     decision: &Decision,
     status: FineTuneJobStatus,
     state: &State,
-    context: &Context,
-) -> Result<(), Error> {
+    Reconciler { context, details, .. }: &Reconciler,
+) -> Result<Option<Duration>, Error> {
     let job = &observed.job;
     let written = job.status.clone().unwrap_or_default();
     if let Some(progress) = progress_of(observed, decision, written.progress.as_ref())
         && written.progress.as_ref() != Some(&progress)
     {
-        progress::write(&context.client, job, &progress).await;
+        progress::write(&context.client, &job.metadata, &progress).await;
     }
     if (FineTuneJobStatus { progress: None, ..written.clone() }) == status {
-        return Ok(());
+        details.forget(job);
+        return Ok(None);
     }
-    let before = job.status.as_ref().map(|status| (status.phase, ready_reason(status)));
-    let turned = before != Some((status.phase, Some(state.reason)));
+    let turned = (written.phase, ready_reason(&written)) != (status.phase, Some(state.reason));
+    if !turned
+        && written.observed_generation == status.observed_generation
+        && let Some(wait) = details.wait(job)
+    {
+        return Ok(Some(wait));
+    }
+    details.forget(job);
     apply_status::<FineTuneJob, _>(&context.client, &job.metadata, &status, OPERATOR).await.map_err(Error::Status)?;
-    if turned {
+    if turned && is_event(state) {
         let (name, namespace) = (job.name_any(), job.namespace().unwrap_or_default());
         tracing::info!(job = name, namespace, phase = ?state.phase, reason = state.reason, message = state.message);
         context.announce(job, is_warning(state), state.reason, &format!("{:?}", state.phase), &state.message).await;
     }
-    Ok(())
+    Ok(None)
 }
 
 /// The progress at either end of a run's training; between them, its pod tells it.
@@ -292,6 +318,12 @@ fn ready_reason(status: &FineTuneJobStatus) -> Option<&str> {
     ready.map(|condition| condition.reason.as_str())
 }
 
+/// Whether somebody who is not looking at the job should hear of it: it trains, it is over, or it waits for somebody.
+fn is_event(state: &State) -> bool {
+    let phases = [FineTuneJobPhase::Running, FineTuneJobPhase::Succeeded, FineTuneJobPhase::Suspended];
+    is_warning(state) || phases.contains(&state.phase)
+}
+
 fn is_warning(state: &State) -> bool {
     let waits_for_someone = [
         reason::RETRYING,
@@ -306,6 +338,6 @@ fn is_warning(state: &State) -> bool {
     state.phase == FineTuneJobPhase::Failed || waits_for_someone.contains(&state.reason)
 }
 
-fn retry(job: Arc<Guarded<FineTuneJob>>, _: &Error, reconciler: Arc<Reconciler>) -> Action {
+fn retry(job: Arc<Name<FineTuneJob>>, _: &Error, reconciler: Arc<Reconciler>) -> Action {
     Action::requeue(reconciler.context.backoff.next(&*job))
 }

@@ -89,7 +89,7 @@ async fn read_work(client: &Client, caches: &Caches, live: &Live, run: &Run) -> 
     let Some((attempt, name)) = at_work(run) else { return Ok(Work::None) };
     let namespace = &run.object.namespace;
     let job = match caches.job(run, attempt, &name) {
-        Some(job) => (*job).clone(),
+        Some(job) => job,
         None if attempt.cause.is_some() => return Ok(Work::None),
         // A cache that lags says nothing about what is not there.
         None => {

@@ -11,29 +11,28 @@ use std::{
 };
 
 use futures::{StreamExt, stream};
-use kube::{
-    Client,
-    runtime::reflector::{ObjectRef, Store},
-};
+use kube::{Client, api::ObjectMeta};
 use serde_json::json;
-use tokio::{sync::mpsc, time::sleep};
+use tokio::time::sleep;
 use tunesmith_crds::{
     FineTuneJob,
     fine_tune_job::Progress,
-    run::{LiveProgress, TrainReport},
+    run::{LiveProgress, TrainReport, TrainStage},
 };
 
 use self::pod::poll;
-use crate::{apply::apply_status, cache::Guarded};
+use crate::{apply::apply_status, cache::Caches};
 
 /// Manager of the field.
 const MANAGER: &str = "tunesmith-progress";
-/// Pods are asked this often.
-const EVERY: Duration = Duration::from_secs(2);
-/// A job's progress is written at most this often.
+/// Pods that are due are looked for this often.
+const TICK: Duration = Duration::from_secs(1);
+/// A pod is asked this often while its stage may end at any time.
+const SOON: Duration = Duration::from_secs(2);
+/// A job's progress is written at most this often, and a pod that goes on like this is asked as often.
 const WRITE_EVERY: Duration = Duration::from_secs(15);
 /// Pods that are asked at once.
-const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 16;
 
 /// What the running training pods say of themselves, by the UIDs of their Jobs.
 #[derive(Clone, Default)]
@@ -42,10 +41,15 @@ pub struct Live(Arc<Mutex<HashMap<String, Pod>>>);
 /// A running training pod.
 #[derive(Clone)]
 struct Pod {
-    job: ObjectRef<Guarded<FineTuneJob>>,
+    /// Namespace, name and UID of the FineTuneJob.
+    job: ObjectMeta,
     address: IpAddr,
     said: Option<LiveProgress>,
     written: Option<(Progress, Instant)>,
+    /// When to ask it next.
+    due: Instant,
+    /// Questions that it has not answered since it last did.
+    unanswered: u32,
 }
 
 impl Live {
@@ -56,21 +60,29 @@ impl Live {
 
     /// The pod of this Job runs, and is asked from now on.
     pub fn ask(&self, uid: &str, job: &FineTuneJob, address: IpAddr) {
-        let job = ObjectRef::new(job.metadata.name.as_deref().unwrap_or_default())
-            .within(job.metadata.namespace.as_deref().unwrap_or_default());
+        let ObjectMeta { name, namespace, uid: job_uid, .. } = job.metadata.clone();
+        let job = ObjectMeta { name, namespace, uid: job_uid, ..Default::default() };
         let mut pods = self.lock();
         let pod = pods.entry(uid.to_owned());
-        pod.or_insert(Pod { job, address, said: None, written: None }).address = address;
+        let new = Pod { job, address, said: None, written: None, due: Instant::now(), unanswered: 0 };
+        pod.or_insert(new).address = address;
     }
 
     /// The pods of a job run no more, but for the one of this Job.
     pub fn only(&self, job: &FineTuneJob, uid: Option<&str>) {
-        let (name, namespace) = (job.metadata.name.as_deref(), job.metadata.namespace.as_deref());
-        self.lock().retain(|known, pod| {
-            Some(known.as_str()) == uid
-                || Some(pod.job.name.as_str()) != name
-                || pod.job.namespace.as_deref() != namespace
-        });
+        self.lock().retain(|known, pod| Some(known.as_str()) == uid || pod.job.uid != job.metadata.uid);
+    }
+
+    /// The pods that are to be asked now.
+    fn due(&self) -> Vec<(String, Pod)> {
+        let now = Instant::now();
+        self.lock().iter().filter(|(_, pod)| pod.due <= now).map(|(uid, pod)| (uid.clone(), pod.clone())).collect()
+    }
+
+    fn change(&self, uid: &str, change: impl FnOnce(&mut Pod)) {
+        if let Some(pod) = self.lock().get_mut(uid) {
+            change(pod);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Pod>> {
@@ -78,56 +90,62 @@ impl Live {
     }
 }
 
-/// Asks all pods again and again. A job whose pod goes on to another stage is sent to `turned`.
-pub async fn run(
-    client: Client,
-    live: Live,
-    jobs: Store<Guarded<FineTuneJob>>,
-    turned: mpsc::UnboundedSender<ObjectRef<Guarded<FineTuneJob>>>,
-) {
+/// Asks all pods again and again. A job whose pod goes on to another stage is looked at.
+pub async fn run(client: Client, live: Live, caches: Caches) {
     loop {
-        sleep(EVERY).await;
-        let pods: Vec<(String, Pod)> = live.lock().iter().map(|(uid, pod)| (uid.clone(), pod.clone())).collect();
-        let asked = stream::iter(pods).map(|(uid, pod)| async move {
-            let said = poll(pod.address).await;
-            (uid, pod, said)
-        });
-        let mut asked = asked.buffer_unordered(AT_ONCE);
-        while let Some((uid, pod, said)) = asked.next().await {
-            let Some(said) = said else { continue };
-            // Known first: whoever hears of it looks at once.
-            if let Some(known) = live.lock().get_mut(&uid) {
-                known.said = Some(said.clone());
-            }
-            if pod.said.as_ref().map(|before| before.stage) != Some(said.stage) {
-                // The receiver lives as long as the controller.
-                let _ = turned.send(pod.job.clone());
-            }
-            let is_due =
-                pod.written.as_ref().is_none_or(|(before, at)| *before != said.progress && at.elapsed() >= WRITE_EVERY);
-            let mut written = pod.written.clone();
-            if is_due && said.progress.total_steps > 0 {
-                let job = jobs.get(&pod.job);
-                let job = job.as_ref().and_then(|job| job.0.as_ref().ok());
-                if let Some(job) = job
-                    && write(&client, job, &said.progress).await
-                {
-                    written = Some((said.progress.clone(), Instant::now()));
-                }
-            }
-            if let Some(known) = live.lock().get_mut(&uid) {
-                known.written = written;
-            }
+        sleep(TICK).await;
+        let asked = stream::iter(live.due()).map(|(uid, pod)| ask(&client, &live, &caches, uid, pod));
+        asked.buffer_unordered(AT_ONCE).collect::<()>().await;
+    }
+}
+
+async fn ask(client: &Client, live: &Live, caches: &Caches, uid: String, pod: Pod) {
+    let (namespace, name) =
+        (pod.job.namespace.as_deref().unwrap_or_default(), pod.job.name.as_deref().unwrap_or_default());
+    if !caches.jobs.has(namespace, name) {
+        live.lock().remove(&uid);
+        return;
+    }
+    let Some(said) = poll(pod.address).await else {
+        let unanswered = pod.unanswered.saturating_add(1);
+        let wait = SOON.saturating_mul(unanswered).min(WRITE_EVERY);
+        return live.change(&uid, |pod| (pod.unanswered, pod.due) = (unanswered, Instant::now() + wait));
+    };
+    // Known first: whoever hears of it looks at once.
+    live.change(&uid, |known| known.said = Some(said.clone()));
+    if pod.said.as_ref().map(|before| before.stage) != Some(said.stage) {
+        caches.job_queue.wake(namespace, name);
+    }
+    let is_due =
+        pod.written.as_ref().is_none_or(|(before, at)| *before != said.progress && at.elapsed() >= WRITE_EVERY);
+    let is_written = is_due && said.progress.total_steps > 0 && write(client, &pod.job, &said.progress).await;
+    live.change(&uid, |known| {
+        (known.unanswered, known.due) = (0, Instant::now() + next_question(&said));
+        if is_written {
+            known.written = Some((said.progress, Instant::now()));
         }
+    });
+}
+
+/// When a pod is asked again: soon, where it is about to go on to another stage.
+fn next_question(said: &LiveProgress) -> Duration {
+    match said.stage {
+        TrainStage::Loading | TrainStage::Evaluating => SOON,
+        TrainStage::Training => said
+            .progress
+            .eta_seconds
+            .map_or(WRITE_EVERY, |seconds| Duration::from_secs(seconds).clamp(SOON, WRITE_EVERY)),
+        // Its end is seen without asking.
+        TrainStage::Publishing => WRITE_EVERY,
     }
 }
 
 /// Writes a job's progress; false if that failed, which the next time mends.
-pub async fn write(client: &Client, job: &FineTuneJob, progress: &Progress) -> bool {
+pub async fn write(client: &Client, job: &ObjectMeta, progress: &Progress) -> bool {
     let summary = format!("{}/{}", progress.step, progress.total_steps);
     let progress = Progress { summary, ..progress.clone() };
     let status = json!({"progress": progress});
-    match apply_status::<FineTuneJob, _>(client, &job.metadata, &status, MANAGER).await {
+    match apply_status::<FineTuneJob, _>(client, job, &status, MANAGER).await {
         Ok(()) => true,
         Err(error) => {
             tracing::warn!(%error, "cannot write a job's progress");
@@ -154,4 +172,24 @@ pub fn at_the_end(report: &TrainReport, before: Option<&Progress>) -> Progress {
 /// The progress of a run that has not begun to train.
 pub fn at_the_start(total_steps: u64) -> Progress {
     Progress { summary: format!("0/{total_steps}"), total_steps, ..Progress::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(stage: TrainStage, eta_seconds: Option<u64>) -> LiveProgress {
+        LiveProgress { stage, progress: Progress { eta_seconds, ..Progress::default() } }
+    }
+
+    #[test]
+    fn a_pod_is_asked_as_often_as_its_progress_is_written_and_soon_where_its_stage_ends() {
+        let next = |stage, eta| next_question(&said(stage, eta)).as_secs();
+        assert_eq!(next(TrainStage::Loading, None), 2);
+        assert_eq!(next(TrainStage::Training, None), 15);
+        assert_eq!(next(TrainStage::Training, Some(3600)), 15);
+        assert_eq!(next(TrainStage::Training, Some(9)), 9);
+        assert_eq!(next(TrainStage::Training, Some(0)), 2);
+        assert_eq!(next(TrainStage::Publishing, None), 15);
+    }
 }

@@ -71,6 +71,11 @@ pub fn advance(run: &Run, observed: &Observed, now: Timestamp) -> Advance {
     if is_over(&advance.state) {
         advance.record.completion_time.get_or_insert(Time(now));
     }
+    if advance.steps.iter().all(|step| matches!(step, Step::Admit { .. }))
+        && is_told_later(&run.record, &advance.record)
+    {
+        advance.record = run.record.clone();
+    }
     advance
 }
 
@@ -104,6 +109,22 @@ pub fn wind_down(run: &Run, now: Timestamp) -> Advance {
         }
     }
     Advance { record, steps, state }
+}
+
+/// Whether all that is new in a record is seen again at any time: which Job a try or attempt has, until a pod of an attempt
+/// runs. It is written with what comes next.
+fn is_told_later(before: &FineTuneRunStatus, after: &FineTuneRunStatus) -> bool {
+    let without = |record: &FineTuneRunStatus| {
+        let mut record = record.clone();
+        if let Some(check) = record.check.as_mut().filter(|check| check.cause.is_none()) {
+            (check.job_uid, check.started) = (None, None);
+        }
+        if let Some(attempt) = record.attempts.last_mut().filter(|attempt| attempt.started.is_none()) {
+            attempt.job_uid = None;
+        }
+        record
+    };
+    without(before) == without(after)
 }
 
 /// A Job that a sidecar keeps alive goes when its trainer's words are on record.
@@ -301,7 +322,8 @@ fn train(run: &Run, observed: &Observed, now: Timestamp, advance: &mut Advance) 
                 if job.suspended && !job.deleting {
                     advance.steps.push(Step::Admit { name: job.name.clone(), uid: job.uid.clone() });
                 }
-                trains(run, &advance.record, attempt.number, job)
+                let said = said_before(run, attempt.number, observed);
+                trains(run, &advance.record, attempt.number, job, said)
             }
             None if spec.suspend => State::suspended(),
             None => match planned(observed, &advance.record) {
@@ -373,7 +395,7 @@ fn settle(run: &Run, observed: &Observed, report: &PreflightReport, planned: &Pl
 }
 
 /// What the active attempt does.
-fn trains(run: &Run, record: &FineTuneRunStatus, number: u32, job: &TrainerJob) -> State {
+fn trains(run: &Run, record: &FineTuneRunStatus, number: u32, job: &TrainerJob, said: Option<State>) -> State {
     let retried = match &record.message {
         Some(failure) => format!(" (attempt {number}, after: {failure})"),
         None => String::new(),
@@ -388,9 +410,25 @@ fn trains(run: &Run, record: &FineTuneRunStatus, number: u32, job: &TrainerJob) 
         }
         Pods::Missing | Pods::Unschedulable(_) => waits(run, pods, Phase::Starting, &retried),
         Pods::Starting(words) => State::new(Phase::Starting, reason::STARTING, format!("pod {words}{retried}")).soon(),
-        Pods::Running { .. } => runs(run.live(), &retried),
-        Pods::Over => State::new(Phase::Running, reason::TRAINING, format!("the pods have ended{retried}")),
+        Pods::Running { .. } => match (run.live(), said) {
+            (None, Some(said)) => said,
+            (live, _) => runs(live, &retried),
+        },
+        Pods::Over => said
+            .unwrap_or_else(|| State::new(Phase::Running, reason::TRAINING, format!("the pods have ended{retried}"))),
     }
+}
+
+/// What the status tells of the attempt's pod, which has not been asked again, or can't be asked any more.
+fn said_before(run: &Run, attempt: u32, observed: &Observed) -> Option<State> {
+    let status = observed.job.status.as_ref()?;
+    status.run.as_ref().filter(|told| (told.number, told.attempt) == (run.number(), attempt))?;
+    let reason = match status.phase? {
+        Phase::Running => reason::TRAINING,
+        Phase::Publishing => reason::PUBLISHING,
+        _ => return None,
+    };
+    Some(State::new(status.phase?, reason, status.message.clone()?))
 }
 
 /// The steps are in `status.progress`, which has its own writer.

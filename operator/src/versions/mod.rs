@@ -11,25 +11,21 @@ use futures::{FutureExt, StreamExt};
 use k8s_openapi::{api::batch::v1::Job, jiff::Timestamp};
 use kube::{
     Api, Resource, ResourceExt,
-    runtime::{
-        Controller,
-        controller::{self, Action},
-        reflector::ObjectRef,
-        watcher,
-    },
+    runtime::controller::{self, Action},
 };
 use serde_json::json;
-use tunesmith_crds::{AdapterVersion, conditions::reason, names::STAGE_LABEL};
+use tunesmith_crds::{AdapterVersion, conditions::reason};
 
 use self::decide::{Observed, Step, decide, is_settled};
 use crate::{
     admission,
     apply::{ApplyError, Change, apply, apply_status},
-    cache::{Guarded, Index, owners, touched, watch},
+    cache::{Caches, Guarded, Name},
     conditions::stalled,
     context::{Context, Outcome, Stop, log_failure, words_of},
+    details::Details,
     labels::OPERATOR,
-    workload::{Stage, TrainerJob, job::fresh_pods},
+    workload::{TrainerJob, job::fresh_pods},
 };
 
 /// Name of the controller in metrics and logs.
@@ -68,49 +64,42 @@ impl Outcome for Error {
     }
 }
 
-/// The operator's means, and the Jobs that verify.
+/// The operator's means, and what the watches have seen.
 struct Reconciler {
     context: Arc<Context>,
-    jobs: Arc<Index<Job>>,
+    caches: Caches,
+    details: Details,
 }
 
-/// Runs the controller until `stop`.
-pub async fn run(context: Arc<Context>, stop: Stop) {
-    let verifications = watcher::Config::default().labels(&format!("{STAGE_LABEL}={}", Stage::Verify.name()));
-    let (jobs, events) = watch(context.api(), verifications, owners::<Job>, trim_job);
+/// Runs the controller until `stop`; it looks at every version once.
+pub async fn run(context: Arc<Context>, caches: Caches, stop: Stop) {
+    let controller = caches.version_queue.controller();
+    for (place, ()) in caches.versions.notes() {
+        caches.version_queue.wake(place.0.as_deref().unwrap_or_default(), &place.1);
+    }
     let at_once = context.at_once;
-    let reconciler = Arc::new(Reconciler { context: context.clone(), jobs });
-    Controller::new(context.api::<Guarded<AdapterVersion>>(), watcher::Config::default())
-        .reconcile_on(touched(events, |job| owner_of(&job)))
+    controller
         .with_config(controller::Config::default().concurrency(at_once))
         .graceful_shutdown_on(stop)
-        .run(reconcile, retry, reconciler)
+        .run(reconcile, retry, Arc::new(Reconciler { context, caches, details: Details::default() }))
         .for_each(|result| log_failure(NAME, result))
         .await;
 }
 
-/// The version that a Job verifies.
-fn owner_of(job: &Job) -> Option<ObjectRef<Guarded<AdapterVersion>>> {
-    let owner = job.owner_references().iter().find(|owner| owner.kind == AdapterVersion::kind(&()))?;
-    Some(ObjectRef::new(&owner.name).within(&job.namespace()?))
-}
-
-/// Only that it is there, and whose it is, counts.
-fn trim_job(job: &mut Job) {
-    (job.spec, job.status) = (None, None);
-}
-
-async fn reconcile(version: Arc<Guarded<AdapterVersion>>, reconciler: Arc<Reconciler>) -> Result<Action, Error> {
-    let Reconciler { context, jobs } = &*reconciler;
+async fn reconcile(name: Arc<Name<AdapterVersion>>, reconciler: Arc<Reconciler>) -> Result<Action, Error> {
+    let Reconciler { context, caches, details } = &*reconciler;
+    let Some(version) = caches.versions.named(&name.namespace().unwrap_or_default(), &name.name_any()) else {
+        return Ok(Action::await_change());
+    };
     // Of thousands of versions, most have their verdict, and nothing is left to be done.
-    let uid = version.meta().uid.as_deref().unwrap_or_default();
-    if version.0.as_ref().is_ok_and(is_settled) && jobs.with_key(uid).is_empty() {
+    let uid = name.metadata.uid.as_deref().unwrap_or_default();
+    if version.0.as_ref().is_ok_and(is_settled) && caches.verifications.with_key(uid).is_empty() {
         return Ok(Action::await_change());
     }
     let _timer = context.metrics.time(NAME);
     let result = match &version.0 {
         Ok(readable) => {
-            let caught = AssertUnwindSafe(reconcile_once(readable, context)).catch_unwind().await;
+            let caught = AssertUnwindSafe(reconcile_once(readable, context, details)).catch_unwind().await;
             match caught {
                 Ok(result) => result,
                 Err(panic) => {
@@ -137,9 +126,10 @@ async fn stall(version: &Guarded<AdapterVersion>, message: &str, context: &Conte
     written.map_err(Error::Status)
 }
 
-async fn reconcile_once(version: &AdapterVersion, context: &Context) -> Result<Action, Error> {
+async fn reconcile_once(version: &AdapterVersion, context: &Context, details: &Details) -> Result<Action, Error> {
     let Some(observed) = observe(version, context).await? else {
         context.backoff.forget(version);
+        details.forget(version);
         return Ok(Action::await_change());
     };
     let decision = decide(&observed, Timestamp::now());
@@ -154,24 +144,38 @@ async fn reconcile_once(version: &AdapterVersion, context: &Context) -> Result<A
         None => decision.state,
     };
     let status = status::status(&observed.version, &state, Timestamp::now());
-    if observed.version.status.as_ref() != Some(&status) {
+    let told = observed.version.status.clone().unwrap_or_default();
+    // One without a status waits like one that is verified: so far this is a detail.
+    let is_detail = !state.is_verdict() && told.phase.is_none_or(|phase| phase == state.phase);
+    let told_in = if told == status {
+        details.forget(version);
+        None
+    } else if let Some(wait) = details.wait(version).filter(|_| is_detail) {
+        Some(wait)
+    } else {
+        details.forget(version);
         apply_status::<AdapterVersion, _>(&context.client, &observed.version.metadata, &status, OPERATOR)
             .await
             .map_err(Error::Status)?;
         if state.is_verdict() {
             let version = version.name_any();
             tracing::info!(version, namespace, phase = ?state.phase, message = state.message);
-            let action = format!("{:?}", state.phase);
-            context.announce(&observed.version, state.is_bad(), state.reason, &action, &state.message).await;
+            // Good news are its job's.
+            if state.is_bad() {
+                let action = format!("{:?}", state.phase);
+                context.announce(&observed.version, true, state.reason, &action, &state.message).await;
+            }
         }
-    }
+        None
+    };
     // What the verdict came from goes only when the verdict is written.
     apply(&context.client, &namespace, changes(after)).await?;
-    Ok(match (refusal, state.requeue) {
-        (Some(_), _) => Action::requeue(context.backoff.next(version)),
-        (None, Some(wait)) => Action::requeue(wait),
-        (None, None) => Action::await_change(),
-    })
+    let again_in = match refusal {
+        Some(_) => Some(context.backoff.next(version)),
+        None => state.requeue,
+    };
+    let wait = again_in.into_iter().chain(told_in).min();
+    Ok(wait.map_or_else(Action::await_change, Action::requeue))
 }
 
 /// Reads a version and the Job that verifies it; None if it is gone or going.
@@ -200,6 +204,6 @@ async fn observe(version: &AdapterVersion, context: &Context) -> Result<Option<O
     Ok(Some(Observed { version, job, refusal }))
 }
 
-fn retry(version: Arc<Guarded<AdapterVersion>>, _: &Error, reconciler: Arc<Reconciler>) -> Action {
+fn retry(version: Arc<Name<AdapterVersion>>, _: &Error, reconciler: Arc<Reconciler>) -> Action {
     Action::requeue(reconciler.context.backoff.next(&*version))
 }

@@ -15,8 +15,9 @@ use crate::{
     fixtures::{
         at, attempt_ended, check_ended, class, failed, job, observed, observed_checked, observed_published,
         observed_run, observed_training, passed, preflight_report, run, settle, there, train, trained, trainer_job,
-        version,
+        version, with_pods,
     },
+    jobs::status::status,
     runs::{
         Work,
         decide::{Step, digest_of},
@@ -186,7 +187,7 @@ fn a_store_that_is_down_is_asked_again_later_and_later_and_for_good() {
     let observed = observed_run(plain(), |run| (0..50).for_each(|_| check_ended(run, down())));
     let waiting = decide(&observed, at(200));
     assert_eq!((waiting.state.phase, waiting.state.reason), (Phase::Preflight, reason::STORE_UNAVAILABLE));
-    assert_eq!((steps(&waiting).len(), waiting.state.requeue.as_secs()), (0, 200));
+    assert_eq!((steps(&waiting).len(), waiting.state.requeue.unwrap().as_secs()), (0, 200));
     assert!(waiting.state.message.contains("no answer"), "{}", waiting.state.message);
     assert_eq!(steps(&check(&observed, Phase::Preflight, reason::PREFLIGHT)), [Step::CreateCheck]);
 }
@@ -373,6 +374,24 @@ fn the_pods_own_stage_tells_training_from_evaluating_and_publishing() {
 }
 
 #[test]
+fn what_a_pod_said_stands_until_it_says_something_else() {
+    let mut observed = observed_training(plain(), running());
+    say(&mut observed, TrainStage::Publishing);
+    let said = check(&observed, Phase::Publishing, reason::PUBLISHING);
+    observed.job.status = Some(status(&observed, &said, &said.state, at(10_000)));
+    // Another replica, which has not asked it yet, and the end of the pod, which nobody can ask.
+    for pods in [running(), Pods::Over] {
+        observed.runs.get_mut(&1).unwrap().work = there(with_pods(trainer_job("j-1-1", Stage::Train), pods));
+        assert_eq!(check(&observed, Phase::Publishing, reason::PUBLISHING).state, said.state);
+    }
+    // Of another attempt it says nothing.
+    let run = observed.runs.get_mut(&1).unwrap();
+    attempt_ended(run, failed("the store is down"));
+    train(run, running());
+    check(&observed, Phase::Running, reason::TRAINING);
+}
+
+#[test]
 fn a_failed_attempt_is_followed_by_another_after_a_wait() {
     let observed = observed_checked(plain(), |run| {
         settle(run, 1, "sha256:x");
@@ -381,7 +400,7 @@ fn a_failed_attempt_is_followed_by_another_after_a_wait() {
     let waiting = decide(&observed, at(101));
     assert_eq!((waiting.state.phase, waiting.state.reason), (Phase::Starting, reason::RETRYING));
     assert!(steps(&waiting).is_empty() && waiting.state.message.contains("the store is down"));
-    assert_eq!(waiting.state.requeue.as_secs(), 9);
+    assert_eq!(waiting.state.requeue.unwrap().as_secs(), 9);
 
     let next = check(&observed, Phase::Starting, reason::RETRYING);
     assert!(matches!(steps(&next), [Step::CreateAttempt(_)]), "{next:?}");
@@ -515,7 +534,7 @@ fn the_users_annotation_starts_another_run_of_the_same_spec_at_its_time() {
     let due = at_time("1970-01-01T00:20:00Z", 2_000);
     assert_eq!((due.start, due.state.phase), (Some((2, Trigger::Retry)), Phase::Preflight));
     let early = at_time("1970-01-01T00:40:00Z", 2_000);
-    assert_eq!((early.start, early.state.phase, early.state.requeue.as_secs()), (None, Phase::Failed, 400));
+    assert_eq!((early.start, early.state.phase, early.state.requeue.unwrap().as_secs()), (None, Phase::Failed, 400));
     let before_it_failed = at_time("1970-01-01T00:10:00Z", 2_000);
     assert_eq!((before_it_failed.start, before_it_failed.state.phase), (None, Phase::Failed));
     let far = at_time("9999-12-30T00:00:00Z", 2_000);

@@ -1,10 +1,12 @@
 //! The Jobs as the cluster gets them, for each of the shipped GpuClasses.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1::Node;
 use serde_json::{Value, json};
+use tunesmith_crds::names::RUN_SPEC_ANNOTATION;
 
 use super::*;
-use std::sync::Arc;
 
 use crate::{
     fixtures::{class, cpu, job, observed_checked, observed_published, preflight_report, trainer_defaults},
@@ -40,31 +42,37 @@ fn offers(nodes: &[(&str, u32)]) -> Offers {
     }
 }
 
-/// The ConfigMap and the Job of the first attempt of `job` on such a cluster.
-fn first_attempt(job: &FineTuneJob, offers: &Offers) -> (ConfigMap, Job) {
+/// The Job of the first attempt of `job` on such a cluster.
+fn first_attempt(job: &FineTuneJob, offers: &Offers) -> Job {
     let mut observed = observed_checked(job.clone(), |_| {});
     observed.offers = offers.clone();
     built(&observed)
 }
 
-fn built(observed: &crate::jobs::observed::Observed) -> (ConfigMap, Job) {
+fn built(observed: &crate::jobs::observed::Observed) -> Job {
     let run = &observed.runs[&1];
     let advance = advance(run, observed, crate::fixtures::at(10_000));
     let changes =
         advance.steps.iter().flat_map(|step| build(step, &observed.job, run, &advance.record, &trainer_defaults()));
-    let [Change::CreateConfigMap(input), Change::CreateJob(job)] = &changes.collect::<Vec<_>>()[..] else { panic!() };
-    ((**input).clone(), (**job).clone())
+    let [Change::CreateJob(job)] = &changes.collect::<Vec<_>>()[..] else { panic!() };
+    (**job).clone()
+}
+
+/// What the pods of a Job work on.
+fn task_of(job: &Job) -> RunSpec {
+    let pod = job.spec.as_ref().unwrap().template.metadata.as_ref().unwrap();
+    serde_json::from_str(&pod.annotations.as_ref().unwrap()[RUN_SPEC_ANNOTATION]).unwrap()
 }
 
 /// The first training Job of `job` on such a cluster, as JSON.
 fn training(job: &FineTuneJob, offers: &Offers) -> Value {
-    serde_json::to_value(first_attempt(job, offers).1).unwrap()
+    serde_json::to_value(first_attempt(job, offers)).unwrap()
 }
 
 /// The first preflight Job of `job`.
 fn preflight(job: &FineTuneJob) -> Value {
     let observed = crate::fixtures::observed_run(job.clone(), |_| {});
-    serde_json::to_value(built(&observed).1).unwrap()
+    serde_json::to_value(built(&observed)).unwrap()
 }
 
 fn pod_of(job: &Value) -> &Value {
@@ -219,9 +227,9 @@ fn a_preflight_is_a_small_pod_that_is_tried_once() {
 #[test]
 fn what_an_attempt_works_on_follows_from_the_record() {
     let job = job(json!({}));
-    let (input, _) = first_attempt(&job, &Offers { classes: vec![cpu()], ..Offers::default() });
-    assert_eq!((input.metadata.name.as_deref(), input.immutable), (Some("j-1-1"), Some(true)));
-    let spec: RunSpec = serde_json::from_str(&input.data.unwrap()[RUN_SPEC_KEY]).unwrap();
+    let built = first_attempt(&job, &Offers { classes: vec![cpu()], ..Offers::default() });
+    assert_eq!(built.metadata.name.as_deref(), Some("j-1-1"));
+    let spec = task_of(&built);
     let task = spec.train.clone().unwrap();
     assert_eq!((task.version, task.trainer_image.as_str(), task.numerics_version), (1, "trainer:1", 1));
     assert_eq!(
@@ -236,7 +244,7 @@ fn what_an_attempt_works_on_follows_from_the_record() {
 fn a_run_keeps_its_image_and_the_spec_that_it_serves() {
     let mut observed = observed_checked(job(json!({})), |run| run.spec.image = "trainer:0".into());
     observed.job.spec.backoff_limit = 9;
-    let (_, built) = built(&observed);
+    let built = built(&observed);
     let pod = built.spec.unwrap().template.spec.unwrap();
     assert_eq!(pod.containers[0].image.as_deref(), Some("trainer:0"));
 }
@@ -257,10 +265,10 @@ fn attempts_run_the_very_image_that_checked() {
             run.spec.image = image.into();
             run.record.check.as_mut().unwrap().image_id = ran.map(Into::into);
         });
-        let (input, built) = built(&observed);
+        let built = built(&observed);
+        let spec = task_of(&built);
         let pod = built.spec.unwrap().template.spec.unwrap();
         assert_eq!(pod.containers[0].image.as_deref(), Some(pinned));
-        let spec: RunSpec = serde_json::from_str(&input.data.unwrap()[RUN_SPEC_KEY]).unwrap();
         assert_eq!(spec.train.unwrap().trainer_image, pinned, "on record with the version");
     }
 }
