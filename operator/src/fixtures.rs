@@ -16,7 +16,7 @@ use crate::{
     jobs::observed::Observed,
     plan::{Devices, Offers},
     runs::{Object, Run, Work, build::new_run, settle::settled},
-    workload::{Cause, Ending, JobState, Pods, Stage, TrainerDefaults, TrainerJob},
+    workload::{Cause, CheckResources, Ending, JobState, Pods, Stage, TrainerDefaults, TrainerJob},
 };
 
 /// A LoRA job named `j` for the adapter `support`, with changes to its spec merged in.
@@ -69,6 +69,7 @@ pub fn trainer_defaults() -> TrainerDefaults {
         pull_policy: "IfNotPresent".into(),
         arch: "amd64".into(),
         cluster: "west".into(),
+        checks: CheckResources { memory: "2Gi".into(), cpu_limit: None, ephemeral_storage: None },
     }
 }
 

@@ -4,7 +4,12 @@ use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
 use clap::Parser;
 
-use crate::{plan::Devices, workload::TrainerDefaults};
+use tunesmith_planner::parse_bytes;
+
+use crate::{
+    plan::Devices,
+    workload::{CheckResources, TrainerDefaults},
+};
 
 /// Runs FineTuneJobs and verifies AdapterVersions.
 #[derive(Clone, Debug, Parser)]
@@ -22,6 +27,15 @@ pub struct Options {
     /// What the trainer's image computes on: cpu, cuda.
     #[arg(long, env = "TRAINER_DEVICES", default_value = "cpu", value_delimiter = ',', value_parser = ["cpu", "cuda"])]
     pub trainer_devices: Vec<String>,
+    /// Memory of pods that only check: preflights and verifications.
+    #[arg(long, env = "CHECK_MEMORY", default_value = "2Gi", value_parser = quantity)]
+    pub check_memory: String,
+    /// CPU limit of pods that only check.
+    #[arg(long, env = "CHECK_CPU_LIMIT", value_parser = quantity)]
+    pub check_cpu_limit: Option<String>,
+    /// Storage of the node that pods that only check request, and may use at most.
+    #[arg(long, env = "CHECK_EPHEMERAL_STORAGE", value_parser = quantity)]
+    pub check_ephemeral_storage: Option<String>,
     /// Name of this cluster, for the claims that runs lay on versions in a store that clusters share.
     #[arg(long, env = "CLUSTER_NAME", default_value = "")]
     pub cluster_name: String,
@@ -53,6 +67,11 @@ impl Options {
             pull_policy: self.trainer_image_pull_policy.clone(),
             arch: self.trainer_arch.clone(),
             cluster: self.cluster_name.clone(),
+            checks: CheckResources {
+                memory: self.check_memory.clone(),
+                cpu_limit: self.check_cpu_limit.clone(),
+                ephemeral_storage: self.check_ephemeral_storage.clone(),
+            },
         }
     }
 
@@ -69,6 +88,14 @@ impl Options {
     /// What the trainer's image computes on.
     pub fn devices(&self) -> Devices {
         Devices { cuda: self.trainer_devices.iter().any(|device| device == "cuda") }
+    }
+}
+
+/// A quantity such as 2Gi or 500m.
+fn quantity(text: &str) -> Result<String, String> {
+    match parse_bytes(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err("expected a quantity such as 2Gi or 500m".into()),
     }
 }
 

@@ -31,7 +31,7 @@ use crate::{
     plan::Planned,
     workload::{
         Stage, TrainerDefaults, TrainerPod,
-        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, check_resources},
+        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT},
     },
 };
 
@@ -172,7 +172,7 @@ fn check_job(job: &FineTuneJob, run: &Run, number: u32, trainer: &TrainerDefault
         secrets: secrets(spec),
         claims: spec.claims(),
         service_account_name: spec.output.service_account_name.as_deref(),
-        resources: check_resources(job.spec.resources.memory.as_deref()),
+        resources: trainer.checks.requirements(),
         work_limit: CHECK_WORK_LIMIT.into(),
         affinity: None,
         tolerations: Vec::new(),

@@ -20,7 +20,7 @@ use crate::{
     labels,
     workload::{
         Stage, TrainerDefaults, TrainerPod,
-        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, check_resources, retry_policy},
+        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, retry_policy},
     },
 };
 
@@ -52,7 +52,7 @@ fn verify_job(version: &AdapterVersion, trainer: &TrainerDefaults) -> Job {
         secrets: artifact.secret_ref.iter().map(|secret| (env_prefix::OUTPUT, secret)).collect(),
         claims: BTreeSet::new(),
         service_account_name: artifact.service_account_name.as_deref(),
-        resources: check_resources(None),
+        resources: trainer.checks.requirements(),
         work_limit: CHECK_WORK_LIMIT.into(),
         affinity: None,
         tolerations: Vec::new(),

@@ -8,13 +8,14 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::Time,
     jiff::Timestamp,
 };
+use kube::ResourceExt;
 use tunesmith_crds::{
     fine_tune_run,
-    names::exit_code,
+    names::{STAGE_LABEL, exit_code},
     run::{Outcome, ReportError, RunReport},
 };
 
-use super::pod::CONTAINER;
+use super::{Stage, pod::CONTAINER};
 
 /// What the kubelet says when it evicts a pod for what the pod itself did. Any other eviction is a disruption.
 const OVER_ITS_OWN_LIMIT: [&str; 3] =
@@ -224,7 +225,11 @@ fn out_of_memory(pod: &Pod) -> String {
         limits.get("memory").map(|quantity| quantity.0.clone())
     });
     let limit = limit.map(|limit| format!(" (its limit is {limit})")).unwrap_or_default();
-    format!("the trainer ran out of memory{limit}: raise spec.resources.memory, or set training.gradientCheckpointing")
+    let advice = match pod.labels().get(STAGE_LABEL).map(String::as_str) {
+        Some(stage) if stage != Stage::Train.name() => "raise trainer.checks.memory in the chart's values",
+        _ => "raise spec.resources.memory, or set training.gradientCheckpointing",
+    };
+    format!("the trainer ran out of memory{limit}: {advice}")
 }
 
 fn is_disrupted(pod: &Pod) -> bool {
@@ -327,6 +332,10 @@ mod tests {
     fn out_of_memory_is_named_with_the_limit_and_what_to_raise() {
         let Some(Cause::Failed { message }) = pod_cause(&exited(137, "OOMKilled", "")) else { panic!() };
         assert!(message.contains("2Gi") && message.contains("spec.resources.memory"), "{message}");
+        let mut check = exited(137, "OOMKilled", "");
+        check.metadata.labels = Some([(STAGE_LABEL.to_owned(), "preflight".to_owned())].into());
+        let Some(Cause::Failed { message }) = pod_cause(&check) else { panic!() };
+        assert!(message.ends_with("raise trainer.checks.memory in the chart's values"), "{message}");
     }
 
     #[test]

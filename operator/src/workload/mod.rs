@@ -7,7 +7,7 @@ pub mod pod;
 
 pub use ending::{Cause, Ending};
 pub use job::{JobState, Pods, TrainerJob};
-pub use pod::{TrainerDefaults, TrainerPod};
+pub use pod::{CheckResources, TrainerDefaults, TrainerPod};
 
 /// The trainer's subcommands that run in pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -31,9 +31,8 @@ pub const CONTAINER: &str = "trainer";
 pub const CHECK_GRACE_SECONDS: i64 = 30;
 /// User and group of the image.
 const NON_ROOT: i64 = 65532;
-/// CPU and memory of a pod that only checks.
+/// CPU of a pod that only checks.
 const CHECK_CPU: &str = "100m";
-const CHECK_MEMORY: &str = "2Gi";
 
 /// What all trainer pods have in common.
 #[derive(Clone, Debug)]
@@ -46,6 +45,19 @@ pub struct TrainerDefaults {
     pub arch: String,
     /// Name of this cluster, for the claims that runs lay on versions in a shared store; may be empty.
     pub cluster: String,
+    /// Resources of pods that only check: a preflight reads headers and rows, a verification files as they go by.
+    pub checks: CheckResources,
+}
+
+/// Resources of pods that only check, as quantities.
+#[derive(Clone, Debug)]
+pub struct CheckResources {
+    /// Memory, requested and at most.
+    pub memory: String,
+    /// CPU at most, for namespaces whose quota counts that.
+    pub cpu_limit: Option<String>,
+    /// Storage of the node, requested and at most, for namespaces whose quota counts that.
+    pub ephemeral_storage: Option<String>,
 }
 
 /// What differs between the pods of trainer Jobs.
@@ -168,13 +180,20 @@ impl TrainerPod<'_> {
     }
 }
 
-/// Resources of a pod that only checks; `memory` is what the user gives it instead of the default.
-pub fn check_resources(memory: Option<&str>) -> ResourceRequirements {
-    let memory = Quantity(memory.unwrap_or(CHECK_MEMORY).into());
-    ResourceRequirements {
-        requests: Some([("cpu".into(), Quantity(CHECK_CPU.into())), ("memory".into(), memory.clone())].into()),
-        limits: Some([("memory".into(), memory)].into()),
-        claims: None,
+impl CheckResources {
+    /// The same in Kubernetes' words.
+    pub fn requirements(&self) -> ResourceRequirements {
+        let both = [("memory", Some(&self.memory)), ("ephemeral-storage", self.ephemeral_storage.as_ref())];
+        let both = both.map(|(name, quantity)| (name, quantity.cloned()));
+        let named = |all: &[(&str, Option<String>)]| -> BTreeMap<String, Quantity> {
+            let given =
+                all.iter().filter_map(|(name, quantity)| Some(((*name).to_owned(), Quantity(quantity.clone()?))));
+            given.collect()
+        };
+        let (mut requests, mut limits) = (named(&both), named(&both));
+        requests.extend(named(&[("cpu", Some(CHECK_CPU.into()))]));
+        limits.extend(named(&[("cpu", self.cpu_limit.clone())]));
+        ResourceRequirements { requests: Some(requests), limits: Some(limits), claims: None }
     }
 }
 

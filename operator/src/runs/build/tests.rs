@@ -225,6 +225,25 @@ fn a_preflight_is_a_small_pod_that_is_tried_once() {
 }
 
 #[test]
+fn a_check_asks_for_what_the_admin_gives_checks_whatever_the_training_needs() {
+    let mut trainer = trainer_defaults();
+    let of = |trainer: &TrainerDefaults| {
+        let run = crate::fixtures::run(&job(json!({})), 1);
+        let job = check_job(&job(json!({"resources": {"memory": "64Gi"}})), &run, 1, trainer);
+        json!(job.spec.unwrap().template.spec.unwrap().containers[0].resources)
+    };
+    assert_eq!(of(&trainer), json!({"limits": {"memory": "2Gi"}, "requests": {"cpu": "100m", "memory": "2Gi"}}));
+    (trainer.checks.cpu_limit, trainer.checks.ephemeral_storage) = (Some("1".into()), Some("4Gi".into()));
+    assert_eq!(
+        of(&trainer),
+        json!({
+            "limits": {"cpu": "1", "ephemeral-storage": "4Gi", "memory": "2Gi"},
+            "requests": {"cpu": "100m", "ephemeral-storage": "4Gi", "memory": "2Gi"},
+        })
+    );
+}
+
+#[test]
 fn what_an_attempt_works_on_follows_from_the_record() {
     let job = job(json!({}));
     let built = first_attempt(&job, &Offers { classes: vec![cpu()], ..Offers::default() });
