@@ -27,7 +27,7 @@ use crate::{
     generate::{Writer, uri},
     local,
     merge::merge,
-    model::ModelFolder,
+    model::{Keep, ModelFolder},
     pod::{caught, read_spec, report_to},
     preflight::preflight,
     progress::{Progress, serve},
@@ -441,7 +441,7 @@ fn preflight_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
     report_to(&pod.report, || {
         let (stop, progress) = (Stop::on_signals(runtime.handle()).map_err(no_signals)?, Progress::new());
         let context = Context { stores, work: &pod.work_dir, progress: &progress, stop: &stop };
-        Ok(Outcome::Preflight(preflight(&read_spec::<RunSpec>(&pod.run_spec)?, context)?.report))
+        Ok(Outcome::Preflight(preflight(&read_spec::<RunSpec>(&pod.run_spec)?, context, Keep::Headers)?.report))
     })
 }
 

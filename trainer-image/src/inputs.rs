@@ -22,7 +22,7 @@ use crate::{
     exam::{Exam, Settings},
     generate::Voice,
     hub,
-    model::ModelFolder,
+    model::{Keep, ModelFolder},
     store::{Object, Role, Stores},
     train::engine_quantization,
 };
@@ -48,13 +48,13 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Fetches and checks everything; what has to be downloaded goes under `work`. A chat template that writes the date
-    /// writes that of the job, or else `day`.
+    /// Fetches and checks everything; what has to be downloaded goes under `work`, and of the weights so much stays. A chat
+    /// template that writes the date writes that of the job, or else `day`.
     ///
     /// # Errors
     /// Model or data is missing or can't be used.
-    pub fn load(spec: &RunSpec, stores: &Stores, work: &Path, day: NaiveDate) -> Result<Self, Error> {
-        let model = ModelFolder::fetch(&spec.base_model, stores, &work.join("model"))?;
+    pub fn load(spec: &RunSpec, stores: &Stores, work: &Path, day: NaiveDate, keep: Keep) -> Result<Self, Error> {
+        let model = ModelFolder::bring(&spec.base_model, stores, &work.join("model"), keep)?;
         if let Some(pin) = spec.base_digest_pin.as_ref().filter(|pin| **pin != model.digest) {
             let (uri, found) = (&spec.base_model, &model.digest);
             return Err(Error::Input(format!(

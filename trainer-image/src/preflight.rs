@@ -7,6 +7,7 @@ use crate::{
     data::{Overview, template::TemplateDate},
     error::Error,
     inputs::Inputs,
+    model::Keep,
     publish::{CLAIM, MANIFEST},
     store::{Location, Role, StoreError},
     train::{Context, lora_of, lora_parameters, schedule},
@@ -20,16 +21,16 @@ pub struct Preflight {
     pub overview: Overview,
 }
 
-/// Checks model, data and output folder.
+/// Checks model, data and output folder; of the weights so much stays under `context.work`.
 ///
 /// # Errors
 /// One of them can't be used; the message names it and says what to do.
-pub fn preflight(spec: &RunSpec, context: Context<'_>) -> Result<Preflight, Error> {
+pub fn preflight(spec: &RunSpec, context: Context<'_>, keep: Keep) -> Result<Preflight, Error> {
     let output = context.stores.open(Role::Output, &spec.adapter_uri())?;
     check_writable(&output)?;
     let highest_version = highest_version(&output)?;
 
-    let inputs = Inputs::load(spec, context.stores, context.work, TemplateDate::today().date())?;
+    let inputs = Inputs::load(spec, context.stores, context.work, TemplateDate::today().date(), keep)?;
     schedule(&spec.training, inputs.batches.total_steps())?;
     // Auto becomes LoRA or QLoRA.
     let lora = spec.method.as_ref().map_or(Some(&spec.lora), lora_of);

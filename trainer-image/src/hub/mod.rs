@@ -34,6 +34,8 @@ pub struct Repository {
     files: BTreeSet<String>,
     /// Where downloaded files lie, under their names.
     folder: PathBuf,
+    /// Whether the cache is this process's own.
+    is_own: bool,
     /// Where their bytes lie, under the digests that the Hub gives them.
     blobs: PathBuf,
 }
@@ -54,6 +56,7 @@ impl Repository {
             }
         };
         let HubSettings { endpoint, token, cache, timeout } = stores.hub_settings(role, uri)?;
+        let is_own = cache.is_none();
         let cache = absolute(cache.unwrap_or_else(|| work.join("hub")));
         let cache = Cache::new(cache.map_err(|source| StoreError::Disk { path: work.to_owned(), source })?);
         let transfer = Transfer::new(token, timeout);
@@ -77,6 +80,7 @@ impl Repository {
         Ok(Self {
             files_url: format!("{endpoint}/{}/resolve/{}", pinned.url(), pinned.url_revision()),
             folder: in_cache.pointer_path(&info.sha),
+            is_own,
             blobs: in_cache.blob_path(""),
             files: info.siblings.into_iter().map(|file| file.rfilename).filter(|name| stays_inside(name)).collect(),
             uri: uri.clone(),
@@ -99,6 +103,11 @@ impl Repository {
     /// Where fetched files are.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Whether the cache is this process's own: no other client reads it.
+    pub fn is_own(&self) -> bool {
+        self.is_own
     }
 
     /// Brings a file here, unless it is in the cache, and tells its digest.

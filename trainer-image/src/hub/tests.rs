@@ -228,6 +228,19 @@ fn a_repository_is_the_same_model_as_its_folder() {
 }
 
 #[test]
+fn a_preflight_keeps_no_more_of_the_weights_than_their_headers() {
+    let bench = Bench::new();
+    let whole = bench.fetch("hf://owner/tiny").unwrap();
+    let work = bench.folder.path().join("work");
+    fs::remove_dir_all(&work).unwrap();
+    let checked = ModelFolder::bring(&"hf://owner/tiny".parse().unwrap(), &bench.stores, &work, Keep::Headers).unwrap();
+    assert_eq!((checked.digest, checked.shape), (whole.digest, whole.shape));
+    let weights = fs::metadata(checked.folder.join(WEIGHTS)).unwrap();
+    let on_disk = fs::metadata(bench.model().join(WEIGHTS)).unwrap();
+    assert!(weights.len() == on_disk.len() && weights.blocks() < on_disk.blocks(), "{weights:?}");
+}
+
+#[test]
 fn what_another_client_left_in_hf_home_is_not_downloaded_again() {
     let mut bench = Bench::new();
     let home = bench.folder.path().join("home");

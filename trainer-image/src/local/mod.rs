@@ -19,6 +19,7 @@ use tunesmith_crds::{
 use crate::{
     data::overview::Marking,
     error::Error,
+    model::Keep,
     preflight::{Preflight, highest_version, preflight},
     publish::{Claim, MANIFEST, PublishError, published},
     store::{Location, Role, StoreError, Stores},
@@ -104,7 +105,8 @@ fn prepare(
     }
     // All is computed here, by one process on the CPU.
     let spec = RunSpec::preflight(job, 1).resolved(1, false);
-    let found = preflight(&spec, context).map_err(|error| explain_missing_model(error, job, context.stores));
+    let found =
+        preflight(&spec, context, Keep::Whole).map_err(|error| explain_missing_model(error, job, context.stores));
     let Preflight { report, overview } = found?;
     let method = method(job, &report)?;
     if job.spec.method == MethodName::Auto {

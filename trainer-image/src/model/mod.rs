@@ -2,6 +2,7 @@
 //! such a folder first.
 
 mod files;
+mod outline;
 mod source;
 mod tensors;
 #[cfg(test)]
@@ -30,6 +31,16 @@ use crate::{
     digest,
     store::{StoreError, Stores},
 };
+
+/// What of the weights stays on this machine once their bytes were seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// All: they are to be computed with.
+    Whole,
+    /// Their headers: they were to be checked. Weights that lie on a disk already stay as they are, and a GGUF file is
+    /// converted all the same.
+    Headers,
+}
 
 /// A base model on this machine.
 pub struct ModelFolder {
@@ -85,15 +96,23 @@ impl ModelFolder {
     /// # Errors
     /// A file is missing or damaged, or the model is not supported.
     pub fn fetch(uri: &Uri, stores: &Stores, work: &Path) -> Result<Self, ModelError> {
+        Self::bring(uri, stores, work, Keep::Whole)
+    }
+
+    /// The same, of which so much stays.
+    ///
+    /// # Errors
+    /// A file is missing or damaged, or the model is not supported.
+    pub fn bring(uri: &Uri, stores: &Stores, work: &Path, keep: Keep) -> Result<Self, ModelError> {
         if !is_gguf(uri.file_name()) {
-            return Self::fetch_folder(&Source::open(uri, stores, work)?);
+            return Self::fetch_folder(&Source::open(uri, stores, work)?, keep);
         }
         let (folder, digest) = convert_gguf(uri, stores, work)?;
         let converted = Uri::File { path: folder.display().to_string() };
-        Ok(Self { digest, ..Self::fetch_folder(&Source::open(&converted, stores, work)?)? })
+        Ok(Self { digest, ..Self::fetch_folder(&Source::open(&converted, stores, work)?, keep)? })
     }
 
-    fn fetch_folder(source: &Source) -> Result<Self, ModelError> {
+    fn fetch_folder(source: &Source, keep: Keep) -> Result<Self, ModelError> {
         let (present, folder) = (source.files(), source.folder());
         if present.is_empty() {
             return Err(ModelError::Empty { uri: source.uri().clone() });
@@ -135,7 +154,7 @@ impl ModelFolder {
         for name in present.iter().filter(|name| is_copied(name) && !OPTIONAL.contains(&name.as_str())) {
             source.fetch(name, &mut io::sink())?;
         }
-        let (tensors, not_finite_of) = fetch_weights(source, &names, &mut files)?;
+        let (tensors, not_finite_of) = fetch_weights(source, &names, keep, &mut files)?;
         // An output layer beside the embedding may be used although the configuration ties them.
         let config = match config.tie_word_embeddings && tensors.contains_key("lm_head.weight") {
             true => ModelConfig::of_folder(folder).map_err(|error| unusable("config.json", problem_of(error)))?,
@@ -156,7 +175,11 @@ impl ModelFolder {
 
 /// Brings a file here that must hold something.
 fn fetch_whole(source: &Source, name: &str, also: &mut dyn io::Write) -> Result<ArtifactFile, ModelError> {
-    let file = source.fetch(name, also)?;
+    checked(source, name, source.fetch(name, also)?)
+}
+
+/// A file that came here, if it holds something.
+fn checked(source: &Source, name: &str, file: ArtifactFile) -> Result<ArtifactFile, ModelError> {
     let unusable = |problem| ModelError::Unusable { uri: source.uri().join(name), problem };
     check_whole(&source.folder().join(name)).map_err(unusable)?;
     Ok(file)
@@ -170,13 +193,18 @@ type NotFinite<'a> = Vec<(&'a String, Vec<String>)>;
 fn fetch_weights<'a>(
     source: &Source,
     names: &'a [String],
+    keep: Keep,
     files: &mut Vec<ArtifactFile>,
 ) -> Result<(BTreeMap<String, Tensor>, NotFinite<'a>), ModelError> {
     let unusable = |file: &str, problem: String| ModelError::Unusable { uri: source.uri().join(file), problem };
     let (mut tensors, mut not_finite_of) = (BTreeMap::new(), Vec::new());
     for name in names {
         let mut scan = FiniteScan::default();
-        files.push(fetch_whole(source, name, &mut scan)?);
+        let file = match keep {
+            Keep::Whole => source.fetch(name, &mut scan)?,
+            Keep::Headers => source.fetch_header(name, &mut scan)?,
+        };
+        files.push(checked(source, name, file)?);
         let found = header(&source.folder().join(name)).map_err(|problem| unusable(name, problem))?;
         tensors.extend(found);
         not_finite_of.push((name, scan.into_names()));

@@ -9,7 +9,10 @@ use std::{
 
 use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
 
-use super::{INDEX, ModelError, OPTIONAL, WEIGHTS, copied_in};
+use super::{
+    INDEX, ModelError, OPTIONAL, WEIGHTS, copied_in,
+    outline::{Outline, hollow},
+};
 use crate::{
     digest,
     hub::Repository,
@@ -89,6 +92,20 @@ impl Source {
             }
         }
     }
+
+    /// The same for a file of weights, of which the header alone stays here. One that lies on a disk is left as it is.
+    pub(super) fn fetch_header(&self, name: &str, also: &mut dyn Write) -> Result<ArtifactFile, ModelError> {
+        match self {
+            Self::Place(place) => place.fetch_header(name, also),
+            Self::Hub(repository) => {
+                let (file, path) = (self.fetch(name, also)?, repository.folder().join(name));
+                if repository.is_own() {
+                    hollow(&path).map_err(|source| StoreError::Disk { path, source })?;
+                }
+                Ok(file)
+            }
+        }
+    }
 }
 
 impl Place {
@@ -102,6 +119,36 @@ impl Place {
         copy(&path, also)?;
         tracing::info!(uri = %object.uri(), bytes = file.size, "downloaded");
         Ok(file)
+    }
+
+    fn fetch_header(&self, name: &str, also: &mut dyn Write) -> Result<ArtifactFile, ModelError> {
+        let (path, object) = (self.folder.join(name), self.location.join(name));
+        if object.on_disk().is_some() {
+            return self.fetch(name, also);
+        }
+        let disk = |source| StoreError::Disk { path: path.clone(), source };
+        fs::create_dir_all(&self.folder).map_err(disk)?;
+        let mut outline = Outline::create(&path).map_err(disk)?;
+        let file = object.read_into(&mut Both(&mut outline, also))?;
+        outline.finish().map_err(disk)?;
+        tracing::info!(uri = %object.uri(), bytes = file.size, "read");
+        Ok(file)
+    }
+}
+
+/// Writes to both.
+struct Both<'a>(&'a mut Outline, &'a mut dyn Write);
+
+impl Write for Both<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write_all(bytes)?;
+        self.1.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()?;
+        self.1.flush()
     }
 }
 

@@ -160,7 +160,7 @@ impl Location {
         }
         let partial = to.with_added_extension("partial");
         let mut file = BufWriter::new(File::create(&partial).map_err(disk)?);
-        let digest = self.stream(&mut file).map_err(|error| self.or_folder(error))?;
+        let digest = self.read_into(&mut file)?;
         file.flush().map_err(disk)?;
         fs::rename(&partial, to).map_err(disk)?;
         Ok(digest)
@@ -181,6 +181,14 @@ impl Location {
     /// It is missing, or the store fails.
     pub fn digest(&self) -> Result<ArtifactFile, StoreError> {
         self.stream(&mut io::sink())
+    }
+
+    /// Reads an object into `to`, and tells its digest.
+    ///
+    /// # Errors
+    /// The object is missing, or the store or the disk fails.
+    pub fn read_into(&self, to: &mut impl Write) -> Result<ArtifactFile, StoreError> {
+        self.stream(to).map_err(|error| self.or_folder(error))
     }
 
     fn stream(&self, to: &mut impl Write) -> Result<ArtifactFile, StoreError> {

@@ -40,6 +40,7 @@ use crate::{
     },
     error::Error,
     inputs::{Inputs, day_of},
+    model::Keep,
     progress::Progress,
     publish::{Claim, Manifest, Trained, publish, published},
     store::{Role, Stores},
@@ -80,7 +81,7 @@ pub fn train(spec: &RunSpec, context: Context<'_>) -> Result<Outcome, Error> {
 
     context.progress.stage(TrainStage::Loading);
     let day = day_of_run(task, &checkpoints)?;
-    let inputs = Inputs::load(spec, context.stores, context.work, day)?;
+    let inputs = Inputs::load(spec, context.stores, context.work, day, Keep::Whole)?;
     check_digests(task, &inputs)?;
     let mut run = Run::set_up(spec, method, &inputs, &checkpoints, context)?;
     if run.resume()?.is_break() {

@@ -27,6 +27,7 @@ use super::{Context, Stop, train};
 use crate::{
     error::Error,
     generate::Writer,
+    model::Keep,
     preflight::preflight,
     progress::Progress,
     publish::Manifest,
@@ -100,7 +101,8 @@ impl Bench {
 
     /// The spec after its preflight.
     fn check(&self, spec: RunSpec, version: u32) -> RunSpec {
-        let report = self.with_context(&Stop::default(), |context| preflight(&spec, context)).unwrap().report;
+        let report =
+            self.with_context(&Stop::default(), |context| preflight(&spec, context, Keep::Headers)).unwrap().report;
         let method = spec.method.clone().unwrap();
         let task = TrainTask {
             version,
@@ -313,7 +315,7 @@ fn a_version_that_another_run_has_claimed_is_left_alone() {
     fs::write(version.join("adapter_model.safetensors"), b"half").unwrap();
     assert_eq!(
         bench.with_context(&Stop::default(), |context| {
-            preflight(&bench.spec(json!({})), context).unwrap().report.highest_version
+            preflight(&bench.spec(json!({})), context, Keep::Headers).unwrap().report.highest_version
         }),
         1
     );
@@ -425,7 +427,8 @@ fn a_damaged_or_missing_file_fails_verification() {
 fn preflight_tells_what_the_planner_needs_and_refuses_what_cannot_be_trained() {
     let bench = Bench::new();
     let check = |spec: &RunSpec| {
-        bench.with_context(&Stop::default(), |context| preflight(spec, context).map(|found| found.report))
+        bench
+            .with_context(&Stop::default(), |context| preflight(spec, context, Keep::Headers).map(|found| found.report))
     };
     let report = check(&bench.spec(json!({}))).unwrap();
     assert_eq!((report.total_steps, report.dataset.rows, report.eval_rows), (14, 14, 4));

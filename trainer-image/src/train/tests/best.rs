@@ -27,8 +27,8 @@ fn evals(bench: &Bench) -> Vec<(u64, f64)> {
 fn eval_loss(bench: &Bench, spec: &RunSpec) -> f64 {
     let mut model = tunesmith_engine::Model::load(&bench.path("model")).unwrap();
     model.load_adapter(&bench.path("adapters/support/v1")).unwrap();
-    let inputs =
-        bench.with_context(&Stop::default(), |context| Inputs::load(spec, context.stores, context.work, TODAY));
+    let inputs = bench
+        .with_context(&Stop::default(), |context| Inputs::load(spec, context.stores, context.work, TODAY, Keep::Whole));
     let inputs = inputs.unwrap();
     let losses = in_order(inputs.eval.lengths(), 512).into_iter();
     let losses = losses.map(|rows| model.evaluate(&micro_batch(&inputs.eval, rows).unwrap()).unwrap());

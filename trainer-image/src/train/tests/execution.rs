@@ -54,6 +54,7 @@ fn a_day_that_the_job_pins_is_an_input_and_no_part_of_the_execution() {
     assert_eq!(trained(bench.train(&spec, &Stop::default()).unwrap()).execution.template_date, None);
     let mut impossible = spec.clone();
     impossible.dataset.template_date = Some("2026-02-30".into());
-    let error = bench.with_context(&Stop::default(), |context| preflight(&impossible, context)).err().unwrap();
+    let error =
+        bench.with_context(&Stop::default(), |context| preflight(&impossible, context, Keep::Headers)).err().unwrap();
     assert!(error.to_string().contains("dataset.templateDate is \"2026-02-30\""), "{error}");
 }

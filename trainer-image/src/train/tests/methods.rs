@@ -22,7 +22,7 @@ fn full_fine_tuning_publishes_a_model_that_loads_by_itself() {
         assert!(after < before - 0.1, "{before} → {after}");
         assert!(!folder.join("adapter_config.json").exists());
         let inputs = bench.with_context(&Stop::default(), |context| {
-            Inputs::load(&bench.spec(json!({})), context.stores, context.work, TODAY)
+            Inputs::load(&bench.spec(json!({})), context.stores, context.work, TODAY, Keep::Whole)
         });
         let batch = micro_batch(&inputs.as_ref().unwrap().eval, 0..4).unwrap();
         let loss = Model::load(&folder).unwrap().evaluate(&batch).unwrap();
@@ -163,8 +163,9 @@ fn a_merged_model_has_the_loss_of_its_adapter_and_needs_nothing_else() {
     assert!(!merged.join("model.safetensors.index.json").exists());
     let mut spec = bench.spec(json!({}));
     spec.base_model = format!("file://{}", merged.display()).parse().unwrap();
-    let inputs =
-        bench.with_context(&Stop::default(), |context| Inputs::load(&spec, context.stores, context.work, TODAY));
+    let inputs = bench.with_context(&Stop::default(), |context| {
+        Inputs::load(&spec, context.stores, context.work, TODAY, Keep::Whole)
+    });
     let inputs = inputs.unwrap();
     let batch = micro_batch(&inputs.eval, 0..4).unwrap();
     let loss = Model::load(&inputs.model.folder).unwrap().evaluate(&batch).unwrap();
