@@ -7,9 +7,11 @@
 mod audit;
 mod etcd;
 mod figures;
+mod kills;
 mod kubelet;
 mod phases;
 mod population;
+mod proxy;
 mod replica;
 mod reports;
 mod trainer;
@@ -27,6 +29,7 @@ use serde_json::{Value, json};
 
 use self::audit::Audit;
 pub use self::figures::Figures;
+pub use self::kills::{Killed, Write, killed_behind_each_write};
 use self::kubelet::Kubelets;
 use self::population::Originals;
 use self::replica::Launcher;
@@ -101,6 +104,14 @@ pub async fn measure(options: Options, target: &Path) -> Result<Figures> {
 
 impl Bench {
     async fn set_up(options: Options) -> Result<Self> {
+        let mut bench = Self::empty(options).await?;
+        let originals = bench.originals().await?;
+        bench.fill(&originals).await?;
+        Ok(bench)
+    }
+
+    /// A cluster with nodes, and no jobs.
+    async fn empty(options: Options) -> Result<Self> {
         let cluster = Cluster::new(NAME, SUBNET)?;
         cluster.up_without_nodes(flags)?;
         let site = cluster.site().clone();
@@ -121,7 +132,7 @@ impl Bench {
         step.done();
         let trainers = Trainers::start(&site.network)?;
         let kubelets = Kubelets::start(client.clone(), site.network.clone(), trainers.clone(), nodes);
-        let mut bench = Self {
+        Ok(Self {
             launcher: Launcher::new(site.clone(), client.clone(), options.operator.clone()).await?,
             audit: Audit::new(&site),
             jobs: Jobs::start(client.clone()),
@@ -131,10 +142,7 @@ impl Bench {
             options,
             cluster,
             client,
-        };
-        let originals = bench.originals().await?;
-        bench.fill(&originals).await?;
-        Ok(bench)
+        })
     }
 
     async fn phases(&mut self) -> Result<()> {

@@ -18,10 +18,11 @@ use k8s_openapi::api::core::v1::{ConfigMap, ServiceAccount};
 use kube::Client;
 use kube::api::{Api, PostParams};
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::NAMESPACE;
+use crate::cluster::client_of;
 use crate::daemon;
 use crate::paths::write_secret;
 use crate::site::Site;
@@ -64,13 +65,31 @@ impl Launcher {
         Ok(Self { site, client, program, service_account, environment, classes, started: 0 })
     }
 
-    /// Starts a replica.
+    /// A client with the operator's rights.
+    pub(crate) async fn client(&self) -> Result<Client> {
+        let kubeconfig = self.site.config("operator.kubeconfig");
+        write_secret(&kubeconfig, &self.kubeconfig(&self.token().await?)?)?;
+        client_of(&kubeconfig).await
+    }
+
+    /// Starts a replica that competes for the lease.
     pub(crate) async fn start(&mut self) -> Result<Replica> {
+        let token = self.token().await?;
+        self.spawn(&self.kubeconfig(&token)?, credential_id(&token)?, Some(NAMESPACE))
+    }
+
+    /// Starts the only replica, without a lease, whose API server listens on this port of the node, without TLS.
+    pub(crate) async fn start_alone(&mut self, port: u16) -> Result<Replica> {
+        let server = format!("http://{}:{port}", self.site.network.node_ip());
+        let config = kubeconfig(&json!({"server": server}), &json!({}));
+        self.spawn(&config, String::new(), None)
+    }
+
+    fn spawn(&mut self, config: &str, credential: String, lease_namespace: Option<&str>) -> Result<Replica> {
         self.started += 1;
         let name = format!("operator-{}", self.started);
-        let token = self.token().await?;
         let kubeconfig = self.site.config(&format!("{name}.kubeconfig"));
-        write_secret(&kubeconfig, &self.kubeconfig(&token)?)?;
+        write_secret(&kubeconfig, config)?;
         let address = SocketAddr::new(self.site.network.node_ip().into(), 18_080 + self.started);
         let log = File::create(self.site.log(&format!("{name}.log")))?;
         let begun = Instant::now();
@@ -81,7 +100,7 @@ impl Launcher {
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .env("KUBECONFIG", &kubeconfig)
             .env("GPU_CLASSES", &self.classes)
-            .env("POD_NAMESPACE", NAMESPACE)
+            .envs(lease_namespace.map(|namespace| ("POD_NAMESPACE", namespace)))
             .env("POD_NAME", &name)
             .env("LISTEN_ADDRESS", address.to_string())
             .stdin(Stdio::null())
@@ -89,7 +108,7 @@ impl Launcher {
             .stderr(log)
             .spawn()
             .with_context(|| format!("cannot start {}", self.program.display()))?;
-        Ok(Replica { name, child, address, credential: credential_id(&token)?, begun })
+        Ok(Replica { name, child, address, credential, begun })
     }
 
     async fn token(&self) -> Result<String> {
@@ -102,16 +121,20 @@ impl Launcher {
 
     fn kubeconfig(&self, token: &str) -> Result<String> {
         let authority = fs::read(self.site.pki("ca.crt"))?;
-        let config = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "bench",
-            "clusters": [{"name": "bench", "cluster": {
-                "server": self.site.api_server(), "certificate-authority-data": STANDARD.encode(authority),
-            }}],
-            "users": [{"name": "operator", "user": {"token": token}}],
-            "contexts": [{"name": "bench", "context": {"cluster": "bench", "user": "operator"}}],
-        });
-        Ok(config.to_string())
+        let cluster =
+            json!({"server": self.site.api_server(), "certificate-authority-data": STANDARD.encode(authority)});
+        Ok(kubeconfig(&cluster, &json!({"token": token})))
     }
+}
+
+fn kubeconfig(cluster: &Value, user: &Value) -> String {
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "bench",
+        "clusters": [{"name": "bench", "cluster": cluster}],
+        "users": [{"name": "operator", "user": user}],
+        "contexts": [{"name": "bench", "context": {"cluster": "bench", "user": "operator"}}],
+    });
+    config.to_string()
 }
 
 /// The id by which the audit log names a token.
