@@ -70,7 +70,7 @@ pub enum Metric {
 /// Questions with what a right answer holds.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("!self.uri.startsWith('hf://')")
-    .message("a probe is read from s3://, pvc:// or file://").field_path(".uri"))]
+    .message("a probe is read from s3://, gs://, az://, pvc:// or file://").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
 pub struct Probe {
     /// JSON Lines: `{"id", "question", "must_contain": ["…"]}`. Each question is asked alone and answered greedily; the

@@ -97,15 +97,18 @@ pub struct FineTuneJobSpec {
 #[serde(rename_all = "camelCase")]
 pub struct BaseModel {
     /// A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json, tokenizer_config.json. Or a
-    /// GGUF file (.gguf). In S3 (`s3://bucket/folder`), on the Hugging Face Hub (`hf://owner/name`,
-    /// `hf://owner/name@revision`), or in a volume (`pvc://claim/folder`).
+    /// GGUF file (.gguf). In S3 (`s3://bucket/folder`), Google Cloud Storage (`gs://bucket/folder`) or Azure Blob Storage
+    /// (`az://container/folder`), on the Hugging Face Hub (`hf://owner/name`, `hf://owner/name@revision`), or in a volume
+    /// (`pvc://claim/folder`).
     pub uri: Uri,
     /// Refuses to train if the folder's digest is another one (status.run.baseDigest shows it).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
     pub digest: Option<String>,
-    /// Secret with the store's credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION); for
-    /// hf://, with HF_TOKEN where the model is private or gated, and HF_ENDPOINT for a mirror. Default: output.secretRef.
+    /// Secret with the store's credentials. For s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL,
+    /// AWS_REGION. For gs://: GOOGLE_SERVICE_ACCOUNT_KEY (JSON). For az://: AZURE_STORAGE_ACCOUNT_NAME, and
+    /// AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN. For hf://: HF_TOKEN where the model is private or gated, and
+    /// HF_ENDPOINT for a mirror. Default: output.secretRef.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
 }
@@ -170,7 +173,7 @@ pub struct Dataset {
 /// Files of rows.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("!self.uri.startsWith('hf://') || self.uri.startsWith('hf://datasets/')")
-    .message("data is read from s3://, pvc://, file:// or hf://datasets/owner/name").field_path(".uri"))]
+    .message("data is read from s3://, gs://, az://, pvc://, file:// or hf://datasets/owner/name").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
 pub struct DataSource {
     /// Where the file is. `*` stands for any characters of one part of the path, and `**` for any folders:
@@ -259,7 +262,7 @@ pub struct Resources {
 #[x_kube(validation = Rule::new("!(has(self.secretRef) && has(self.serviceAccountName))")
     .message("give at most one of secretRef and serviceAccountName"),
     validation = Rule::new("!self.uri.startsWith('hf://') && !self.uri.startsWith('pvc://')")
-    .message("versions are published to s3://bucket/folder").field_path(".uri"),
+    .message("versions are published to s3://bucket/folder, gs://bucket/folder or az://container/folder").field_path(".uri"),
     validation = Rule::new("!self.uri.contains('*')")
     .message("versions are published to one folder: leave out the '*'").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
@@ -270,7 +273,7 @@ pub struct Output {
     pub adapter_name: String,
     /// Folder of the adapter's versions: files go to `<uri>/<adapterName>/v<version>/`.
     pub uri: Uri,
-    /// Secret with the store's credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION).
+    /// Secret with the store's credentials, by the same keys as those of baseModel.secretRef.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
     /// ServiceAccount whose cloud identity the pods use instead of a Secret. Its Kubernetes token is not mounted.

@@ -31,4 +31,4 @@ pub use fine_tune_job::{FineTuneJob, FineTuneJobPhase, FineTuneJobSpec, FineTune
 pub use fine_tune_run::{FineTuneRun, FineTuneRunSpec, FineTuneRunStatus};
 pub use gpu_class::{GpuClass, GpuClassSpec};
 pub use run::{Method, RunReport, RunSpec};
-pub use uri::Uri;
+pub use uri::{Cloud, Uri};

@@ -29,8 +29,8 @@ pub const WORK_DIR: &str = "/work";
 /// Where a trainer pod finds the volumes of `pvc://` URIs, each in a folder named after its claim; read-only.
 pub const CLAIMS_DIR: &str = "/claims";
 
-/// Environment prefixes under which the tenant's Secrets (keys `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
-/// `AWS_ENDPOINT_URL`, `AWS_REGION`, `HF_TOKEN`, …) reach a trainer pod, one prefix a role, so that one pod can hold three.
+/// Environment prefixes under which the tenant's Secrets (keys `AWS_ACCESS_KEY_ID`, `GOOGLE_SERVICE_ACCOUNT_KEY`,
+/// `AZURE_STORAGE_ACCOUNT_KEY`, `HF_TOKEN`, …) reach a trainer pod, one prefix a role, so that one pod can hold three.
 /// A variable without its prefix is the fallback.
 pub mod env_prefix {
     /// Reads the base model.

@@ -33,12 +33,11 @@ macro_rules! repository {
 /// The shape that the CRD demands of a URI, unless it begins as [`DATASETS`] do. A regular expression of RE2, where `\s`
 /// is ASCII's white space alone.
 const PATTERN: &str = concat!(
-    "^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]",
+    "^((s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]|gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]|az://[a-z0-9][a-z0-9-]{1,61}[a-z0-9]",
+    "|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?)",
     optional_path!(),
     "|hf://",
     repository!(),
-    "|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?",
-    optional_path!(),
     "|file:///*",
     path!(),
     "/*)$"
@@ -51,7 +50,11 @@ const DATASETS: &str = "hf://datasets/";
 const DATASET_PATTERN: &str = concat!("^hf://datasets/", repository!(), "$");
 
 /// What leads out of a bucket, a repository or a volume.
-const DOTS: &str = r"^(s3|hf|pvc)://[^/]+(/.*)?/\.\.?(/.*)?$";
+const DOTS: &str = r"^(s3|gs|az|hf|pvc)://[^/]+(/.*)?/\.\.?(/.*)?$";
+
+/// The message of the CEL rule.
+const MESSAGE: &str =
+    "must be s3://bucket/key, gs://bucket/key, az://container/key, hf://owner/name, pvc://claim/path or file:///path";
 
 /// The CEL rule of every URI field; [`Uri::from_str`] accepts exactly these strings.
 fn rule() -> String {
@@ -61,13 +64,50 @@ fn rule() -> String {
     )
 }
 
+/// A kind of object store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Cloud {
+    /// Amazon S3, and every store that speaks its protocol.
+    S3,
+    /// Google Cloud Storage.
+    Google,
+    /// Azure Blob Storage.
+    Azure,
+}
+
+impl Cloud {
+    /// Every kind.
+    pub const ALL: [Self; 3] = [Self::S3, Self::Google, Self::Azure];
+
+    /// The scheme of its URIs, as its own tools and fsspec write it.
+    pub fn scheme(self) -> &'static str {
+        match self {
+            Self::S3 => "s3",
+            Self::Google => "gs",
+            Self::Azure => "az",
+        }
+    }
+
+    /// The most characters of a bucket's name, and those that it may have besides lower-case letters and digits.
+    fn bucket_names(self) -> (usize, &'static [char]) {
+        match self {
+            Self::S3 => (63, &['.', '-']),
+            Self::Google => (222, &['.', '_', '-']),
+            Self::Azure => (63, &['-']),
+        }
+    }
+}
+
 /// A file or a folder of an object store, of a volume or of the Hugging Face Hub.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Uri {
-    /// `s3://bucket/key`; the key is empty or has no leading and no trailing slash.
-    S3 {
-        /// Bucket name.
+    /// `s3://bucket/key`, `gs://bucket/key` or `az://container/key`; the key is empty or has no leading and no trailing
+    /// slash.
+    Bucket {
+        /// The kind of the store.
+        cloud: Cloud,
+        /// Name of the bucket, which Azure calls a container.
         bucket: String,
         /// Key of an object, or the prefix of a folder.
         key: String,
@@ -108,8 +148,8 @@ pub enum Uri {
 /// Why a string is not a [`Uri`].
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "`{text}` is not a URI that Tunesmith knows{reason}: use s3://bucket/key, hf://owner/name, \
-     hf://datasets/owner/name, pvc://claim/path or file:///path"
+    "`{text}` is not a URI that Tunesmith knows{reason}: use s3://bucket/key, gs://bucket/key, \
+     az://container/key, hf://owner/name, hf://datasets/owner/name, pvc://claim/path or file:///path"
 )]
 pub struct UriError {
     text: String,
@@ -121,7 +161,9 @@ impl Uri {
     /// The object or folder `name` inside this one.
     pub fn join(&self, name: &str) -> Self {
         match self {
-            Self::S3 { bucket, key } => Self::S3 { bucket: bucket.clone(), key: below(key, name) },
+            Self::Bucket { cloud, bucket, key } => {
+                Self::Bucket { cloud: *cloud, bucket: bucket.clone(), key: below(key, name) }
+            }
             Self::Hub { repo, revision, path } => {
                 Self::Hub { repo: repo.clone(), revision: revision.clone(), path: below(path, name) }
             }
@@ -141,6 +183,14 @@ impl Uri {
         }
     }
 
+    /// The kind of object store that it lies in.
+    pub fn cloud(&self) -> Option<Cloud> {
+        match self {
+            Self::Bucket { cloud, .. } => Some(*cloud),
+            _ => None,
+        }
+    }
+
     /// The PersistentVolumeClaim that it lies in.
     pub fn claim(&self) -> Option<&str> {
         match self {
@@ -152,9 +202,10 @@ impl Uri {
     /// The path in a bucket, repository, volume or file system.
     pub fn path(&self) -> &str {
         match self {
-            Self::S3 { key: path, .. } | Self::Hub { path, .. } | Self::Claim { path, .. } | Self::File { path } => {
-                path
-            }
+            Self::Bucket { key: path, .. }
+            | Self::Hub { path, .. }
+            | Self::Claim { path, .. }
+            | Self::File { path } => path,
             Self::HubDataset { path, .. } => path,
         }
     }
@@ -164,7 +215,7 @@ impl Uri {
     pub fn with_path(&self, path: &str) -> Self {
         let mut uri = self.clone();
         match &mut uri {
-            Self::S3 { key: at, .. }
+            Self::Bucket { key: at, .. }
             | Self::Hub { path: at, .. }
             | Self::Claim { path: at, .. }
             | Self::File { path: at } => *at = path.into(),
@@ -212,7 +263,6 @@ impl FromStr for Uri {
             return Err(refuse(format!(", it holds U+{:04X}", u32::from(c))));
         }
         let uri = match text.split_once("://") {
-            Some(("s3", rest)) => s3(rest),
             Some(("hf", rest)) => match text.strip_prefix(DATASETS) {
                 Some(rest) => hub(rest).map(|(repo, revision, path)| Self::HubDataset {
                     repo: repo.into(),
@@ -223,7 +273,10 @@ impl FromStr for Uri {
             },
             Some(("pvc", rest)) => claim(rest),
             Some(("file", rest)) => file(rest),
-            _ => None,
+            Some((scheme, rest)) => {
+                Cloud::ALL.into_iter().find(|cloud| cloud.scheme() == scheme).and_then(|cloud| object(cloud, rest))
+            }
+            None => None,
         };
         uri.ok_or_else(|| refuse(if text.ends_with(' ') { ", it ends in a space".into() } else { String::new() }))
     }
@@ -240,16 +293,17 @@ fn inner_path(text: &str) -> Option<String> {
     path(text).filter(|path| path.split('/').all(|part| part != "." && part != ".."))
 }
 
-/// `bucket[/key]`.
-fn s3(text: &str) -> Option<Uri> {
+/// `bucket[/key]`, the same for every kind of store.
+fn object(cloud: Cloud, text: &str) -> Option<Uri> {
     let (bucket, key) = text.split_once('/').unwrap_or((text, ""));
     let alnum = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let is_sound = (3..=63).contains(&bucket.len())
-        && bucket.chars().all(|c| alnum(c) || c == '.' || c == '-')
+    let (longest, others) = cloud.bucket_names();
+    let is_sound = (3..=longest).contains(&bucket.len())
+        && bucket.chars().all(|c| alnum(c) || others.contains(&c))
         && bucket.starts_with(alnum)
         && bucket.ends_with(alnum);
     let key = inner_path(key)?;
-    is_sound.then(|| Uri::S3 { bucket: bucket.into(), key })
+    is_sound.then(|| Uri::Bucket { cloud, bucket: bucket.into(), key })
 }
 
 /// `owner/name[@revision][/path]`.
@@ -285,7 +339,7 @@ fn file(text: &str) -> Option<Uri> {
 impl fmt::Display for Uri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::S3 { bucket, .. } => write!(f, "s3://{bucket}")?,
+            Self::Bucket { cloud, bucket, .. } => write!(f, "{}://{bucket}", cloud.scheme())?,
             Self::Hub { repo, revision: None, .. } => write!(f, "hf://{repo}")?,
             Self::Hub { repo, revision: Some(revision), .. } => write!(f, "hf://{repo}@{revision}")?,
             Self::HubDataset { repo, revision: None, .. } => write!(f, "{DATASETS}{repo}")?,
@@ -327,7 +381,7 @@ impl JsonSchema for Uri {
             "maxLength": 1024,
             "x-kubernetes-validations": [{
                 "rule": rule(),
-                "message": "must be s3://bucket/key, hf://owner/name, pvc://claim/path or file:///path",
+                "message": MESSAGE,
             }],
         })
     }

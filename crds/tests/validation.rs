@@ -122,7 +122,7 @@ fn each_rule_refuses_the_manifest_that_breaks_it_and_says_what_to_do() {
         (&[("/spec/output/uri", json!("pvc://adapters"))], "versions are published to s3://bucket/folder"),
         (
             &[("/spec/dataset/train/uri", json!("hf://owner/name/t.jsonl"))],
-            "data is read from s3://, pvc://, file:// or hf://datasets/owner/name",
+            "data is read from s3://, gs://, az://, pvc://, file:// or hf://datasets/owner/name",
         ),
         (&[("/spec/baseModel/uri", json!("hf://datasets/owner/name"))], "a base model is hf://owner/name"),
         (&[("/spec/output/uri", json!("hf://datasets/owner/name"))], "versions are published to s3://bucket/folder"),
@@ -188,6 +188,8 @@ fn what_no_option_has_for_a_value_is_no_job_at_all() {
 fn a_pattern_of_files_and_every_option_of_the_data_pass() {
     let changes = [
         ("/spec/dataset/train/uri", json!("s3://datasets/support/part-*.parquet")),
+        ("/spec/dataset/train/uri", json!("gs://datasets/support/part-*.parquet")),
+        ("/spec/output/uri", json!("az://adapters/team")),
         ("/spec/dataset/format", json!("ShareGPT")),
         ("/spec/dataset/columns", json!({"prompt": "question", "completion": "answer"})),
         ("/spec/dataset/onBadRow", json!("Skip")),

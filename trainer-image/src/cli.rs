@@ -196,7 +196,7 @@ struct Pod {
 /// Where a process outside a cluster keeps things.
 #[derive(Args)]
 struct Local {
-    /// Stands in for S3 where the environment names none: s3://bucket/key is <STORE>/bucket/key
+    /// Stands in for object stores that the environment does not name: s3://, gs:// or az://bucket/key is <STORE>/bucket/key
     #[arg(long, default_value = "tunesmith-store")]
     store: PathBuf,
     /// Folder for downloads

@@ -80,6 +80,31 @@ const VERDICTS: &[(&str, bool)] = &[
     ("s3://", false),
     ("s3:///key", false),
     ("S3://models/a", false),
+    ("gs://models/llama", true),
+    ("gs://models", true),
+    ("gs://models//a b//", true),
+    ("gs://my_models.example.com/a", true),
+    ("gs://models_/a", false),
+    ("gs://_models/a", false),
+    ("gs://Models/a", false),
+    ("gs://ab", false),
+    ("gs://", false),
+    ("gs:///a", false),
+    ("gs://models/../a", false),
+    ("gs://models/a ", false),
+    ("gcs://models/a", false),
+    ("az://models/llama", true),
+    ("az://models", true),
+    ("az://models/a?b#c%20d", true),
+    ("az://my-models/a", true),
+    ("az://my_models/a", false),
+    ("az://my.models/a", false),
+    ("az://-models/a", false),
+    ("az://models@account/a", false),
+    ("az://account.blob.core.windows.net/models", false),
+    ("az://ab/c", false),
+    ("az://models/a/..", false),
+    ("abfss://models@account.dfs.core.windows.net/a", false),
     ("hf://a/b", true),
     ("hf://a/b/", true),
     ("hf://a/b@main/c.gguf", true),
@@ -146,6 +171,17 @@ fn the_schema_and_the_parser_agree() {
 }
 
 #[test]
+fn a_buckets_name_is_as_long_as_its_store_allows() {
+    for (scheme, longest) in [("s3", 63), ("gs", 222), ("az", 63)] {
+        for (length, verdict) in [(2, false), (3, true), (longest, true), (longest + 1, false)] {
+            let text = format!("{scheme}://{}/m", "b".repeat(length));
+            assert_eq!(follows_the_rule(&text), verdict, "the schema of {text}");
+            assert_eq!(text.parse::<Uri>().is_ok(), verdict, "the parser of {text}");
+        }
+    }
+}
+
+#[test]
 fn an_accepted_uri_is_written_so_that_it_is_read_again() {
     for (text, _) in VERDICTS.iter().filter(|(_, verdict)| *verdict) {
         let uri: Uri = text.parse().unwrap();
@@ -168,6 +204,8 @@ fn a_pattern_is_split_from_the_folder_above_it() {
         ("s3://datasets/support/part-*.jsonl", "s3://datasets/support", "part-*.jsonl"),
         ("s3://datasets/*/train-*.parquet", "s3://datasets", "*/train-*.parquet"),
         ("s3://datasets/v*/train.jsonl", "s3://datasets", "v*/train.jsonl"),
+        ("gs://datasets/v*/train.jsonl", "gs://datasets", "v*/train.jsonl"),
+        ("az://datasets/v1/**", "az://datasets/v1", "**"),
         ("file:///data/*.jsonl", "file:///data", "*.jsonl"),
         ("file:///*.jsonl", "file:///", "*.jsonl"),
         ("file://*.jsonl", "file://.", "*.jsonl"),
@@ -188,6 +226,8 @@ fn what_is_no_uri_is_refused_with_advice() {
         "s3://",
         "s3://UPPER/x",
         "s3://a",
+        "gs://a",
+        "az://a.b.c/d",
         "http://h/x",
         "file://",
         "hf://gpt2",
@@ -205,14 +245,14 @@ fn what_is_no_uri_is_refused_with_advice() {
 
 proptest! {
     #[test]
-    fn any_string_has_one_verdict(scheme in "(s3|hf|pvc|file)://", rest in "[a/@%. \u{a0}\u{2028}\t\n?#*-]{0,12}|datasets/[a/@. ]{0,8}") {
+    fn any_string_has_one_verdict(scheme in "(s3|gs|az|hf|pvc|file)://(aa)?", rest in "[a/@%._ \u{a0}\u{2028}\t\n?#*-]{0,12}|datasets/[a/@. ]{0,8}") {
         let text = format!("{scheme}{rest}");
         prop_assert_eq!(follows_the_rule(&text), text.parse::<Uri>().is_ok(), "{:?}", text);
     }
 
     #[test]
-    fn display_and_parse_are_inverse(bucket in "[a-z0-9][a-z0-9-]{1,20}[a-z0-9]", key in "([a-z0-9_-][a-zA-Z0-9.?#% ]{0,6}[a-z0-9](/[._-]{3,8}){0,3})?") {
-        let uri = Uri::S3 { bucket, key };
+    fn display_and_parse_are_inverse(cloud in prop::sample::select(&Cloud::ALL), bucket in "[a-z0-9][a-z0-9-]{1,20}[a-z0-9]", key in "([a-z0-9_-][a-zA-Z0-9.?#% ]{0,6}[a-z0-9](/[._-]{3,8}){0,3})?") {
+        let uri = Uri::Bucket { cloud, bucket, key };
         prop_assert_eq!(uri.to_string().parse::<Uri>().unwrap(), uri);
     }
 }

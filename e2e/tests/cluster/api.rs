@@ -25,7 +25,7 @@ async fn the_api_server_refuses_a_bad_manifest_and_says_what_to_do() -> Result<(
         (json!({"evaluation": twice}), "give each metric one gate"),
         (
             json!({"baseModel": {"uri": "gopher://models"}}),
-            "must be s3://bucket/key, hf://owner/name, pvc://claim/path or file:///path",
+            "must be s3://bucket/key, gs://bucket/key, az://container/key, hf://owner/name, pvc://claim/path or file:///path",
         ),
         (json!({"output": {"adapterName": "Support_Bot"}}), "must be a DNS label"),
     ];

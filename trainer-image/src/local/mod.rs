@@ -7,7 +7,7 @@ mod tests;
 use std::path::Path;
 
 use tunesmith_crds::{
-    FineTuneJob, FineTuneJobSpec, Method, RunSpec, Uri,
+    Cloud, FineTuneJob, FineTuneJobSpec, Method, RunSpec, Uri,
     adapter_version::Metrics,
     digest::input_digest,
     evaluation::GateResult,
@@ -98,11 +98,14 @@ fn prepare(
     context: Context<'_>,
 ) -> Result<(RunSpec, Method, PreflightReport), Error> {
     let progress = context.progress;
-    if let Some(folder) = context.stores.local_folder() {
-        progress.note(&format!("no S3 in the environment (AWS_…): s3:// is {}", folder.display()));
-        let beside = manifest.parent().unwrap_or(Path::new(""));
-        stand_in(job, beside, context)?;
+    for (cloud, folder) in stand_ins(job, context.stores) {
+        let (scheme, family) = (cloud.scheme(), variables(cloud));
+        progress.note(&format!(
+            "no store of {scheme}:// in the environment ({family}): {scheme}:// is {}",
+            folder.display()
+        ));
     }
+    stand_in(job, manifest.parent().unwrap_or(Path::new("")), context)?;
     // All is computed here, by one process on the CPU.
     let spec = RunSpec::preflight(job, 1).resolved(1, false);
     let found =
@@ -125,13 +128,33 @@ fn method(job: &FineTuneJob, report: &PreflightReport) -> Result<Method, Error> 
     job.spec.method_as(method, stored_as).ok_or_else(|| Error::Spec("method QLoRA needs quantization".into()))
 }
 
+/// The kinds of stores that a job names and a folder stands in for.
+fn stand_ins<'a>(job: &FineTuneJob, stores: &'a Stores) -> Vec<(Cloud, &'a Path)> {
+    let FineTuneJobSpec { base_model, dataset, evaluation, output, .. } = &job.spec;
+    let probes = evaluation.gates.iter().filter_map(|gate| Some(&gate.probe.as_ref()?.uri));
+    let rows = [Some(&dataset.train), dataset.eval.as_ref()].into_iter().flatten().map(|source| &source.uri);
+    let uris: Vec<&Uri> = rows.chain(probes).chain([&base_model.uri, &output.uri]).collect();
+    let named = Cloud::ALL.into_iter().filter(|cloud| uris.iter().any(|uri| uri.cloud() == Some(*cloud)));
+    named.filter_map(|cloud| Some((cloud, stores.local_folder(cloud)?))).collect()
+}
+
+/// The variables that name a store.
+fn variables(cloud: Cloud) -> &'static str {
+    match cloud {
+        Cloud::S3 => "AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        Cloud::Google => "GOOGLE_SERVICE_ACCOUNT_KEY or GOOGLE_APPLICATION_CREDENTIALS",
+        Cloud::Azure => "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    }
+}
+
 /// Data files beside the manifest stand in for objects of the same name that the local store does not have.
 fn stand_in(job: &mut FineTuneJob, beside: &Path, context: Context<'_>) -> Result<(), Error> {
     let FineTuneJobSpec { dataset, evaluation, .. } = &mut job.spec;
     let probes = evaluation.gates.iter_mut().filter_map(|gate| Some(&mut gate.probe.as_mut()?.uri));
     let rows = [Some(&mut dataset.train), dataset.eval.as_mut()];
     for uri in rows.into_iter().flatten().map(|source| &mut source.uri).chain(probes) {
-        if matches!(uri, Uri::HubDataset { .. }) || is_there(uri, context.stores)? {
+        let is_far = uri.cloud().is_some_and(|cloud| context.stores.local_folder(cloud).is_none());
+        if is_far || matches!(uri, Uri::HubDataset { .. }) || is_there(uri, context.stores)? {
             continue;
         }
         let path = beside.join(uri.file_name());
@@ -157,14 +180,20 @@ fn is_there(uri: &Uri, stores: &Stores) -> Result<bool, Error> {
 
 /// A model that is not in the local store can be put there; the message says how.
 fn explain_missing_model(error: Error, job: &FineTuneJob, stores: &Stores) -> Error {
-    let (uri, folder) = (&job.spec.base_model.uri, stores.local_folder());
+    let uri = &job.spec.base_model.uri;
+    let folder = uri.cloud().and_then(|cloud| Some((cloud, stores.local_folder(cloud)?)));
     match (&error, uri, folder) {
-        (Error::Model(crate::model::ModelError::Empty { .. }), Uri::S3 { bucket, key }, Some(folder)) => {
+        (
+            Error::Model(crate::model::ModelError::Empty { .. }),
+            Uri::Bucket { bucket, key, .. },
+            Some((cloud, folder)),
+        ) => {
             let place = folder.join(bucket).join(key);
             Error::Input(format!(
                 "{uri} (base model) is not in the local store: put the Hugging Face folder at {place}, e.g. \
-                 `tunesmith-trainer convert MODEL.gguf --out {place}`; or set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and \
-                 AWS_SECRET_ACCESS_KEY to use S3",
+                 `tunesmith-trainer convert MODEL.gguf --out {place}`; or set {} to use {}://",
+                variables(cloud),
+                cloud.scheme(),
                 place = place.display()
             ))
         }

@@ -2,9 +2,13 @@
 
 use std::{error::Error, path::PathBuf};
 
-use tunesmith_crds::{Uri, names::exit_code};
+use tunesmith_crds::{Cloud, Uri, names::exit_code};
 
-use super::{Role, disk::is_final, settings::redact};
+use super::{
+    Role,
+    disk::is_final,
+    settings::{Family, redact},
+};
 
 /// Why an object was not read or written.
 #[derive(Debug, thiserror::Error)]
@@ -62,8 +66,8 @@ pub enum StoreError {
     },
     /// The store does not accept the credentials, or they are not allowed to do this.
     #[error(
-        "access to {uri} ({role}) was refused: {answer}; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the \
-         Secret that {} names, and what this key may do",
+        "access to {uri} ({role}) was refused: {answer}; check {} of the Secret that {} names, and what it may do",
+        credentials(uri),
         role.secret_field()
     )]
     Refused {
@@ -106,8 +110,10 @@ impl StoreError {
             other => match (status(other), answer(other, secrets)) {
                 (Some(401 | 403), answer) => Self::Refused { role, uri, answer },
                 (Some(404), _) => Self::Missing { role, uri },
+                // The service that makes tokens does not know who asks.
+                (Some(400), answer) if is_of_token(other) => Self::Refused { role, uri, answer },
                 (_, answer) if FINAL_CODES.iter().any(|code| answer.starts_with(code)) => {
-                    let problem = format!("{answer}; check AWS_REGION, AWS_ENDPOINT_URL and the URI");
+                    let problem = format!("{answer}; check {} and the URI", place_settings(&uri));
                     Self::Unreadable { role, uri, problem }
                 }
                 (_, answer) => match on_disk(other).filter(|error| is_final(error)) {
@@ -130,9 +136,22 @@ impl StoreError {
     }
 }
 
-/// What S3 says, however often it is asked.
-const FINAL_CODES: [&str; 5] =
-    ["AuthorizationHeaderMalformed", "PermanentRedirect", "InvalidBucketName", "KeyTooLong", "InvalidObjectState"];
+/// What stores say however often they are asked: S3, S3 and Google Cloud Storage, Azure.
+const FINAL_CODES: [&str; 13] = [
+    "AuthorizationHeaderMalformed",
+    "PermanentRedirect",
+    "KeyTooLong",
+    "InvalidObjectState",
+    "InvalidBucketName",
+    "RetentionPolicyNotMet",
+    "ObjectUnderActiveHold",
+    "InvalidResourceName",
+    "InvalidUri",
+    "OutOfRangeInput",
+    "BlobArchived",
+    "BlobImmutableDueToPolicy",
+    "PublicAccessNotPermitted",
+];
 
 /// The error of this machine's disks that lies under another one.
 fn on_disk(error: &object_store::Error) -> Option<&std::io::Error> {
@@ -152,21 +171,48 @@ fn disk_advice(error: &std::io::Error) -> &'static str {
 
 fn settings_advice(role: Role, uri: &Uri) -> String {
     match uri {
-        Uri::S3 { .. } => format!(
-            "; correct the AWS_… keys of the Secret that {} names, or the environment ({}AWS_…, AWS_…)",
-            role.secret_field(),
-            role.env_prefix()
-        ),
+        Uri::Bucket { cloud, .. } => {
+            let (family, field, prefix) = (Family::of(*cloud).name, role.secret_field(), role.env_prefix());
+            format!(
+                "; correct the {family}… keys of the Secret that {field} names, or the environment ({prefix}{family}…, \
+                 {family}…)"
+            )
+        }
         _ => String::new(),
     }
 }
 
-fn network_settings(uri: &Uri) -> &'static str {
+/// The settings that say who asks.
+fn credentials(uri: &Uri) -> &'static str {
     match uri {
-        Uri::S3 { .. } => "AWS_ENDPOINT_URL, AWS_REGION and the network",
-        Uri::Hub { .. } | Uri::HubDataset { .. } => "HF_ENDPOINT and the network",
+        Uri::Bucket { cloud: Cloud::Google, .. } => "GOOGLE_SERVICE_ACCOUNT_KEY",
+        Uri::Bucket { cloud: Cloud::Azure, .. } => {
+            "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
+        }
+        _ => "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    }
+}
+
+/// The settings that say where the store is.
+fn place_settings(uri: &Uri) -> &'static str {
+    match uri {
+        Uri::Bucket { cloud: Cloud::S3, .. } => "AWS_ENDPOINT_URL, AWS_REGION",
+        Uri::Bucket { cloud: Cloud::Google, .. } => "GOOGLE_BASE_URL",
+        Uri::Bucket { cloud: Cloud::Azure, .. } => "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ENDPOINT",
+        Uri::Hub { .. } | Uri::HubDataset { .. } => "HF_ENDPOINT",
         Uri::Claim { .. } | Uri::File { .. } => "the disk",
     }
+}
+
+fn network_settings(uri: &Uri) -> String {
+    let place = place_settings(uri);
+    let is_near = matches!(uri, Uri::Claim { .. } | Uri::File { .. });
+    if is_near { place.to_owned() } else { format!("{place} and the network") }
+}
+
+/// Whether it was a token that could not be had.
+fn is_of_token(error: &object_store::Error) -> bool {
+    causes(error).iter().any(|cause| cause.contains("token request"))
 }
 
 /// The HTTP status of a refused listing, which object_store has in its words alone.
@@ -179,21 +225,37 @@ fn causes(error: &object_store::Error) -> Vec<String> {
     causes.map(ToString::to_string).collect()
 }
 
-/// S3's own code and message where there are some, else the innermost causes; without credentials.
+/// The store's own code and message where there are some, else the innermost causes; without credentials.
 fn answer(error: &object_store::Error, secrets: &[String]) -> String {
     let causes = causes(error);
     let whole = causes.join(": ");
     let element = |name: &str| {
         let (_, rest) = whole.split_once(&format!("<{name}>"))?;
-        Some(rest.split_once("</")?.0)
+        // Azure's messages go on with the request's number and time.
+        rest.split_once("</")?.0.lines().next().map(|line| line.trim_end().to_owned())
     };
     let answer = match (element("Code"), element("Message")) {
-        (Some(code), Some(message)) => format!("{code}: {message}"),
-        (Some(code), None) => code.to_owned(),
+        (Some(code), Some(message)) => match element("Details") {
+            Some(details) => format!("{code}: {message} {details}"),
+            None => format!("{code}: {message}"),
+        },
+        (Some(code), None) => code,
+        _ if oauth_answer(&whole).is_some() => oauth_answer(&whole).unwrap_or_default(),
         // Each layer's text usually repeats the next one's.
         _ => causes.iter().skip(causes.len().saturating_sub(2)).cloned().collect::<Vec<_>>().join(": "),
     };
     redact(&answer, secrets)
+}
+
+/// What a service that makes tokens says.
+fn oauth_answer(whole: &str) -> Option<String> {
+    let json = &whole[whole.find("{\"")?..];
+    let json: serde_json::Value = serde_json::Deserializer::from_str(json).into_iter().next()?.ok()?;
+    let description = json["error_description"].as_str().and_then(|text| text.lines().next());
+    match (json["error"].as_str()?, description) {
+        (code, Some(description)) => Some(format!("{code}: {description}")),
+        (code, None) => Some(code.to_owned()),
+    }
 }
 
 #[cfg(test)]
@@ -279,6 +341,51 @@ mod tests {
         let error = StoreError::new(Role::Model, &uri(), &error, &[]);
         assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
         assert!(error.to_string().contains("AWS_REGION") && error.to_string().contains("eu-west-1"), "{error}");
+    }
+
+    #[test]
+    fn each_kind_of_store_is_told_by_its_own_settings() {
+        let denied = "<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access denied.</Message>\
+            <Details>tuner@p.iam lacks storage.objects.get</Details></Error>";
+        let failed = "\u{feff}<?xml version=\"1.0\"?><Error><Code>AuthenticationFailed</Code><Message>Make sure the value is \
+            formed correctly.\nRequestId:1\nTime:2</Message></Error>";
+        for (uri, body, words) in [
+            (
+                "gs://models/m",
+                denied,
+                "AccessDenied: Access denied. tuner@p.iam lacks storage.objects.get; check GOOGLE_",
+            ),
+            (
+                "az://models/m",
+                failed,
+                "AuthenticationFailed: Make sure the value is formed correctly.; check AZURE_STORAGE_",
+            ),
+        ] {
+            let error = object_store::Error::PermissionDenied { path: "m".into(), source: Box::new(Answer(body)) };
+            let error = StoreError::new(Role::Output, &uri.parse().unwrap(), &error, &[]);
+            assert_eq!(error.exit_code(), exit_code::BAD_INPUT);
+            assert!(error.to_string().contains(words) && error.to_string().contains("output.secretRef"), "{error}");
+            let error = object_store::Error::Generic { store: "", source: Box::new(Answer("connection refused")) };
+            let error = StoreError::new(Role::Output, &uri.parse().unwrap(), &error, &[]);
+            assert!(error.to_string().ends_with("and the network") && !error.to_string().contains("AWS_"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_refused_token_is_final_and_a_failing_service_is_not() {
+        let token = |status: &'static str| {
+            let error = object_store::Error::Generic { store: "GCS", source: Box::new(Answer(status)) };
+            StoreError::new(Role::Output, &"az://models/m".parse().unwrap(), &error, &[])
+        };
+        let refused = "Error performing token request: Server returned non-2xx status code: 400 Bad Request: \
+            {\"error\":\"invalid_client\",\"error_description\":\"AADSTS7000215: no such secret.\\r\\nTrace ID: 1\"}";
+        let error = token(refused);
+        assert!(
+            matches!(&error, StoreError::Refused { answer, .. } if answer == "invalid_client: AADSTS7000215: no such secret."),
+            "{error}"
+        );
+        let failing = "Error performing token request: Server returned non-2xx status code: 503 Service Unavailable: ";
+        assert_eq!(token(failing).exit_code(), exit_code::STORAGE);
     }
 
     #[test]

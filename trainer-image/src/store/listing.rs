@@ -14,36 +14,64 @@ use quick_xml::{
 };
 
 /// Makes HTTP clients whose listings hold percent-encoded keys.
-#[derive(Debug)]
-pub(super) struct KeepKeys;
+#[derive(Clone, Copy, Debug)]
+pub(super) enum KeepKeys {
+    /// Listings of S3's protocol, which Google Cloud Storage answers with too.
+    S3,
+    /// Listings of Azure Blob Storage.
+    Azure,
+}
+
+impl KeepKeys {
+    /// What the query of a listing holds.
+    fn query(self) -> &'static str {
+        match self {
+            Self::S3 => "list-type=2",
+            Self::Azure => "comp=list",
+        }
+    }
+
+    /// The XML element of a key.
+    fn element(self) -> &'static str {
+        match self {
+            Self::S3 => "Key",
+            Self::Azure => "Name",
+        }
+    }
+}
 
 impl HttpConnector for KeepKeys {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
-        Ok(HttpClient::new(Service(ReqwestConnector::default().connect(options)?)))
+        let http = ReqwestConnector::default().connect(options)?;
+        Ok(HttpClient::new(Service { http, keys: *self }))
     }
 }
 
 #[derive(Debug)]
-struct Service(HttpClient);
+struct Service {
+    http: HttpClient,
+    keys: KeepKeys,
+}
 
 #[async_trait]
 impl HttpService for Service {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let is_listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
-        let response = self.0.execute(request).await?;
+        let is_part = |part: &str| part == self.keys.query();
+        let is_listing = request.uri().query().is_some_and(|query| query.split('&').any(is_part));
+        let response = self.http.execute(request).await?;
         if !is_listing || !response.status().is_success() {
             return Ok(response);
         }
         let (parts, body) = response.into_parts();
         let body = body.bytes().await?;
         // What is no listing is the client's to refuse.
-        let body = encode_keys(&body).map_or(body, Into::into);
+        let body = encode_keys(&body, self.keys.element()).map_or(body, Into::into);
         Ok(HttpResponse::from_parts(parts, body.into()))
     }
 }
 
 /// The same listing with its keys percent-encoded; none if it is no XML.
-fn encode_keys(xml: &[u8]) -> Option<Vec<u8>> {
+fn encode_keys(xml: &[u8], element: &str) -> Option<Vec<u8>> {
     let mut reader = Reader::from_reader(xml);
     let mut writer = Writer::new(Vec::new());
     let mut key: Option<String> = None;
@@ -53,7 +81,7 @@ fn encode_keys(xml: &[u8]) -> Option<Vec<u8>> {
         let event = reader.read_event_into(&mut buffer).ok()?;
         match (&event, &mut key) {
             (Event::Eof, _) => return Some(writer.into_inner()),
-            (Event::Start(tag), _) if tag.local_name().as_ref() == b"Key" => key = Some(String::new()),
+            (Event::Start(tag), _) if tag.local_name().as_ref() == element.as_bytes() => key = Some(String::new()),
             (Event::End(_), Some(text)) => {
                 let encoded = utf8_percent_encode(text, NON_ALPHANUMERIC).to_string();
                 writer.write_event(Event::Text(BytesText::new(&encoded))).ok()?;
@@ -91,7 +119,7 @@ pub(super) fn decoded_key(listed: &Path) -> String {
 /// No request can hold the key as it is.
 pub(super) fn path_of_key(key: &str) -> Result<Path, String> {
     if key.starts_with('/') {
-        return Err("the key begins with a slash, which S3 clients leave out: copy the object to another key".into());
+        return Err("the key begins with a slash, which HTTP clients leave out: copy the object to another key".into());
     }
     key.split('/').filter(|_| !key.is_empty()).try_fold(Path::ROOT, |path, part| {
         let part = PathPart::parse(part).map_err(|_| {
@@ -108,7 +136,7 @@ mod tests {
     use super::*;
 
     fn keys(xml: &str) -> Vec<String> {
-        let xml = String::from_utf8(encode_keys(xml.as_bytes()).unwrap()).unwrap();
+        let xml = String::from_utf8(encode_keys(xml.as_bytes(), "Key").unwrap()).unwrap();
         let keys = xml.split("<Key>").skip(1).map(|rest| rest.split_once("</Key>").unwrap().0);
         keys.map(|key| decoded_key(&Path::parse(key).unwrap())).collect()
     }
@@ -120,9 +148,18 @@ mod tests {
             </Key></Contents><Contents><Key><![CDATA[q?#]]></Key></Contents><Contents><Key>列</Key></Contents>\
             <NextContinuationToken>t//1</NextContinuationToken></ListBucketResult>";
         assert_eq!(keys(xml), ["a//b", "x/", " a%20b & <c>/\u{1}\n../.", "q?#", "列"]);
-        let kept = String::from_utf8(encode_keys(xml.as_bytes()).unwrap()).unwrap();
+        let kept = String::from_utf8(encode_keys(xml.as_bytes(), "Key").unwrap()).unwrap();
         assert!(kept.contains("<NextContinuationToken>t//1</NextContinuationToken>"), "{kept}");
-        assert!(encode_keys(b"<a><Key>x</b>").is_none());
+        assert!(encode_keys(b"<a><Key>x</b>", "Key").is_none());
+    }
+
+    #[test]
+    fn blobs_of_azure_are_known_by_their_names() {
+        let xml = "\u{feff}<?xml version=\"1.0\"?><EnumerationResults ContainerName=\"b\"><Blobs><Blob><Name>a//b &amp;</Name>\
+            <Properties><Etag>e</Etag></Properties></Blob></Blobs><NextMarker>a//b</NextMarker></EnumerationResults>";
+        let kept = String::from_utf8(encode_keys(xml.as_bytes(), "Name").unwrap()).unwrap();
+        assert!(kept.contains("<Name>a%2F%2Fb%20%26</Name>"), "{kept}");
+        assert!(kept.contains("<NextMarker>a//b</NextMarker>"), "{kept}");
     }
 
     #[test]

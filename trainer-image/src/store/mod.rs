@@ -1,10 +1,13 @@
-//! Objects in S3 and in folders, behind one type: a [`Location`] is a URI that was opened for a [`Role`].
+//! Objects in object stores and in folders, behind one type: a [`Location`] is a URI that was opened for a [`Role`].
 //!
 //! Calls block: the trainer's work is one thread, and neither a signal nor an HTTP request waits for it.
 
+mod azure;
+mod client;
 mod disk;
 mod error;
 mod glob;
+mod google;
 mod listing;
 mod location;
 mod s3;
@@ -27,7 +30,7 @@ use object_store::{ObjectStore, local::LocalFileSystem, path::Path};
 pub use settings::HubSettings;
 use tokio::runtime::Handle;
 use tunesmith_crds::{
-    Uri,
+    Cloud, Uri,
     names::{CLAIMS_DIR, env_prefix},
 };
 
@@ -80,7 +83,7 @@ type Environment = BTreeMap<String, String>;
 pub struct Stores {
     runtime: Handle,
     environment: Arc<Environment>,
-    /// Stands in for S3 where the environment names no S3.
+    /// Stands in for the object stores that the environment does not name.
     local: Option<PathBuf>,
 }
 
@@ -88,10 +91,14 @@ impl Stores {
     /// Stores as the environment says: what a pod uses.
     pub fn from_environment(runtime: Handle) -> Self {
         // A value that is not UTF-8 is kept, to be refused by name if it is needed.
-        let environment = std::env::vars_os()
-            .filter_map(|(key, value)| Some((key.into_string().ok()?, value.to_string_lossy().into_owned())))
-            .collect();
-        Self { runtime, environment: Arc::new(environment), local: None }
+        let variables = std::env::vars_os()
+            .filter_map(|(key, value)| Some((key.into_string().ok()?, value.to_string_lossy().into_owned())));
+        Self::from_variables(runtime, variables)
+    }
+
+    /// Stores as these variables say, and none of the environment.
+    pub fn from_variables(runtime: Handle, variables: impl IntoIterator<Item = (String, String)>) -> Self {
+        Self { runtime, environment: Arc::new(variables.into_iter().collect()), local: None }
     }
 
     #[cfg(test)]
@@ -100,19 +107,20 @@ impl Stores {
         self
     }
 
-    /// The same; but where the environment has neither credentials nor an endpoint, `s3://bucket/key` is
-    /// `<folder>/bucket/key`.
+    /// The same; but where the environment has neither credentials nor an endpoint for a kind of store, its bucket is
+    /// `<folder>/bucket`.
     pub fn or_local(self, folder: &FilePath) -> Self {
-        let local = (!settings::is_configured(&self.environment)).then(|| folder.to_owned());
-        if let (Some(name), Some(_)) = (settings::profile(&self.environment), &local) {
+        if let (Some(name), false) =
+            (settings::profile(&self.environment), settings::is_configured(&self.environment, Cloud::S3))
+        {
             tracing::warn!("{name} is not read here: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to use S3");
         }
-        Self { local, ..self }
+        Self { local: Some(folder.to_owned()), ..self }
     }
 
-    /// The folder that stands in for S3, if one does.
-    pub fn local_folder(&self) -> Option<&FilePath> {
-        self.local.as_deref()
+    /// The folder that stands in for a kind of store, if one does.
+    pub fn local_folder(&self, cloud: Cloud) -> Option<&FilePath> {
+        self.local.as_deref().filter(|_| !settings::is_configured(&self.environment, cloud))
     }
 
     /// Opens an object or a folder. Nothing is read yet.
@@ -142,27 +150,36 @@ impl Stores {
     }
 
     fn connect(&self, role: Role, uri: &Uri) -> Result<Location, String> {
-        let on_disk = match (uri, &self.local) {
-            (Uri::File { path }, _) => resolved(path),
-            (Uri::Claim { claim, path }, _) => {
+        let on_disk = match uri {
+            Uri::File { path } => resolved(path),
+            Uri::Claim { claim, path } => {
                 let volume = FilePath::new(CLAIMS_DIR).join(claim);
                 if !volume.exists() {
                     return Err("no such claim is mounted here: pvc:// is read in a cluster's pods".into());
                 }
                 resolved(volume.join(path))
             }
-            (Uri::Hub { .. }, _) => return Err("hf://owner/name is a base model, nothing else".into()),
-            (Uri::HubDataset { .. }, _) => return Err("hf://datasets/ holds rows for training, nothing else".into()),
-            (Uri::S3 { bucket, key }, Some(folder)) => resolved(folder.join(bucket).join(key)),
-            (Uri::S3 { bucket, key }, None) => {
-                let store: Arc<dyn ObjectStore> = Arc::new(s3::connect(&self.environment, role, bucket)?);
-                let path = listing::path_of_key(key)?;
-                return Ok(self.location(role, uri, store, path, None));
-            }
+            Uri::Hub { .. } => return Err("hf://owner/name is a base model, nothing else".into()),
+            Uri::HubDataset { .. } => return Err("hf://datasets/ holds rows for training, nothing else".into()),
+            Uri::Bucket { cloud, bucket, key } => match self.local_folder(*cloud) {
+                Some(folder) => resolved(folder.join(bucket).join(key)),
+                None => {
+                    let path = listing::path_of_key(key)?;
+                    return Ok(self.location(role, uri, self.bucket(role, *cloud, bucket)?, path, None));
+                }
+            },
         };
         let on_disk = on_disk.map_err(|error| error.to_string())?;
         let path = Path::from_absolute_path(&on_disk).map_err(|error| error.to_string())?;
         Ok(self.location(role, uri, Arc::new(LocalFileSystem::new().with_automatic_cleanup(true)), path, Some(on_disk)))
+    }
+
+    fn bucket(&self, role: Role, cloud: Cloud, bucket: &str) -> Result<Arc<dyn ObjectStore>, String> {
+        Ok(match cloud {
+            Cloud::S3 => Arc::new(s3::connect(&self.environment, role, bucket)?),
+            Cloud::Google => Arc::new(google::connect(&self.environment, role, bucket)?),
+            Cloud::Azure => Arc::new(azure::connect(&self.environment, role, bucket)?),
+        })
     }
 
     fn location(

@@ -1,108 +1,53 @@
 //! S3 clients from environment variables: `AWS_…`, with a role's prefix before them or without.
 
-use std::{fs, time::Duration};
-
-use object_store::{
-    Certificate, ClientOptions,
-    aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey},
-};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
 
 use super::{
-    Environment, Role,
+    Environment, Role, client,
     listing::KeepKeys,
-    settings::{CA_BUNDLE, METADATA_DISABLED, Settings, check_aws, check_network, of_role},
+    settings::{
+        Settings,
+        aws::{FAMILY, check},
+        check_network, of_role,
+    },
 };
 
 /// A client for a bucket.
 pub(super) fn connect(environment: &Environment, role: Role, bucket: &str) -> Result<AmazonS3, String> {
-    let settings = of_role(environment, role, "AWS_");
+    let settings = of_role(environment, role, &FAMILY);
     check_network(environment)?;
-    check_aws(&settings)?;
-    warn_of_unknown(&settings, role);
+    check(&settings)?;
+    client::warn_of_unknown::<AmazonS3ConfigKey>(&settings, &FAMILY, role);
     build(&settings, bucket).map_err(|error| name_the_culprit(&settings, bucket).unwrap_or(error))
 }
 
 fn build(settings: &Settings, bucket: &str) -> Result<AmazonS3, String> {
-    let is_http = |(name, value): (&String, &str)| name.contains("ENDPOINT") && scheme_is_http(value);
-    let allow_http = settings.iter().any(|(name, setting)| is_http((name, &setting.value)));
-    let mut options = ClientOptions::new()
-        .with_allow_http(allow_http)
-        .with_connect_timeout(Duration::from_secs(10))
-        // A big object may take long; one that stands still may not.
-        .with_timeout_disabled()
-        .with_read_timeout(Duration::from_secs(60));
-    if let Some(file) = settings.get(CA_BUNDLE) {
-        for certificate in certificates(&file.value).map_err(|problem| format!("{} {problem}", file.variable))? {
-            options = options.with_root_certificate(certificate);
-        }
-    }
     let mut builder = AmazonS3Builder::new()
-        .with_bucket_name(bucket)
         .with_region("us-east-1")
-        .with_client_options(options)
-        .with_http_connector(KeepKeys);
-    for (key, setting) in known(settings) {
+        .with_client_options(client::options(settings, &FAMILY)?)
+        .with_http_connector(KeepKeys::S3);
+    for (key, setting) in client::known(settings) {
         builder = builder.with_config(key, &setting.value);
     }
-    builder.build().map_err(|error| error.to_string())
+    // Whatever the environment says, the bucket comes from the URI.
+    builder.with_bucket_name(bucket).build().map_err(|error| error.to_string())
 }
 
-fn scheme_is_http(url: &str) -> bool {
-    url.split_once("://").is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("http"))
-}
-
-fn known(settings: &Settings) -> impl Iterator<Item = (AmazonS3ConfigKey, &super::settings::Setting)> {
-    settings.iter().filter_map(|(name, setting)| {
-        let key = name.to_ascii_lowercase().parse().ok()?;
-        // The bucket comes from the URI.
-        (key != AmazonS3ConfigKey::Bucket).then_some((key, setting))
-    })
-}
-
-/// The PEM certificates of a file.
-fn certificates(file: &str) -> Result<Vec<Certificate>, String> {
-    let pem = fs::read(file).map_err(|error| format!("names {file:?}, which can't be read: {error}"))?;
-    let found = Certificate::from_pem_bundle(&pem).map_err(|error| format!("names {file:?}: {error}"))?;
-    match found.is_empty() {
-        true => Err(format!("names {file:?}, which holds no PEM certificate")),
-        false => Ok(found),
-    }
-}
-
-/// The client's own words name no variable, so each setting is tried alone beside sound ones.
 fn name_the_culprit(settings: &Settings, bucket: &str) -> Option<String> {
     let sound = || AmazonS3Builder::new().with_bucket_name(bucket).with_access_key_id("k").with_secret_access_key("s");
     if let Err(error) = sound().build() {
         return Some(format!("no client works here: {error}; check SSL_CERT_FILE and SSL_CERT_DIR"));
     }
-    let problem = |(key, setting): (AmazonS3ConfigKey, &super::settings::Setting)| {
+    let alone = |key, value: &str| {
         // Encryption needs several settings at once.
-        let alone = !matches!(key, AmazonS3ConfigKey::Encryption(_));
-        let error = alone.then(|| sound().with_config(key, &setting.value).build().err()).flatten()?;
-        let is_time = setting.variable.ends_with("TIMEOUT") || setting.variable.ends_with("INTERVAL");
-        let unit = if is_time { "; write a number with its unit, such as 60s" } else { "" };
-        Some(format!("{} can't be used: {error}{unit}", setting.variable))
+        let is_alone = !matches!(key, AmazonS3ConfigKey::Encryption(_) | AmazonS3ConfigKey::Bucket);
+        is_alone.then(|| sound().with_config(key, value).build().err()).flatten().map(|error| error.to_string())
     };
-    let mut problems: Vec<String> = known(settings).filter_map(problem).collect();
-    if problems.is_empty()
-        && let Some(encryption) = settings.get("AWS_SERVER_SIDE_ENCRYPTION")
-    {
+    client::culprits(settings, alone).or_else(|| {
+        let encryption = settings.get("AWS_SERVER_SIDE_ENCRYPTION")?;
         let error = build(settings, bucket).err()?;
-        problems.push(format!("{} and the AWS_SSE_… settings can't be used: {error}", encryption.variable));
-    }
-    (!problems.is_empty()).then(|| problems.join("; "))
-}
-
-/// A Secret is made for this program, so what of it does nothing may be a slip of the pen.
-fn warn_of_unknown(settings: &Settings, role: Role) {
-    for (name, setting) in settings {
-        let is_known = name == CA_BUNDLE
-            || name == METADATA_DISABLED
-            || name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>().is_ok();
-        if !is_known && setting.variable.starts_with(role.env_prefix()) {
-            tracing::warn!(variable = setting.variable, "no such setting: it is ignored");
-        }
-    }
+        Some(format!("{} and the AWS_SSE_… settings can't be used: {error}", encryption.variable))
+    })
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use futures::TryStreamExt;
 use kube::ResourceExt;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt};
-use tunesmith_crds::{AdapterVersion, Uri};
+use tunesmith_crds::{AdapterVersion, Cloud, Uri};
 use tunesmith_e2e::run;
 
 use crate::inputs::Inputs;
@@ -23,7 +23,9 @@ const QUESTIONS: [&str; 3] = [
 
 /// Prints the version, its files, its losses, where the loss curve is, and the answers of both models.
 pub(crate) async fn print(target: &Target, inputs: &Inputs, version: &AdapterVersion) -> Result<()> {
-    let Uri::S3 { bucket, key } = &version.spec.artifact.uri else { bail!("the demo publishes to S3") };
+    let Uri::Bucket { cloud: Cloud::S3, bucket, key } = &version.spec.artifact.uri else {
+        bail!("the demo publishes to S3")
+    };
     let store = target.s3.bucket(bucket)?;
 
     println!("\nAdapterVersion {}", version.name_any());
