@@ -259,9 +259,7 @@ pub struct Resources {
 
 /// What the result is called and where it goes.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[x_kube(validation = Rule::new("!(has(self.secretRef) && has(self.serviceAccountName))")
-    .message("give at most one of secretRef and serviceAccountName"),
-    validation = Rule::new("!self.uri.startsWith('hf://') && !self.uri.startsWith('pvc://')")
+#[x_kube(validation = Rule::new("!self.uri.startsWith('hf://') && !self.uri.startsWith('pvc://')")
     .message("versions are published to s3://bucket/folder, gs://bucket/folder or az://container/folder").field_path(".uri"),
     validation = Rule::new("!self.uri.contains('*')")
     .message("versions are published to one folder: leave out the '*'").field_path(".uri"))]
@@ -276,7 +274,8 @@ pub struct Output {
     /// Secret with the store's credentials, by the same keys as those of baseModel.secretRef.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
-    /// ServiceAccount whose cloud identity the pods use instead of a Secret. Its Kubernetes token is not mounted.
+    /// ServiceAccount whose cloud identity the pods use where the Secret holds no credentials. On GKE the Secret says
+    /// GOOGLE_USE_METADATA_SERVER=true, on AKS AZURE_STORAGE_ACCOUNT_NAME. Its Kubernetes token is not mounted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), extend("x-kubernetes-validations" = is_name()))]
     pub service_account_name: Option<String>,

@@ -126,10 +126,6 @@ fn each_rule_refuses_the_manifest_that_breaks_it_and_says_what_to_do() {
         ),
         (&[("/spec/baseModel/uri", json!("hf://datasets/owner/name"))], "a base model is hf://owner/name"),
         (&[("/spec/output/uri", json!("hf://datasets/owner/name"))], "versions are published to s3://bucket/folder"),
-        (
-            &[("/spec/output/secretRef", json!({"name": "s3"})), ("/spec/output/serviceAccountName", json!("tuner"))],
-            "at most one of secretRef and serviceAccountName",
-        ),
         (&[("/metadata/name", json!("support.bot"))], "metadata.name must be a DNS label of at most 40"),
     ];
     for (changes, message) in cases {
@@ -190,6 +186,11 @@ fn a_pattern_of_files_and_every_option_of_the_data_pass() {
         ("/spec/dataset/train/uri", json!("s3://datasets/support/part-*.parquet")),
         ("/spec/dataset/train/uri", json!("gs://datasets/support/part-*.parquet")),
         ("/spec/output/uri", json!("az://adapters/team")),
+        (
+            "/spec/output",
+            json!({"adapterName": "a", "uri": "az://adapters", "secretRef": {"name": "account"},
+                   "serviceAccountName": "tuner"}),
+        ),
         ("/spec/dataset/format", json!("ShareGPT")),
         ("/spec/dataset/columns", json!({"prompt": "question", "completion": "answer"})),
         ("/spec/dataset/onBadRow", json!("Skip")),
