@@ -29,9 +29,9 @@ lint: rust ## Formatting and clippy
 unit: rust ## Unit, property and fixture tests
 	$(CARGO) test --workspace
 
-e2e: rust ## The chart, and the tests on a real cluster (KEEP=1 leaves it up)
+e2e: rust ## The chart, object stores of each kind, and the tests on a real cluster (KEEP=1 leaves it up)
 	$(CARGO) build --workspace --bins --examples
-	$(CARGO) test --workspace --test chart --test operator --test cluster -- --nocapture --test-threads 4; status=$$?; \
+	$(CARGO) test --workspace --test chart --test operator --test stores --test cluster -- --nocapture --test-threads 4; status=$$?; \
 	  $(if $(KEEP),,$(PROGRAMS)/debug/cluster down --name tunesmith-e2e;) exit $$status
 
 generate: rust ## Write crds/yaml and the chart's CRDs from the Rust types

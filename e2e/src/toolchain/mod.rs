@@ -6,6 +6,7 @@
 
 mod debian;
 mod go;
+mod node;
 pub(crate) mod python;
 
 use std::fs::{self, File};
@@ -38,10 +39,7 @@ impl Toolchain {
     /// from its pinned hash.
     pub fn install(&self) -> Result<()> {
         require_root()?;
-        fs::create_dir_all(&self.bin).with_context(|| format!("cannot create {}", self.bin.display()))?;
-        let lock = File::create(self.bin.join(".lock"))?;
-        lock.lock().context("cannot lock the toolchain folder")?;
-
+        let _lock = self.lock()?;
         debian::install()?;
         let go = go::Go::find_or_install(&self.bin)?;
         // While one waits for downloads or links, the other compiles.
@@ -53,6 +51,24 @@ impl Toolchain {
         })?;
         python::install(&python::SEAWEEDFS, &self.bin.join("seaweedfs"))?;
         self.compile_pause()
+    }
+
+    /// Installs the object stores that tests ask, without the cluster.
+    ///
+    /// # Errors
+    /// A download differs from its pinned hash, or can't be had.
+    pub fn install_stores(&self) -> Result<()> {
+        let _lock = self.lock()?;
+        python::install(&python::SEAWEEDFS, &self.bin.join("seaweedfs"))?;
+        go::Go::find_or_install(&self.bin)?.build(&go::GCS, &self.bin)?;
+        node::install_azurite(&self.bin)
+    }
+
+    fn lock(&self) -> Result<File> {
+        fs::create_dir_all(&self.bin).with_context(|| format!("cannot create {}", self.bin.display()))?;
+        let lock = File::create(self.bin.join(".lock"))?;
+        lock.lock().context("cannot lock the toolchain folder")?;
+        Ok(lock)
     }
 
     /// The path of an installed program, named as it is called: `kubectl`, `helm`, `etcd`.

