@@ -62,7 +62,7 @@ fn begin(observed: &Observed, start: &mut Option<(u32, Trigger)>) -> State {
     let spec = &observed.job.spec;
     if let Uri::File { path } = &spec.output.uri {
         let message = format!(
-            "output.uri file://{path} is a folder of the training pod, which goes with it: use s3://bucket/folder"
+            "output.uri file://{path} is a folder of the training pod, which goes with it: use a bucket, such as s3://bucket/folder"
         );
         return State::new(Phase::Failed, reason::INVALID, message);
     }

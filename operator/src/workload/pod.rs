@@ -101,7 +101,7 @@ impl TrainerPod<'_> {
         volumes.extend(self.claims.iter().enumerate().map(|(number, claim)| claim_volume(number, claim)));
         PodTemplateSpec {
             metadata: Some(ObjectMeta {
-                labels: Some(self.labels),
+                labels: Some(with_azure_identity(self.labels, self.service_account_name)),
                 annotations: Some([(RUN_SPEC_ANNOTATION.to_owned(), self.task)].into()),
                 ..Default::default()
             }),
@@ -178,6 +178,12 @@ impl TrainerPod<'_> {
             ..Default::default()
         }
     }
+}
+
+/// AKS gives the token of a ServiceAccount's Azure identity to pods with this label only; nobody else reads it.
+fn with_azure_identity(mut labels: BTreeMap<String, String>, account: Option<&str>) -> BTreeMap<String, String> {
+    labels.extend(account.map(|_| ("azure.workload.identity/use".into(), "true".into())));
+    labels
 }
 
 impl CheckResources {

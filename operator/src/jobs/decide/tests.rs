@@ -101,7 +101,7 @@ fn a_job_that_no_class_serves_waits_for_one_with_advice() {
 fn a_folder_of_the_pod_is_no_place_for_a_version() {
     let output = json!({"adapterName": "support", "uri": "file:///adapters"});
     let decision = check(&observed(job(json!({"output": output}))), Phase::Failed, reason::INVALID);
-    assert!(decision.state.message.contains("use s3://bucket/folder"), "{}", decision.state.message);
+    assert!(decision.state.message.contains("such as s3://bucket/folder"), "{}", decision.state.message);
 }
 
 #[test]

@@ -198,6 +198,19 @@ fn secrets_reach_the_pod_by_reference_with_one_prefix_a_role() {
 }
 
 #[test]
+fn azure_gives_its_token_to_a_pod_with_a_service_account() {
+    let labels = |output: Value| {
+        let built = training(&job(json!({"output": output})), &offers(&[]));
+        built["spec"]["template"]["metadata"]["labels"]["azure.workload.identity/use"].clone()
+    };
+    let output = json!({"adapterName": "support", "uri": "az://adapters", "secretRef": {"name": "account"}});
+    assert_eq!(labels(output.clone()), Value::Null);
+    let mut with_account = output;
+    with_account["serviceAccountName"] = json!("tuner");
+    assert_eq!(labels(with_account), "true");
+}
+
+#[test]
 fn claims_are_mounted_read_only_each_once() {
     let own = job(json!({
         "baseModel": {"uri": "pvc://models.team/llama"},
