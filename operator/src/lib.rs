@@ -87,13 +87,13 @@ pub async fn run(options: Options) -> Result<(), Error> {
     let mut scopes = Vec::new();
     for scope in options.scopes() {
         let (watch, caches) = Watches::new(client.clone(), scope, cluster.clone());
-        watches.spawn(watch.run());
+        watch.spawn(&mut watches);
         metrics.watch_jobs(caches.jobs.clone());
         let context = Context::new(client.clone(), &options, metrics.clone());
         scopes.push((Arc::new(context), caches));
     }
     let all_caches: Vec<Caches> = scopes.iter().map(|(_, caches)| caches.clone()).collect();
-    watches.spawn(watch_cluster(client.clone(), cluster.clone(), all_caches.clone()));
+    watch_cluster(client.clone(), &cluster, all_caches.clone(), &mut watches);
     watches.spawn(async move {
         for caches in all_caches {
             caches.listed().await;

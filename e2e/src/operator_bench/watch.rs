@@ -26,6 +26,8 @@ pub(crate) struct Seen {
     pub(crate) caught_up: Option<Instant>,
     pub(crate) phase: String,
     pub(crate) message: String,
+    /// What a job that lives as it is watched has told, in this order.
+    pub(crate) told: Vec<String>,
 }
 
 /// All jobs.
@@ -68,6 +70,10 @@ impl Jobs {
             seen.caught_up.get_or_insert_with(Instant::now);
         }
         (seen.phase, seen.message) = (text(&status["phase"]), text(&status["message"]));
+        if job.name_any().starts_with("life-") {
+            let progress = text(&status["progress"]["summary"]);
+            seen.told.push(format!("{}: {} ({progress})", seen.phase, seen.message));
+        }
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<Key, Seen>> {

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::{
     Guarded,
-    packed::Packed,
+    packed::{Packed, Packer},
     raw::{Raw, read},
 };
 
@@ -37,6 +37,7 @@ pub trait Indexed: Resource<DynamicType = ()> + DeserializeOwned + Sized + 'stat
 /// What a watch has seen, and the keys of each object.
 pub struct Index<K: Indexed> {
     seen: RwLock<Seen<K>>,
+    packer: Packer,
     listed: watch::Sender<bool>,
 }
 
@@ -57,7 +58,7 @@ struct Entry<K: Indexed> {
 impl<K: Indexed> Default for Index<K> {
     fn default() -> Self {
         let seen = Seen { objects: HashMap::new(), by_key: HashMap::new(), relisted: HashSet::new() };
-        Self { seen: RwLock::new(seen), listed: watch::Sender::new(false) }
+        Self { seen: RwLock::new(seen), packer: Packer::default(), listed: watch::Sender::new(false) }
     }
 }
 
@@ -66,7 +67,7 @@ impl<K: Indexed> Index<K> {
     pub fn take(&self, event: Event<Raw<K>>) -> Vec<Raw<K>> {
         // Packed before anybody has to wait.
         let entry = match &event {
-            Event::Apply(object) | Event::InitApply(object) => Some(Entry::of(object)),
+            Event::Apply(object) | Event::InitApply(object) => Some(Entry::of(object, &self.packer)),
             _ => None,
         };
         let mut seen = self.seen.write().unwrap_or_else(PoisonError::into_inner);
@@ -88,7 +89,7 @@ impl<K: Indexed> Index<K> {
                 let relisted = std::mem::take(&mut seen.relisted);
                 let gone: Vec<Arc<Place>> =
                     seen.objects.keys().filter(|place| !relisted.contains(*place)).cloned().collect();
-                let gone = gone.iter().filter_map(|place| seen.remove(place)?.raw()).collect();
+                let gone = gone.iter().filter_map(|place| seen.remove(place)?.raw(&self.packer)).collect();
                 drop(seen);
                 self.listed.send_replace(true);
                 gone
@@ -102,7 +103,7 @@ impl<K: Indexed> Index<K> {
 
     /// The objects that have this key.
     pub fn with_key(&self, key: &str) -> Vec<Guarded<K>> {
-        self.entries_with_key(key, Entry::read)
+        self.entries_with_key(key, |entry| entry.read(&self.packer))
     }
 
     /// What is at hand of the objects that have this key.
@@ -119,7 +120,7 @@ impl<K: Indexed> Index<K> {
     /// The object of this name.
     pub fn named(&self, namespace: &str, name: &str) -> Option<Guarded<K>> {
         let seen = self.seen.read().unwrap_or_else(PoisonError::into_inner);
-        seen.objects.get(&(Some(namespace.to_owned()), name.to_owned())).map(Entry::read)
+        seen.objects.get(&(Some(namespace.to_owned()), name.to_owned())).map(|entry| entry.read(&self.packer))
     }
 
     /// Whether there is an object of this name.
@@ -178,18 +179,18 @@ impl<K: Indexed> Seen<K> {
 }
 
 impl<K: Indexed> Entry<K> {
-    fn of(object: &Raw<K>) -> Self {
+    fn of(object: &Raw<K>, packer: &Packer) -> Self {
         let keys = K::keys(object).into_iter().map(Arc::from).collect();
         let json = if K::IS_KEPT { object.json() } else { object.json_of_metadata() };
-        Self { keys, note: K::note(object), packed: Packed::new(&json), kind: PhantomData }
+        Self { keys, note: K::note(object), packed: packer.pack(&json), kind: PhantomData }
     }
 
-    fn read(&self) -> Guarded<K> {
-        read(&self.packed.text())
+    fn read(&self, packer: &Packer) -> Guarded<K> {
+        read(&packer.unpack(&self.packed))
     }
 
-    fn raw(&self) -> Option<Raw<K>> {
-        serde_json::from_slice(&self.packed.text()).ok()
+    fn raw(&self, packer: &Packer) -> Option<Raw<K>> {
+        serde_json::from_slice(&packer.unpack(&self.packed)).ok()
     }
 }
 

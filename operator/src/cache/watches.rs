@@ -11,6 +11,7 @@ use kube::{
         watcher::{self, Event, watcher},
     },
 };
+use tokio::task::JoinSet;
 use tunesmith_crds::{
     AdapterVersion, FineTuneJob,
     names::{JOB_LABEL, STAGE_LABEL},
@@ -55,82 +56,70 @@ impl Watches {
         (Self { client, scope, caches: caches.clone(), jobs, versions }, caches)
     }
 
-    /// Watches for as long as it is polled.
-    pub async fn run(self) {
+    /// Watches, each kind in a task of its own, until the tasks are dropped.
+    pub fn spawn(self, tasks: &mut JoinSet<()>) {
         let Self { client, scope, caches, mut jobs, mut versions } = self;
         let (all, of_jobs) = (watcher::Config::default, || watcher::Config::default().labels(JOB_LABEL));
         let verifications = watcher::Config::default().labels(&format!("{STAGE_LABEL}={}", Stage::Verify.name()));
-        tokio::join!(
-            watch(
-                api(&client, &scope),
-                all(),
-                &caches.jobs,
-                |event| jobs.take(event),
-                |job| {
-                    caches.job_queue.wake(&namespace_of(job), &job.name_any());
-                }
-            ),
-            watch(
-                api(&client, &scope),
-                all(),
-                &caches.versions,
-                |event| versions.take(event),
-                |version| {
-                    caches.version_queue.wake(&namespace_of(version), &version.name_any());
-                    // One of the adapter's jobs may reuse it.
-                    for key in AdapterVersion::keys(version) {
-                        for place in caches.jobs.places_with_key(&key) {
-                            caches.job_queue.wake(place.0.as_deref().unwrap_or_default(), &place.1);
-                        }
+        tasks.spawn(watch(api(&client, &scope), all(), caches.jobs.clone(), move |event| jobs.take(event), {
+            let caches = caches.clone();
+            move |job| caches.job_queue.wake(&namespace_of(job), &job.name_any())
+        }));
+        tasks.spawn(watch(api(&client, &scope), all(), caches.versions.clone(), move |event| versions.take(event), {
+            let caches = caches.clone();
+            move |version| {
+                caches.version_queue.wake(&namespace_of(version), &version.name_any());
+                // One of the adapter's jobs may reuse it.
+                for key in AdapterVersion::keys(version) {
+                    for place in caches.jobs.places_with_key(&key) {
+                        caches.job_queue.wake(place.0.as_deref().unwrap_or_default(), &place.1);
                     }
                 }
-            ),
-            watch(api(&client, &scope), all(), &caches.runs, |_| {}, wake_job(&caches)),
-            watch(api(&client, &scope), of_jobs(), &caches.trainers, |_| {}, wake_job(&caches)),
-            watch(api(&client, &scope), of_jobs(), &caches.pods, |_| {}, wake_job(&caches)),
-            watch(
-                api(&client, &scope),
-                verifications,
-                &caches.verifications,
-                |_| {},
-                |job| {
-                    if let Some(version) = version_of(job) {
-                        caches.version_queue.wake(&namespace_of(job), &version);
-                    }
+            }
+        }));
+        tasks.spawn(watch(api(&client, &scope), all(), caches.runs.clone(), |_| {}, wake_job(&caches)));
+        tasks.spawn(watch(api(&client, &scope), of_jobs(), caches.trainers.clone(), |_| {}, wake_job(&caches)));
+        tasks.spawn(watch(api(&client, &scope), of_jobs(), caches.pods.clone(), |_| {}, wake_job(&caches)));
+        tasks.spawn(watch(
+            api(&client, &scope),
+            verifications,
+            caches.verifications.clone(),
+            |_| {},
+            move |job| {
+                if let Some(version) = version_of(job) {
+                    caches.version_queue.wake(&namespace_of(job), &version);
                 }
-            ),
-        );
+            },
+        ));
     }
 }
 
-/// Watches what has no namespace, for as long as it is polled. Nodes come and go without waking anybody: who waits for one
-/// looks again by itself.
-pub async fn watch_cluster(client: Client, cluster: Cluster, scopes: Vec<Caches>) {
+/// Watches what has no namespace, in the same way. Nodes come and go without waking anybody: who waits for one looks again
+/// by itself.
+pub fn watch_cluster(client: Client, cluster: &Cluster, scopes: Vec<Caches>, tasks: &mut JoinSet<()>) {
     let all = watcher::Config::default;
-    tokio::join!(
-        watch(
-            Api::all(client.clone()),
-            all(),
-            &cluster.classes,
-            |_| {},
-            |_| {
-                for caches in &scopes {
-                    let waiting = caches.jobs.notes().into_iter().filter(|(_, job)| !job.is_over);
-                    waiting.for_each(|(place, _)| {
-                        caches.job_queue.wake(place.0.as_deref().unwrap_or_default(), &place.1);
-                    });
-                }
+    tasks.spawn(watch(
+        Api::all(client.clone()),
+        all(),
+        cluster.classes.clone(),
+        |_| {},
+        move |_| {
+            for caches in &scopes {
+                let waiting = caches.jobs.notes().into_iter().filter(|(_, job)| !job.is_over);
+                waiting.for_each(|(place, _)| {
+                    caches.job_queue.wake(place.0.as_deref().unwrap_or_default(), &place.1);
+                });
             }
-        ),
-        watch(Api::all(client.clone()), all(), &cluster.nodes, |_| {}, |_| {}),
-    );
+        },
+    ));
+    tasks.spawn(watch(Api::all(client), all(), cluster.nodes.clone(), |_| {}, |_| {}));
 }
 
 /// Fills an index for as long as it is polled. A watch that fails is logged, and goes on by itself.
 async fn watch<K: Indexed + Clone + Debug + Send>(
     objects: Api<Raw<K>>,
     config: watcher::Config,
-    index: &Index<K>,
+    index: Arc<Index<K>>,
     mut seen: impl FnMut(&Event<Raw<K>>),
     touched: impl Fn(&Raw<K>),
 ) {
@@ -158,8 +147,9 @@ fn namespace_of(object: &impl ResourceExt) -> String {
 }
 
 /// Wakes the FineTuneJob that an object's label names.
-fn wake_job<K: Resource<DynamicType = ()>>(caches: &Caches) -> impl Fn(&Raw<K>) {
-    |object| {
+fn wake_job<K: Resource<DynamicType = ()>>(caches: &Caches) -> impl Fn(&Raw<K>) + use<K> {
+    let caches = caches.clone();
+    move |object| {
         if let Some(job) = object.labels().get(JOB_LABEL) {
             caches.job_queue.wake(&namespace_of(object), job);
         }

@@ -5,6 +5,7 @@ mod pod;
 
 use std::{
     collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher},
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -15,7 +16,7 @@ use kube::{Client, api::ObjectMeta};
 use serde_json::json;
 use tokio::time::sleep;
 use tunesmith_crds::{
-    FineTuneJob,
+    FineTuneJob, FineTuneJobPhase as Phase,
     fine_tune_job::Progress,
     run::{LiveProgress, TrainReport, TrainStage},
 };
@@ -29,10 +30,12 @@ const MANAGER: &str = "tunesmith-progress";
 const TICK: Duration = Duration::from_secs(1);
 /// A pod is asked this often while its stage may end at any time.
 const SOON: Duration = Duration::from_secs(2);
-/// A job's progress is written at most this often, and a pod that goes on like this is asked as often.
+/// A pod that goes on for long is asked this often.
+const SELDOM: Duration = Duration::from_secs(30);
+/// A job's progress is written at most this often.
 const WRITE_EVERY: Duration = Duration::from_secs(15);
 /// Pods that are asked at once.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 8;
 
 /// What the running training pods say of themselves, by the UIDs of their Jobs.
 #[derive(Clone, Default)]
@@ -58,14 +61,28 @@ impl Live {
         self.lock().get(uid)?.said.clone()
     }
 
-    /// The pod of this Job runs, and is asked from now on.
+    /// The pod of this Job runs, and is asked from now on. What another replica may have written of it is on record.
     pub fn ask(&self, uid: &str, job: &FineTuneJob, address: IpAddr) {
-        let ObjectMeta { name, namespace, uid: job_uid, .. } = job.metadata.clone();
-        let job = ObjectMeta { name, namespace, uid: job_uid, ..Default::default() };
         let mut pods = self.lock();
-        let pod = pods.entry(uid.to_owned());
-        let new = Pod { job, address, said: None, written: None, due: Instant::now(), unanswered: 0 };
-        pod.or_insert(new).address = address;
+        if let Some(pod) = pods.get_mut(uid) {
+            pod.address = address;
+            return;
+        }
+        let status = job.status.as_ref();
+        let was_running = status.is_some_and(|status| status.phase == Some(Phase::Running));
+        let written = status.and_then(|status| status.progress.clone()).filter(|_| was_running);
+        // Those that another replica has asked before are asked one after the other, not all at once.
+        let wait = if was_running { spread(uid, SELDOM) } else { Duration::ZERO };
+        let ObjectMeta { name, namespace, uid: job_uid, .. } = job.metadata.clone();
+        let pod = Pod {
+            job: ObjectMeta { name, namespace, uid: job_uid, ..Default::default() },
+            address,
+            said: None,
+            written: written.map(|progress| (progress, Instant::now())),
+            due: Instant::now() + wait,
+            unanswered: 0,
+        };
+        pods.insert(uid.to_owned(), pod);
     }
 
     /// The pods of a job run no more, but for the one of this Job.
@@ -108,7 +125,7 @@ async fn ask(client: &Client, live: &Live, caches: &Caches, uid: String, pod: Po
     }
     let Some(said) = poll(pod.address).await else {
         let unanswered = pod.unanswered.saturating_add(1);
-        let wait = SOON.saturating_mul(unanswered).min(WRITE_EVERY);
+        let wait = SOON.saturating_mul(unanswered).min(SELDOM);
         return live.change(&uid, |pod| (pod.unanswered, pod.due) = (unanswered, Instant::now() + wait));
     };
     // Known first: whoever hears of it looks at once.
@@ -116,6 +133,7 @@ async fn ask(client: &Client, live: &Live, caches: &Caches, uid: String, pod: Po
     if pod.said.as_ref().map(|before| before.stage) != Some(said.stage) {
         caches.job_queue.wake(namespace, name);
     }
+    let said = LiveProgress { progress: with_summary(said.progress), ..said };
     let is_due =
         pod.written.as_ref().is_none_or(|(before, at)| *before != said.progress && at.elapsed() >= WRITE_EVERY);
     let is_written = is_due && said.progress.total_steps > 0 && write(client, &pod.job, &said.progress).await;
@@ -131,20 +149,17 @@ async fn ask(client: &Client, live: &Live, caches: &Caches, uid: String, pod: Po
 fn next_question(said: &LiveProgress) -> Duration {
     match said.stage {
         TrainStage::Loading | TrainStage::Evaluating => SOON,
-        TrainStage::Training => said
-            .progress
-            .eta_seconds
-            .map_or(WRITE_EVERY, |seconds| Duration::from_secs(seconds).clamp(SOON, WRITE_EVERY)),
+        TrainStage::Training => {
+            said.progress.eta_seconds.map_or(SELDOM, |seconds| Duration::from_secs(seconds / 2).clamp(SOON, SELDOM))
+        }
         // Its end is seen without asking.
-        TrainStage::Publishing => WRITE_EVERY,
+        TrainStage::Publishing => SELDOM,
     }
 }
 
 /// Writes a job's progress; false if that failed, which the next time mends.
 pub async fn write(client: &Client, job: &ObjectMeta, progress: &Progress) -> bool {
-    let summary = format!("{}/{}", progress.step, progress.total_steps);
-    let progress = Progress { summary, ..progress.clone() };
-    let status = json!({"progress": progress});
+    let status = json!({"progress": with_summary(progress.clone())});
     match apply_status::<FineTuneJob, _>(client, job, &status, MANAGER).await {
         Ok(()) => true,
         Err(error) => {
@@ -152,6 +167,17 @@ pub async fn write(client: &Client, job: &ObjectMeta, progress: &Progress) -> bo
             false
         }
     }
+}
+
+fn with_summary(progress: Progress) -> Progress {
+    Progress { summary: format!("{}/{}", progress.step, progress.total_steps), ..progress }
+}
+
+/// A time below `most` that follows from a text.
+fn spread(text: &str, most: Duration) -> Duration {
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    most.mul_f64((hasher.finish() % 1000) as f64 / 1000.0)
 }
 
 /// The progress of a run that has published.
@@ -183,13 +209,30 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_is_asked_as_often_as_its_progress_is_written_and_soon_where_its_stage_ends() {
+    fn a_pod_is_asked_seldom_and_soon_where_its_stage_ends() {
         let next = |stage, eta| next_question(&said(stage, eta)).as_secs();
         assert_eq!(next(TrainStage::Loading, None), 2);
-        assert_eq!(next(TrainStage::Training, None), 15);
-        assert_eq!(next(TrainStage::Training, Some(3600)), 15);
-        assert_eq!(next(TrainStage::Training, Some(9)), 9);
+        assert_eq!(next(TrainStage::Training, None), 30);
+        assert_eq!(next(TrainStage::Training, Some(3600)), 30);
+        assert_eq!(next(TrainStage::Training, Some(18)), 9);
         assert_eq!(next(TrainStage::Training, Some(0)), 2);
-        assert_eq!(next(TrainStage::Publishing, None), 15);
+        assert_eq!(next(TrainStage::Publishing, None), 30);
+    }
+
+    #[test]
+    fn a_replica_that_takes_over_asks_pods_in_turn_and_knows_what_was_written() {
+        let mut job = crate::fixtures::job(json!({}));
+        let (live, address) = (Live::default(), IpAddr::from([10, 0, 0, 1]));
+        live.ask("new", &job, address);
+        assert_eq!(live.due().len(), 1);
+        let progress = with_summary(Progress { step: 3, total_steps: 9, ..Progress::default() });
+        job.status = Some(tunesmith_crds::FineTuneJobStatus {
+            phase: Some(Phase::Running),
+            progress: Some(progress.clone()),
+            ..Default::default()
+        });
+        (0..50).for_each(|number| live.ask(&number.to_string(), &job, address));
+        assert!(live.due().len() < 10);
+        assert_eq!(live.lock()["7"].written.as_ref().map(|(progress, _)| progress), Some(&progress));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     net::Ipv4Addr,
+    os::unix::fs::MetadataExt,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -25,7 +26,7 @@ use tunesmith_crds::names::exit_code;
 use super::*;
 use crate::{
     error::Error,
-    model::{ModelFolder, read_header},
+    model::{Keep, ModelFolder, read_header},
     tiny_model,
 };
 

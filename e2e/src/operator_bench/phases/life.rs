@@ -35,11 +35,14 @@ impl Bench {
                 calls.iter().filter(|call| call.namespace == *namespace && call.is_about(name)).collect()
             })
             .collect();
+        let told = self.jobs.seen(&keys[0]).map(|seen| seen.told).unwrap_or_default();
+        self.figures.note(format!("statuses of one life: {}", told.join(" | ")));
         let count = |counts: fn(&Call) -> bool| -> Vec<f64> {
             lives.iter().map(|calls| calls.iter().filter(|call| counts(call)).count() as f64).collect()
         };
         let mean = |counts: Vec<f64>| counts.iter().sum::<f64>() / f64::from(LIVES);
-        let writes = count(Call::is_work);
+        // Progress has a limit of its own.
+        let writes = count(|call| call.is_work() && !call.is_progress());
         self.figures.set("life_writes", writes.iter().copied().fold(0.0, f64::max));
         self.figures.set("life_writes_mean", mean(writes));
         self.figures.set("life_progress_writes", mean(count(Call::is_progress)));
