@@ -250,6 +250,17 @@ pub struct Resources {
     #[schemars(extend("x-kubernetes-validations" = is_quantity("500m or 4")))]
     #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY))]
     pub cpu: Option<String>,
+    /// CPU limit of a training pod, as a Kubernetes quantity; left out, none. Then it is the default of cpu, too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = is_quantity("4")))]
+    #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY))]
+    pub cpu_limit: Option<String>,
+    /// Storage of the node that a training pod requests and may use at most, as a Kubernetes quantity; left out, none is
+    /// requested. It holds the model, a checkpoint and the result: some four times the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-kubernetes-validations" = is_quantity("64Gi")))]
+    #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY))]
+    pub ephemeral_storage: Option<String>,
     /// Memory request and limit of a training pod, as a Kubernetes quantity; left out, estimated from the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = is_quantity("4Gi")))]

@@ -240,7 +240,9 @@ fn training_job(
 }
 
 fn training_resources(job: &FineTuneJob, planned: &Planned) -> ResourceRequirements {
-    let cpu = job.spec.resources.cpu.as_deref().unwrap_or(TRAIN_CPU);
+    let asked = &job.spec.resources;
+    let cpu = asked.cpu.as_deref().or(asked.cpu_limit.as_deref()).unwrap_or(TRAIN_CPU);
+    let storage = asked.ephemeral_storage.clone().map(|storage| ("ephemeral-storage".into(), Quantity(storage)));
     let memory = Quantity(planned.memory.clone());
     let gpus = planned
         .class
@@ -248,8 +250,10 @@ fn training_resources(job: &FineTuneJob, planned: &Planned) -> ResourceRequireme
         .as_ref()
         .filter(|_| planned.plan.gpus_per_pod > 0)
         .map(|resource| (resource.clone(), Quantity(planned.plan.gpus_per_pod.to_string())));
-    let limits: BTreeMap<_, _> = gpus.into_iter().chain([("memory".into(), memory)]).collect();
-    let requests = limits.clone().into_iter().chain([("cpu".into(), Quantity(cpu.into()))]).collect();
+    let both: BTreeMap<_, _> = gpus.into_iter().chain(storage).chain([("memory".into(), memory)]).collect();
+    let requests = both.clone().into_iter().chain([("cpu".into(), Quantity(cpu.into()))]).collect();
+    let limit = asked.cpu_limit.clone().map(|limit| ("cpu".into(), Quantity(limit)));
+    let limits = both.into_iter().chain(limit).collect();
     ResourceRequirements { limits: Some(limits), requests: Some(requests), claims: None }
 }
 

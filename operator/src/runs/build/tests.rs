@@ -127,6 +127,22 @@ fn a_class_of_cpus_asks_for_cpu_and_memory_alone() {
 }
 
 #[test]
+fn limits_that_quotas_count_are_set_where_the_job_names_them() {
+    let limited = |resources: Value| training(&job(json!({"resources": resources})), &offers(&[]));
+    let of = |resources| pod_of(&limited(resources))["containers"][0]["resources"].clone();
+    let storage = json!({"gpuClass": "cpu", "memory": "3Gi", "cpuLimit": "2", "ephemeralStorage": "20Gi"});
+    assert_eq!(
+        of(storage),
+        json!({
+            "limits": {"cpu": "2", "ephemeral-storage": "20Gi", "memory": "3Gi"},
+            "requests": {"cpu": "2", "ephemeral-storage": "20Gi", "memory": "3Gi"},
+        })
+    );
+    let both = of(json!({"gpuClass": "cpu", "memory": "3Gi", "cpu": "500m", "cpuLimit": "2"}));
+    assert_eq!((&both["requests"]["cpu"], &both["limits"]["cpu"]), (&json!("500m"), &json!("2")));
+}
+
+#[test]
 fn a_training_job_is_one_attempt_with_a_name_that_follows_from_its_numbers() {
     let built = training(&job(json!({"activeDeadlineSeconds": 60})), &offers(&[]));
     assert_eq!(built["metadata"]["name"], "j-1-1");
