@@ -1,5 +1,6 @@
-//! Statuses that would change in details alone: what a pod waits for, what it does. What lasts for a moment is not written, so
-//! that a run costs few writes, and ten thousand of them no API server.
+//! What keeps a status from being written again and again, so that a run costs few writes, and ten thousand of them no API
+//! server: details that last for a moment (what a pod waits for, what it does), and what was just written but has not come
+//! back into the cache.
 
 use std::{
     collections::HashMap,
@@ -12,9 +13,38 @@ use kube::ResourceExt;
 /// Details are written when they last for so long.
 const LASTING: Duration = Duration::from_secs(5);
 
+/// A cache that lags behind a write for longer missed nothing: the write changed nothing.
+const LAG: Duration = Duration::from_secs(1);
+
 /// Objects whose status differs in details, and since when.
 #[derive(Default)]
 pub struct Details(Mutex<HashMap<String, Instant>>);
+
+/// Objects whose status was written over the version that the cache had then.
+#[derive(Default)]
+pub struct Written(Mutex<HashMap<String, (Option<String>, Instant)>>);
+
+impl Written {
+    /// An object's status was written.
+    pub fn note(&self, object: &impl ResourceExt) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(object.uid().unwrap_or_default(), (object.resource_version(), Instant::now()));
+    }
+
+    /// How long to wait for the cache, which still has the object as it was before its status was written; None if it is
+    /// up to date.
+    pub fn lag(&self, object: &impl ResourceExt) -> Option<Duration> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let uid = object.uid().unwrap_or_default();
+        let (version, at) = all.get(&uid)?;
+        let wait = LAG.saturating_sub(at.elapsed());
+        if *version == object.resource_version() && !wait.is_zero() {
+            return Some(wait);
+        }
+        all.remove(&uid);
+        None
+    }
+}
 
 impl Details {
     /// How long an object's details have to last yet; None if they are to be written.
@@ -38,6 +68,20 @@ impl Details {
 mod tests {
     use super::*;
     use crate::fixtures::job;
+
+    #[test]
+    fn a_cache_lags_until_it_has_another_version_but_not_for_long() {
+        let (written, mut job) = (Written::default(), job(serde_json::json!({})));
+        job.metadata.resource_version = Some("7".into());
+        assert_eq!(written.lag(&job), None);
+        written.note(&job);
+        assert!(written.lag(&job).is_some());
+        job.metadata.resource_version = Some("8".into());
+        assert_eq!(written.lag(&job), None);
+        written.note(&job);
+        written.0.lock().unwrap().get_mut("uid-j").unwrap().1 = Instant::now().checked_sub(LAG).unwrap();
+        assert_eq!(written.lag(&job), None, "the write changed nothing");
+    }
 
     #[test]
     fn details_wait_from_when_they_were_first_seen() {

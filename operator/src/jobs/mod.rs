@@ -27,7 +27,7 @@ use crate::{
     cache::{Caches, Guarded, Name},
     conditions::stalled,
     context::{Context, Outcome, Stop, log_failure, words_of},
-    details::Details,
+    details::{Details, Written},
     labels::OPERATOR,
     progress::{self, Live},
     runs::{
@@ -85,6 +85,7 @@ struct Reconciler {
     caches: Caches,
     live: Live,
     details: Details,
+    written: Written,
 }
 
 /// Runs the controller until `stop`; it looks at every job once, first at those that are not over.
@@ -93,7 +94,13 @@ pub async fn run(context: Arc<Context>, caches: Caches, stop: Stop) {
     let controller = caches.job_queue.controller();
     let polls = progress::run(context.client.clone(), live.clone(), caches.clone());
     let at_once = context.at_once;
-    let reconciler = Arc::new(Reconciler { context, caches: caches.clone(), live, details: Details::default() });
+    let reconciler = Arc::new(Reconciler {
+        context,
+        caches: caches.clone(),
+        live,
+        details: Details::default(),
+        written: Written::default(),
+    });
     let reconciles = controller
         .with_config(kube::runtime::controller::Config::default().concurrency(at_once))
         .graceful_shutdown_on(stop)
@@ -160,12 +167,15 @@ async fn stall(job: &Guarded<FineTuneJob>, message: &str, context: &Context) -> 
 }
 
 async fn reconcile_once(job: &FineTuneJob, reconciler: &Reconciler) -> Result<Action, Error> {
-    let Reconciler { context, caches, live, details } = reconciler;
+    let Reconciler { context, caches, live, details, written } = reconciler;
     if job.metadata.deletion_timestamp.is_some() {
         live.only(job, None);
         context.backoff.forget(job);
         details.forget(job);
         return Ok(Action::await_change());
+    }
+    if let Some(wait) = written.lag(job) {
+        return Ok(Action::requeue(wait));
     }
     let observed = observe(&context.client, caches, live, context.devices, job).await?;
     ask_pods(&observed, live);
@@ -270,7 +280,7 @@ async fn write_status(
     decision: &Decision,
     status: FineTuneJobStatus,
     state: &State,
-    Reconciler { context, details, .. }: &Reconciler,
+    Reconciler { context, details, written: writes, .. }: &Reconciler,
 ) -> Result<Option<Duration>, Error> {
     let job = &observed.job;
     let written = job.status.clone().unwrap_or_default();
@@ -292,6 +302,7 @@ async fn write_status(
     }
     details.forget(job);
     apply_status::<FineTuneJob, _>(&context.client, &job.metadata, &status, OPERATOR).await.map_err(Error::Status)?;
+    writes.note(job);
     if turned && is_event(state) {
         let (name, namespace) = (job.name_any(), job.namespace().unwrap_or_default());
         tracing::info!(job = name, namespace, phase = ?state.phase, reason = state.reason, message = state.message);

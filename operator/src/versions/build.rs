@@ -27,6 +27,9 @@ use crate::{
 /// Failed pods that are followed by another one before the Job fails.
 const RETRIES: i32 = 3;
 
+/// A Job that is over stays for so long, for whoever wants to see its log.
+const KEPT_SECONDS: i32 = 300;
+
 /// The changes that a step means.
 pub fn build(step: &Step, version: &AdapterVersion, trainer: &TrainerDefaults) -> Vec<Change> {
     match step {
@@ -64,6 +67,7 @@ fn verify_job(version: &AdapterVersion, trainer: &TrainerDefaults) -> Job {
         metadata,
         spec: Some(JobSpec {
             backoff_limit: Some(RETRIES),
+            ttl_seconds_after_finished: Some(KEPT_SECONDS),
             pod_failure_policy: Some(retry_policy()),
             template: pod.template(),
             ..Default::default()

@@ -107,9 +107,14 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
         true => Vec::new(),
         false => vec![Step::Remove { uid: job.uid.clone() }],
     };
+    // One that is over goes by itself after a while, unless a sidecar keeps its pod alive.
+    let tidy = |job: &TrainerJob| match &job.state {
+        JobState::Ended(ending) if !ending.outlived => Vec::new(),
+        _ => remove(job),
+    };
     let gated = failure(&observed.version.spec.gates).map(State::gate_failed);
     if let Some(state) = gated.or_else(|| settled(&observed.version)) {
-        return Decision { steps: observed.job.as_ref().map(remove).unwrap_or_default(), state };
+        return Decision { steps: observed.job.as_ref().map(tidy).unwrap_or_default(), state };
     }
     let Some(job) = &observed.job else {
         return Decision { steps: vec![Step::Start], state: State::verifying("creates the verify Job") };
@@ -124,7 +129,7 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
                     Verdict::Corrupt => Phase::Rejected,
                     Verdict::Missing => Phase::Missing,
                 };
-                (remove(job), State::verdict(phase, &report.message))
+                (tidy(job), State::verdict(phase, &report.message))
             }
             (Cause::Disrupted { message }, _) => (remove(job), State::verifying(format!("starts again: {message}"))),
             (cause, _) => {
@@ -199,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn the_report_is_the_verdict_and_the_job_goes() {
+    fn the_report_is_the_verdict_and_the_job_goes_by_itself() {
         for (verdict, phase, reason) in [
             (Verdict::Intact, Phase::Available, reason::VERIFIED),
             (Verdict::Corrupt, Phase::Rejected, reason::REJECTED),
@@ -207,7 +212,7 @@ mod tests {
         ] {
             let decision = decide(&observed(Some(Phase::Verifying), Some(reported(verdict, ""))), at(1000));
             assert_eq!((decision.state.phase, decision.state.reason), (phase, reason));
-            assert!(removes(&decision) && !decision.state.message.is_empty());
+            assert!(decision.steps.is_empty() && !decision.state.message.is_empty());
         }
     }
 
@@ -215,10 +220,14 @@ mod tests {
     fn a_verdict_is_final_and_cleans_up_after_itself() {
         let decision = decide(&observed(Some(Phase::Available), None), at(1000));
         assert_eq!((decision.steps.len(), decision.state.phase), (0, Phase::Available));
-        let left_behind = observed(Some(Phase::Available), Some(reported(Verdict::Corrupt, "")));
-        let decision = decide(&left_behind, at(1000));
-        assert!(removes(&decision));
-        assert_eq!(decision.state.phase, Phase::Available);
+        let over = reported(Verdict::Corrupt, "");
+        let mut kept_alive = over.clone();
+        let JobState::Ended(ending) = &mut kept_alive.state else { panic!() };
+        ending.outlived = true;
+        for (left_behind, goes) in [(over, false), (kept_alive, true), (job(), true)] {
+            let decision = decide(&observed(Some(Phase::Available), Some(left_behind)), at(1000));
+            assert_eq!((removes(&decision), decision.state.phase), (goes, Phase::Available));
+        }
     }
 
     #[test]
