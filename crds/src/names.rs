@@ -12,6 +12,8 @@ pub const ATTEMPT_LABEL: &str = "tunesmith.dev/attempt";
 pub const STAGE_LABEL: &str = "tunesmith.dev/stage";
 /// Label: adapterName, on AdapterVersions.
 pub const ADAPTER_LABEL: &str = "tunesmith.dev/adapter";
+/// Annotation of an AdapterVersion: a time from when on its files are compared with their manifest once more.
+pub const VERIFY_ANNOTATION: &str = "tunesmith.dev/verify-at";
 /// Annotation of a FineTuneJob that has failed: any new value (a time, by convention) starts another run of the same spec.
 pub const RETRY_ANNOTATION: &str = "tunesmith.dev/retry-at";
 /// Port on which a trainer pod serves `/progress`, `/metrics` and `/healthz`.

@@ -1,8 +1,16 @@
 //! Which version a spec leads to.
 
-use anyhow::Result;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::jiff::Timestamp;
+use kube::{
+    api::{Patch, PatchParams},
+    runtime::wait::await_condition,
+};
 use serde_json::json;
-use tunesmith_crds::{AdapterVersion, AdapterVersionPhase, FineTuneJobPhase, conditions};
+use tokio::time::timeout;
+use tunesmith_crds::{AdapterVersion, AdapterVersionPhase, FineTuneJobPhase, conditions, names::VERIFY_ANNOTATION};
 
 use crate::tenant::{Tenant, condition, merge};
 
@@ -77,5 +85,16 @@ async fn a_version_outlives_its_job_and_never_changes() -> Result<()> {
     version.spec.version = 9;
     let error = team.api().replace("gone-v1", &Default::default(), &version).await.unwrap_err().to_string();
     assert!(error.contains("immutable"), "{error}");
+
+    // Somebody writes over one of its files; whoever asks is told.
+    team.write("adapters", "gone/v1/README.md", "another").await?;
+    let ask = json!({"metadata": {"annotations": {VERIFY_ANNOTATION: Timestamp::now().to_string()}}});
+    team.api::<AdapterVersion>().patch("gone-v1", &PatchParams::default(), &Patch::Merge(ask)).await?;
+    let is_rejected = |version: Option<&AdapterVersion>| {
+        let phase = version.and_then(|version| version.status.as_ref()?.phase);
+        phase == Some(AdapterVersionPhase::Rejected)
+    };
+    let rejected = await_condition(team.api::<AdapterVersion>(), "gone-v1", is_rejected);
+    timeout(Duration::from_secs(120), rejected).await.context("the version is not verified again")??;
     Ok(())
 }

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt;
 use tunesmith_crds::{
     AdapterVersion, AdapterVersionPhase as Phase,
     conditions::reason,
     evaluation::failure,
+    names::VERIFY_ANNOTATION,
     run::{Outcome, Verdict},
 };
 
@@ -17,6 +19,10 @@ use crate::{
 
 /// A verification that failed (storage down, say) is tried again after this.
 const TRY_AGAIN: SignedDuration = SignedDuration::from_mins(5);
+/// Begins what is told of an annotation, behind a verdict.
+const ANNOTATION: &str = " (annotation ";
+/// A verification that is asked for later is looked at this often.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 /// A pod that waits is looked at this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -63,12 +69,14 @@ pub struct State {
     pub message: String,
     /// When to look again without an event.
     pub requeue: Option<Duration>,
+    /// When a pod came to this verdict, if it is a new one.
+    pub verified: Option<Timestamp>,
 }
 
 impl State {
     fn verifying(message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { phase: Phase::Verifying, reason: reason::PUBLISHING, message, requeue: Some(LOOK_AGAIN) }
+        Self { phase: Phase::Verifying, reason: reason::PUBLISHING, message, requeue: Some(LOOK_AGAIN), verified: None }
     }
 
     fn verdict(phase: Phase, message: &str) -> Self {
@@ -78,11 +86,11 @@ impl State {
             Phase::Missing => (reason::MISSING, "the manifest or a file is gone"),
         };
         let message = if message.is_empty() { words } else { message };
-        Self { phase, reason, message: message.into(), requeue: None }
+        Self { phase, reason, message: message.into(), requeue: None, verified: None }
     }
 
     fn gate_failed(failed: String) -> Self {
-        Self { phase: Phase::Rejected, reason: reason::GATE_FAILED, message: failed, requeue: None }
+        Self { phase: Phase::Rejected, reason: reason::GATE_FAILED, message: failed, requeue: None, verified: None }
     }
 
     /// The same, after the cluster has refused the Job.
@@ -101,27 +109,87 @@ impl State {
     }
 }
 
+/// Whether the user's annotation asks for another verification.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Again {
+    /// No, or it was done.
+    No,
+    /// From this time on.
+    At(Timestamp),
+    /// It is no time.
+    Unreadable(String),
+}
+
+impl Again {
+    fn of(version: &AdapterVersion) -> Self {
+        let verified = version.status.as_ref().and_then(|status| status.verified_time.as_ref());
+        let Some(text) = version.annotations().get(VERIFY_ANNOTATION) else { return Self::No };
+        match text.parse::<Timestamp>() {
+            Ok(time) if verified.is_none_or(|verified| verified.0 < time) => Self::At(time),
+            Ok(_) => Self::No,
+            Err(_) => Self::Unreadable(text.clone()),
+        }
+    }
+}
+
 /// Decides what to do next.
 pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
-    let remove = |job: &TrainerJob| match job.deleting {
+    let steps = || observed.job.as_ref().map(tidy).unwrap_or_default();
+    if let Some(failed) = failure(&observed.version.spec.gates) {
+        return Decision { steps: steps(), state: State::gate_failed(failed) };
+    }
+    let Some(state) = settled(&observed.version) else { return verify(observed, None, now) };
+    match Again::of(&observed.version) {
+        Again::No => Decision { steps: steps(), state },
+        Again::At(time) if time > now => {
+            let wait = time.duration_since(now).unsigned_abs().clamp(Duration::from_secs(1), LONGEST_WAIT);
+            Decision { steps: steps(), state: State { requeue: Some(wait), ..state } }
+        }
+        // Until the new verdict the old one holds.
+        Again::At(time) => {
+            let decision = verify(observed, Some(time), now);
+            let told = match decision.state.is_verdict() {
+                true => decision.state,
+                false => State { requeue: decision.state.requeue, ..state },
+            };
+            Decision { steps: decision.steps, state: told }
+        }
+        Again::Unreadable(text) => {
+            let message = format!(
+                "{}{ANNOTATION}{VERIFY_ANNOTATION}: {text:?} is not a time such as 2026-11-28T10:00:00Z)",
+                state.message
+            );
+            Decision { steps: steps(), state: State { message, ..state } }
+        }
+    }
+}
+
+fn remove(job: &TrainerJob) -> Vec<Step> {
+    match job.deleting {
         true => Vec::new(),
         false => vec![Step::Remove { uid: job.uid.clone() }],
-    };
-    // One that is over goes by itself after a while, unless a sidecar keeps its pod alive.
-    let tidy = |job: &TrainerJob| match &job.state {
+    }
+}
+
+/// One that is over goes by itself after a while, unless a sidecar keeps its pod alive.
+fn tidy(job: &TrainerJob) -> Vec<Step> {
+    match &job.state {
         JobState::Ended(ending) if !ending.outlived => Vec::new(),
         _ => remove(job),
-    };
-    let gated = failure(&observed.version.spec.gates).map(State::gate_failed);
-    if let Some(state) = gated.or_else(|| settled(&observed.version)) {
-        return Decision { steps: observed.job.as_ref().map(tidy).unwrap_or_default(), state };
     }
+}
+
+/// Verifies; what a Job says that was over before `since` is old.
+fn verify(observed: &Observed, since: Option<Timestamp>, now: Timestamp) -> Decision {
     let Some(job) = &observed.job else {
         return Decision { steps: vec![Step::Start], state: State::verifying("creates the verify Job") };
     };
     let (steps, state) = match &job.state {
         _ if job.deleting => (Vec::new(), State::verifying("starts again")),
         JobState::Active { pods, last_failure } => (Vec::new(), waits(observed, pods, last_failure.as_deref())),
+        JobState::Ended(ending) if since.is_some_and(|since| ending.finished.0 < since) => {
+            (remove(job), State::verifying("starts again"))
+        }
         JobState::Ended(ending) => match (&ending.cause, ending.cause.outcome()) {
             (_, Some(Outcome::Verified(report))) => {
                 let phase = match report.verdict {
@@ -129,7 +197,8 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
                     Verdict::Corrupt => Phase::Rejected,
                     Verdict::Missing => Phase::Missing,
                 };
-                (tidy(job), State::verdict(phase, &report.message))
+                let state = State::verdict(phase, &report.message);
+                (tidy(job), State { verified: Some(ending.finished.0), ..state })
             }
             (Cause::Disrupted { message }, _) => (remove(job), State::verifying(format!("starts again: {message}"))),
             (cause, _) => {
@@ -145,9 +214,9 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
     Decision { steps, state }
 }
 
-/// Whether the status holds a verdict.
+/// Whether the status holds a verdict, and nobody asks for another.
 pub fn is_settled(version: &AdapterVersion) -> bool {
-    settled(version).is_some()
+    settled(version).is_some() && Again::of(version) == Again::No
 }
 
 /// The verdict that the status holds already.
@@ -155,7 +224,9 @@ fn settled(version: &AdapterVersion) -> Option<State> {
     let status = version.status.as_ref()?;
     let phase = status.phase.filter(|phase| *phase != Phase::Verifying)?;
     let ready = status.conditions.iter().find(|condition| condition.type_ == "Ready");
-    Some(State::verdict(phase, ready.map_or("", |condition| &condition.message)))
+    let words = ready.map_or("", |condition| &condition.message);
+    // What was told of an annotation is no part of the verdict.
+    Some(State::verdict(phase, words.split(ANNOTATION).next().unwrap_or_default()))
 }
 
 fn waits(observed: &Observed, pods: &Pods, last_failure: Option<&str>) -> State {
@@ -228,6 +299,39 @@ mod tests {
             let decision = decide(&observed(Some(Phase::Available), Some(left_behind)), at(1000));
             assert_eq!((removes(&decision), decision.state.phase), (goes, Phase::Available));
         }
+    }
+
+    #[test]
+    fn a_version_is_verified_once_more_when_its_user_asks_and_is_what_it_was_until_then() {
+        let asked = |at: &str, job: Option<TrainerJob>| {
+            let mut observed = observed(Some(Phase::Available), job);
+            observed.version.metadata.annotations = Some([(VERIFY_ANNOTATION.to_owned(), at.to_owned())].into());
+            observed
+        };
+        let (then, now) = ("1970-01-01T00:15:00Z", at(1000));
+        let available = |decision: &Decision| assert_eq!(decision.state.phase, Phase::Available);
+        let begins = decide(&asked(then, None), now);
+        available(&begins);
+        assert_eq!(begins.steps, [Step::Start]);
+        // What was found at 100 s is no answer to a question of 900 s.
+        let old = decide(&asked(then, Some(reported(Verdict::Missing, ""))), now);
+        available(&old);
+        assert!(removes(&old));
+        let mut job = reported(Verdict::Missing, "");
+        let JobState::Ended(ending) = &mut job.state else { panic!() };
+        ending.finished.0 = at(950);
+        let mut found = asked(then, Some(job));
+        let decision = decide(&found, now);
+        assert_eq!((decision.state.phase, decision.state.verified), (Phase::Missing, Some(at(950))));
+        found.version.status = Some(super::super::status::status(&found.version, &decision.state, now));
+        assert!(is_settled(&found.version), "it was done");
+
+        let later = decide(&asked("1970-01-01T00:20:00Z", None), now);
+        available(&later);
+        assert_eq!((later.steps.len(), later.state.requeue), (0, Some(Duration::from_secs(200))));
+        let unreadable = decide(&asked("tonight", None), now);
+        available(&unreadable);
+        assert!(unreadable.state.message.contains("\"tonight\" is not a time"), "{}", unreadable.state.message);
     }
 
     #[test]

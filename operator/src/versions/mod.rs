@@ -140,8 +140,8 @@ async fn reconcile_once(version: &AdapterVersion, context: &Context, details: &D
     };
     let refusal = apply(&context.client, &namespace, changes(before)).await?;
     let state = match &refusal {
-        Some(refusal) => decision.state.refused(refusal),
-        None => decision.state,
+        Some(refusal) if !decision.state.is_verdict() => decision.state.refused(refusal),
+        _ => decision.state,
     };
     let status = status::status(&observed.version, &state, Timestamp::now());
     let told = observed.version.status.clone().unwrap_or_default();

@@ -18,7 +18,7 @@ pub fn status(version: &AdapterVersion, state: &State, now: Timestamp) -> Adapte
     set(RECONCILING, !state.is_verdict());
     set(STALLED, state.is_bad());
     let compared = state.is_verdict() && state.reason != reason::GATE_FAILED;
-    let verified = previous.verified_time.or(Some(Time(now))).filter(|_| compared);
+    let verified = state.verified.map(Time).or(previous.verified_time).or(Some(Time(now))).filter(|_| compared);
     AdapterVersionStatus {
         phase: Some(state.phase),
         observed_generation: version.metadata.generation,
