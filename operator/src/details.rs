@@ -11,7 +11,7 @@ use std::{
 use kube::ResourceExt;
 
 /// Details are written when they last for so long.
-const LASTING: Duration = Duration::from_secs(5);
+const LASTING: Duration = Duration::from_secs(10);
 
 /// A cache that lags behind a write for longer missed nothing: the write changed nothing.
 const LAG: Duration = Duration::from_secs(1);

@@ -1,23 +1,34 @@
 //! Texts that lie in memory compressed. Those of a kind are much alike: the first one is the dictionary of all others, which
 //! then take a tenth of their room.
 
-use std::{borrow::Cow, sync::OnceLock};
-
-use zstd::{
-    bulk::{Compressor, Decompressor},
-    dict::{DecoderDictionary, EncoderDictionary},
+use std::{
+    borrow::Cow,
+    io,
+    sync::{Mutex, OnceLock, PoisonError},
 };
+
+use zstd::bulk::{Compressor, Decompressor};
 
 /// Fast; the next ones save little more.
 const LEVEL: i32 = 1;
 
 /// Packs the texts of a kind.
 #[derive(Default)]
-pub struct Packer(OnceLock<Dictionary>);
+pub struct Packer(OnceLock<Option<Tools>>);
 
-struct Dictionary {
-    encoder: EncoderDictionary<'static>,
-    decoder: DecoderDictionary<'static>,
+/// Both know the dictionary.
+struct Tools {
+    compressor: Mutex<Compressor<'static>>,
+    decompressor: Mutex<Decompressor<'static>>,
+}
+
+impl Tools {
+    fn new(dictionary: &[u8]) -> io::Result<Self> {
+        Ok(Self {
+            compressor: Mutex::new(Compressor::with_dictionary(LEVEL, dictionary)?),
+            decompressor: Mutex::new(Decompressor::with_dictionary(dictionary)?),
+        })
+    }
 }
 
 /// A text that was packed.
@@ -30,25 +41,25 @@ pub struct Packed {
 impl Packer {
     /// Packs a text.
     pub fn pack(&self, text: &[u8]) -> Packed {
-        let dictionary = self.0.get_or_init(|| Dictionary {
-            encoder: EncoderDictionary::copy(text, LEVEL),
-            decoder: DecoderDictionary::copy(text),
-        });
-        let compressor = Compressor::with_prepared_dictionary(&dictionary.encoder);
-        match compressor.and_then(|mut compressor| compressor.compress(text)) {
-            Ok(bytes) if bytes.len() < text.len() => Packed { bytes: bytes.into(), length: Some(text.len()) },
-            _ => Packed { bytes: text.into(), length: None },
+        let tools = self.0.get_or_init(|| Tools::new(text).ok());
+        let compress = |tools: &Tools| {
+            let mut compressor = tools.compressor.lock().unwrap_or_else(PoisonError::into_inner);
+            compressor.compress(text).ok().filter(|bytes| bytes.len() < text.len())
+        };
+        match tools.as_ref().and_then(compress) {
+            Some(bytes) => Packed { bytes: bytes.into(), length: Some(text.len()) },
+            None => Packed { bytes: text.into(), length: None },
         }
     }
 
     /// The text.
     pub fn unpack<'a>(&self, packed: &'a Packed) -> Cow<'a, [u8]> {
-        let (Some(length), Some(dictionary)) = (packed.length, self.0.get()) else {
+        let (Some(length), Some(Some(tools))) = (packed.length, self.0.get()) else {
             return Cow::Borrowed(&packed.bytes);
         };
-        let decompressor = Decompressor::with_prepared_dictionary(&dictionary.decoder);
+        let mut decompressor = tools.decompressor.lock().unwrap_or_else(PoisonError::into_inner);
         // Only memory can be short here; an empty text is an object that can't be read, which says so.
-        Cow::Owned(decompressor.and_then(|mut it| it.decompress(&packed.bytes, length)).unwrap_or_default())
+        Cow::Owned(decompressor.decompress(&packed.bytes, length).unwrap_or_default())
     }
 }
 

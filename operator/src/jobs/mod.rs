@@ -44,7 +44,7 @@ use crate::{
 /// Name of the controller in metrics and logs.
 const NAME: &str = "finetunejob";
 /// Jobs that are over and are looked at at a time, when the controller begins.
-const AT_A_TIME: usize = 250;
+const AT_A_TIME: usize = 500;
 /// Time between them.
 const BETWEEN: Duration = Duration::from_millis(100);
 

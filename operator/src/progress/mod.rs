@@ -14,7 +14,7 @@ use std::{
 use futures::{StreamExt, stream};
 use kube::{Client, api::ObjectMeta};
 use serde_json::json;
-use tokio::time::sleep;
+use tokio::{sync::Semaphore, time::sleep};
 use tunesmith_crds::{
     FineTuneJob, FineTuneJobPhase as Phase,
     fine_tune_job::Progress,
@@ -35,7 +35,9 @@ const SELDOM: Duration = Duration::from_secs(30);
 /// A job's progress is written at most this often.
 const WRITE_EVERY: Duration = Duration::from_secs(15);
 /// Pods that are asked at once.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 16;
+/// Writes at once: they wait, not what else the API server is to do.
+const WRITES_AT_ONCE: usize = 4;
 
 /// What the running training pods say of themselves, by the UIDs of their Jobs.
 #[derive(Clone, Default)]
@@ -109,14 +111,15 @@ impl Live {
 
 /// Asks all pods again and again. A job whose pod goes on to another stage is looked at.
 pub async fn run(client: Client, live: Live, caches: Caches) {
+    let turns = Semaphore::new(WRITES_AT_ONCE);
     loop {
         sleep(TICK).await;
-        let asked = stream::iter(live.due()).map(|(uid, pod)| ask(&client, &live, &caches, uid, pod));
+        let asked = stream::iter(live.due()).map(|(uid, pod)| ask(&client, &live, &caches, &turns, uid, pod));
         asked.buffer_unordered(AT_ONCE).collect::<()>().await;
     }
 }
 
-async fn ask(client: &Client, live: &Live, caches: &Caches, uid: String, pod: Pod) {
+async fn ask(client: &Client, live: &Live, caches: &Caches, turns: &Semaphore, uid: String, pod: Pod) {
     let (namespace, name) =
         (pod.job.namespace.as_deref().unwrap_or_default(), pod.job.name.as_deref().unwrap_or_default());
     if !caches.jobs.has(namespace, name) {
@@ -136,7 +139,11 @@ async fn ask(client: &Client, live: &Live, caches: &Caches, uid: String, pod: Po
     let said = LiveProgress { progress: with_summary(said.progress), ..said };
     let is_due =
         pod.written.as_ref().is_none_or(|(before, at)| *before != said.progress && at.elapsed() >= WRITE_EVERY);
-    let is_written = is_due && said.progress.total_steps > 0 && write(client, &pod.job, &said.progress).await;
+    let is_written = is_due && said.progress.total_steps > 0 && {
+        // Nobody closes it.
+        let _turn = turns.acquire().await;
+        write(client, &pod.job, &said.progress).await
+    };
     live.change(&uid, |known| {
         (known.unanswered, known.due) = (0, Instant::now() + next_question(&said));
         if is_written {

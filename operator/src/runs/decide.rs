@@ -435,9 +435,9 @@ fn said_before(run: &Run, attempt: u32, observed: &Observed) -> Option<State> {
 fn runs(live: Option<&LiveProgress>, retried: &str) -> State {
     let state = |words: &str| State::new(Phase::Running, reason::TRAINING, format!("{words}{retried}"));
     match live.map(|live| live.stage) {
-        None => state("the trainer is up"),
         Some(TrainStage::Loading) => state("loads model, data and checkpoint"),
-        Some(TrainStage::Training) => state("trains"),
+        // One that was not asked yet: it trains, as far as anybody knows.
+        None | Some(TrainStage::Training) => state("trains"),
         Some(TrainStage::Evaluating) => state("evaluates"),
         Some(TrainStage::Publishing) => {
             State::new(Phase::Publishing, reason::PUBLISHING, format!("writes the artifact{retried}"))

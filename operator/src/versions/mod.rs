@@ -25,7 +25,7 @@ use crate::{
     context::{Context, Outcome, Stop, log_failure, words_of},
     details::Details,
     labels::OPERATOR,
-    workload::{TrainerJob, job::fresh_pods},
+    workload::{TrainerJob, ending::finished, job::fresh_pods},
 };
 
 /// Name of the controller in metrics and logs.
@@ -93,7 +93,8 @@ async fn reconcile(name: Arc<Name<AdapterVersion>>, reconciler: Arc<Reconciler>)
     };
     // Of thousands of versions, most have their verdict, and nothing is left to be done.
     let uid = name.metadata.uid.as_deref().unwrap_or_default();
-    if version.0.as_ref().is_ok_and(is_settled) && caches.verifications.with_key(uid).is_empty() {
+    let verifications = caches.verifications.with_key(uid).into_iter().filter_map(|job| job.0.ok());
+    if version.0.as_ref().is_ok_and(is_settled) && verifications.into_iter().all(|job| finished(&job).is_some()) {
         return Ok(Action::await_change());
     }
     let _timer = context.metrics.time(NAME);

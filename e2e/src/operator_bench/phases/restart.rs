@@ -112,9 +112,8 @@ impl Bench {
                 (last, changed) = (sum, Instant::now());
             }
             let jobs = u64::from(options.finished + options.active);
-            // Versions that have their verdict may be left alone.
-            let versions = of("adapterversion");
-            if of("finetunejob") >= jobs && (versions == 0 || versions >= u64::from(options.finished)) {
+            // Versions that have their verdict are left alone.
+            if of("finetunejob") >= jobs {
                 all.get_or_insert(changed);
             }
             let quiet = changed.duration_since(replica.begun);
