@@ -34,12 +34,12 @@ use std::{sync::Arc, time::Duration};
 
 use futures::{
     FutureExt,
-    future::{join, join_all},
+    future::{join, join_all, pending},
 };
 use kube::Client;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    task::JoinSet,
+    task::{JoinError, JoinSet},
     time::sleep,
 };
 use tracing_subscriber::EnvFilter;
@@ -72,6 +72,9 @@ pub enum Error {
     /// Another replica leads, or may.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// A watch has met a defect: what it has seen grows old.
+    #[error("a watch has ended: {0}; please report it")]
+    Watch(#[source] JoinError),
 }
 
 /// Runs the operator until SIGTERM.
@@ -101,9 +104,20 @@ pub async fn run(options: Options) -> Result<(), Error> {
         readiness.synced();
     });
     let operator = Operator { client, options, classes, cluster, scopes, stop: stop()? };
+    let ended = async {
+        loop {
+            match watches.join_next().await {
+                Some(Err(error)) => return error,
+                // The one that waited for the lists.
+                Some(Ok(())) => {}
+                None => pending().await,
+            }
+        }
+    };
     tokio::select! {
         served = served => Ok(served?),
         led = operator.lead() => led,
+        ended = ended => Err(Error::Watch(ended)),
     }
 }
 
