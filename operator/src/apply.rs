@@ -181,7 +181,7 @@ where
     }
 }
 
-/// Writes an object's status by server-side apply, as the manager of the fields that are in it.
+/// Writes an object's status by server-side apply, as the manager of the fields that are in it; the version that it has then.
 ///
 /// # Errors
 /// If the API server fails.
@@ -190,12 +190,12 @@ pub async fn apply_status<K, S>(
     object: &ObjectMeta,
     status: &S,
     manager: &str,
-) -> Result<(), kube::Error>
+) -> Result<Option<String>, kube::Error>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
     S: Serialize,
 {
-    // What the answer holds is of no use, and may be an object that can't be read.
+    // The answer may be an object that can't be read.
     let name = object.name.as_deref().unwrap_or_default();
     let api = Api::<DeserializeGuard<K>>::namespaced(client.clone(), object.namespace.as_deref().unwrap_or_default());
     // The UID keeps the status off an object of the same name that came after this one.
@@ -205,8 +205,8 @@ where
         "metadata": {"name": name, "uid": object.uid},
         "status": status,
     });
-    api.patch_status(name, &PatchParams::apply(manager).force(), &Patch::Apply(patch)).await?;
-    Ok(())
+    let written = api.patch_status(name, &PatchParams::apply(manager).force(), &Patch::Apply(patch)).await?;
+    Ok(written.resource_version())
 }
 
 /// Writes the record of a run, if it is still as it was read: false if it is not.

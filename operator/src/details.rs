@@ -13,32 +13,35 @@ use kube::ResourceExt;
 /// Details are written when they last for so long.
 const LASTING: Duration = Duration::from_secs(10);
 
-/// A cache that lags behind a write for longer missed nothing: the write changed nothing.
+/// A cache is not waited for longer: what is decided from an older status is only told twice.
 const LAG: Duration = Duration::from_secs(1);
 
 /// Objects whose status differs in details, and since when.
 #[derive(Default)]
 pub struct Details(Mutex<HashMap<String, Instant>>);
 
-/// Objects whose status was written over the version that the cache had then.
+/// Objects whose status was written, and the version that they had then.
 #[derive(Default)]
-pub struct Written(Mutex<HashMap<String, (Option<String>, Instant)>>);
+pub struct Written(Mutex<HashMap<String, (u64, Instant)>>);
 
 impl Written {
-    /// An object's status was written.
-    pub fn note(&self, object: &impl ResourceExt) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.insert(object.uid().unwrap_or_default(), (object.resource_version(), Instant::now()));
+    /// An object's status was written, which made this version of it.
+    pub fn note(&self, object: &impl ResourceExt, version: Option<String>) {
+        if let Some(version) = version.and_then(|version| version.parse().ok()) {
+            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            all.insert(object.uid().unwrap_or_default(), (version, Instant::now()));
+        }
     }
 
     /// How long to wait for the cache, which still has the object as it was before its status was written; None if it is
-    /// up to date.
+    /// up to date. Versions of one object grow, by the rules of Kubernetes.
     pub fn lag(&self, object: &impl ResourceExt) -> Option<Duration> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let uid = object.uid().unwrap_or_default();
         let (version, at) = all.get(&uid)?;
         let wait = LAG.saturating_sub(at.elapsed());
-        if *version == object.resource_version() && !wait.is_zero() {
+        let cached: Option<u64> = object.resource_version().and_then(|version| version.parse().ok());
+        if cached.is_some_and(|cached| cached < *version) && !wait.is_zero() {
             return Some(wait);
         }
         all.remove(&uid);
@@ -70,17 +73,19 @@ mod tests {
     use crate::fixtures::job;
 
     #[test]
-    fn a_cache_lags_until_it_has_another_version_but_not_for_long() {
+    fn a_cache_lags_until_it_has_what_was_written_but_not_for_long() {
         let (written, mut job) = (Written::default(), job(serde_json::json!({})));
         job.metadata.resource_version = Some("7".into());
         assert_eq!(written.lag(&job), None);
-        written.note(&job);
+        written.note(&job, Some("9".into()));
         assert!(written.lag(&job).is_some());
         job.metadata.resource_version = Some("8".into());
+        assert!(written.lag(&job).is_some(), "somebody else's write came in between");
+        job.metadata.resource_version = Some("9".into());
         assert_eq!(written.lag(&job), None);
-        written.note(&job);
+        written.note(&job, Some("10".into()));
         written.0.lock().unwrap().get_mut("uid-j").unwrap().1 = Instant::now().checked_sub(LAG).unwrap();
-        assert_eq!(written.lag(&job), None, "the write changed nothing");
+        assert_eq!(written.lag(&job), None, "it missed nothing");
     }
 
     #[test]

@@ -163,7 +163,8 @@ async fn stall(job: &Guarded<FineTuneJob>, message: &str, context: &Context) -> 
         "observedGeneration": job.meta().generation,
         "conditions": stalled(job.meta(), reason::UNREADABLE, message),
     });
-    apply_status::<FineTuneJob, _>(&context.client, job.meta(), &status, OPERATOR).await.map_err(Error::Status)
+    let written = apply_status::<FineTuneJob, _>(&context.client, job.meta(), &status, OPERATOR).await;
+    written.map(drop).map_err(Error::Status)
 }
 
 async fn reconcile_once(job: &FineTuneJob, reconciler: &Reconciler) -> Result<Action, Error> {
@@ -301,8 +302,8 @@ async fn write_status(
         return Ok(Some(wait));
     }
     details.forget(job);
-    apply_status::<FineTuneJob, _>(&context.client, &job.metadata, &status, OPERATOR).await.map_err(Error::Status)?;
-    writes.note(job);
+    let version = apply_status::<FineTuneJob, _>(&context.client, &job.metadata, &status, OPERATOR).await;
+    writes.note(job, version.map_err(Error::Status)?);
     if turned && is_event(state) {
         let (name, namespace) = (job.name_any(), job.namespace().unwrap_or_default());
         tracing::info!(job = name, namespace, phase = ?state.phase, reason = state.reason, message = state.message);

@@ -168,7 +168,7 @@ fn next_question(said: &LiveProgress) -> Duration {
 pub async fn write(client: &Client, job: &ObjectMeta, progress: &Progress) -> bool {
     let status = json!({"progress": with_summary(progress.clone())});
     match apply_status::<FineTuneJob, _>(client, job, &status, MANAGER).await {
-        Ok(()) => true,
+        Ok(_) => true,
         Err(error) => {
             tracing::warn!(%error, "cannot write a job's progress");
             false

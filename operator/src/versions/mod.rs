@@ -124,7 +124,7 @@ async fn stall(version: &Guarded<AdapterVersion>, message: &str, context: &Conte
     let conditions = stalled(version.meta(), reason::UNREADABLE, message);
     let status = json!({"observedGeneration": version.meta().generation, "conditions": conditions});
     let written = apply_status::<AdapterVersion, _>(&context.client, version.meta(), &status, OPERATOR).await;
-    written.map_err(Error::Status)
+    written.map(drop).map_err(Error::Status)
 }
 
 async fn reconcile_once(version: &AdapterVersion, context: &Context, details: &Details) -> Result<Action, Error> {
