@@ -54,11 +54,11 @@ pub struct AdapterVersionSpec {
     /// Every option of the training: the job's spec.lora, spec.quantization and spec.training with all defaults.
     #[schemars(schema_with = "any_object")]
     pub hyperparameters: serde_json::Value,
-    /// What made it.
+    /// The job, run and image that made it.
     pub source: Source,
-    /// What was measured.
+    /// Losses, recall and time, as its run measured them.
     pub metrics: Metrics,
-    /// What it was held to when it was published. One that failed makes it Rejected.
+    /// The gates that it was held to when it was published. One that failed makes it Rejected.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub gates: Vec<GateResult>,
@@ -68,7 +68,7 @@ pub struct AdapterVersionSpec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Artifact {
-    /// What the files are.
+    /// Kind of the files: an adapter, or a whole model.
     #[serde(rename = "type")]
     pub kind: ArtifactType,
     /// The folder that holds them, and manifest.json.
@@ -90,7 +90,7 @@ pub struct Artifact {
     pub service_account_name: Option<String>,
 }
 
-/// What published files are.
+/// Kind of published files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ArtifactType {
     /// A PEFT LoRA folder.
@@ -136,7 +136,7 @@ pub struct DatasetRecord {
     pub skipped_rows: u64,
 }
 
-/// What made a version.
+/// The job, run and image that made a version.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Source {
@@ -158,7 +158,7 @@ pub struct Source {
     pub execution: Execution,
 }
 
-/// What was measured. Losses are mean nats a token.
+/// Measurements of a run. Losses are mean nats a token.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Metrics {

@@ -93,8 +93,8 @@ async fn reconcile(name: Arc<Name<AdapterVersion>>, reconciler: Arc<Reconciler>)
     };
     // Of thousands of versions, most have their verdict, and nothing is left to be done.
     let uid = name.metadata.uid.as_deref().unwrap_or_default();
-    let verifications = caches.verifications.with_key(uid).into_iter().filter_map(|job| job.0.ok());
-    if version.0.as_ref().is_ok_and(is_settled) && verifications.into_iter().all(|job| finished(&job).is_some()) {
+    let mut verifications = caches.verifications.with_key(uid).into_iter().filter_map(|job| job.0.ok());
+    if version.0.as_ref().is_ok_and(is_settled) && verifications.all(|job| finished(&job).is_some()) {
         return Ok(Action::await_change());
     }
     let _timer = context.metrics.time(NAME);
