@@ -156,6 +156,9 @@ pub struct Source {
     /// How it was executed.
     #[serde(default)]
     pub execution: Execution,
+    /// The folder that its files were copied from: they had been trained from the same inputs before, and published there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copied_from: Option<Uri>,
 }
 
 /// Measurements of a run. Losses are mean nats a token.

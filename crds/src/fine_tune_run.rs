@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    adapter_version::Artifact,
     fine_tune_job::{FineTuneJobSpec, Plan, Training},
     run::{Method, PreflightReport, TrainReport},
     schema::{any_object, is_zero},
@@ -173,6 +174,10 @@ pub struct Settled {
     /// The training loop, with the rows of a step over all devices and the precision that is used.
     #[schemars(schema_with = "any_object")]
     pub training: Training,
+    /// The version of the same inputs, somewhere else, that is copied instead of training. A copy that fails is given up for
+    /// training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_of: Option<Artifact>,
 }
 
 /// A Job of the run: a try to check, or an attempt to train.

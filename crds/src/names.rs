@@ -8,7 +8,7 @@ pub const JOB_LABEL: &str = "tunesmith.dev/job";
 pub const RUN_LABEL: &str = "tunesmith.dev/run";
 /// Label: number of the attempt within the run, from 1.
 pub const ATTEMPT_LABEL: &str = "tunesmith.dev/attempt";
-/// Label: which of the trainer's subcommands a pod runs (`preflight`, `train`, `verify`).
+/// Label: which of the trainer's subcommands a pod runs (`preflight`, `train`, `copy`, `verify`).
 pub const STAGE_LABEL: &str = "tunesmith.dev/stage";
 /// Label: adapterName, on AdapterVersions.
 pub const ADAPTER_LABEL: &str = "tunesmith.dev/adapter";
@@ -41,6 +41,8 @@ pub mod env_prefix {
     pub const DATASET: &str = "TUNESMITH_DATASET_";
     /// Reads and writes artifacts and checkpoints.
     pub const OUTPUT: &str = "TUNESMITH_OUTPUT_";
+    /// Reads the version that is copied.
+    pub const COPIED: &str = "TUNESMITH_COPIED_";
 }
 
 /// Name of an [`crate::AdapterVersion`]: one object a version, so creating it twice is a conflict, not a duplicate.

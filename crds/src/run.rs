@@ -91,6 +91,9 @@ pub struct TrainTask {
     /// Version of the arithmetic with which model and data were checked; another image may have another. 0: any.
     #[serde(default)]
     pub numerics_version: u32,
+    /// The version of the same inputs that is copied; None to train.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_of: Option<Artifact>,
 }
 
 /// How a run was executed: on record with its checkpoints and its version, and no input.

@@ -43,6 +43,7 @@ fn the_task_of_a_run_without_new_options_reads_as_in_the_first_release() {
         cluster: String::new(),
         template_date: None,
         numerics_version: 4,
+        copy_of: None,
     };
     let train = check.resolved(1, false).with_training(Method::LoRA { lora: Lora::default() }, task);
     assert_eq!(json!(train), release(include_str!("release/train.json")), "{ADVICE}");

@@ -158,6 +158,7 @@ pub fn settle(run: &mut Run, version: u32, input_digest: &str) {
         version,
         method: spec.method_as(MethodName::LoRA, None).unwrap(),
         training: spec.training.resolved(1, false),
+        copy_of: None,
     });
 }
 
@@ -269,7 +270,7 @@ pub fn version(number: u32, input_digest: &str, phase: Option<AdapterVersionPhas
         "version": number,
         "artifact": {
             "type": "LoraAdapter", "uri": report.uri, "manifestUri": report.uri.join("manifest.json"),
-            "manifestDigest": report.manifest_digest, "fileCount": 8, "sizeBytes": 42,
+            "manifestDigest": report.manifest_digest, "fileCount": 8, "sizeBytes": 42, "secretRef": {"name": "s3"},
         },
         "baseModel": {"uri": "s3://models/m", "digest": "sha256:base"},
         "dataset": report.dataset,

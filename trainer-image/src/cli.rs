@@ -31,6 +31,7 @@ use crate::{
     pod::{caught, read_spec, report_to},
     preflight::preflight,
     progress::{Progress, serve},
+    publish::copy,
     store::{Role, Stores},
     train::{Context, Stop, train},
     verify::verify,
@@ -164,6 +165,11 @@ enum Command {
         /// Where /progress, /metrics and /healthz answer
         #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, TRAINER_PORT)))]
         listen: SocketAddr,
+    },
+    /// In a pod: publish a version of the same inputs that lies somewhere else
+    Copy {
+        #[command(flatten)]
+        pod: Pod,
     },
     /// In a pod: compare a version's files with its manifest
     Verify {
@@ -305,7 +311,7 @@ fn threads(name: &str, value: &str) -> Result<Option<usize>, Error> {
 /// Ends a command whose environment can't be used.
 fn refuse(command: &Command, error: Error) -> i32 {
     match command {
-        Command::Preflight { pod } | Command::Train { pod, .. } | Command::Verify { pod } => {
+        Command::Preflight { pod } | Command::Train { pod, .. } | Command::Copy { pod } | Command::Verify { pod } => {
             report_to(&pod.report, || Err(error))
         }
         _ => exit(Err(error)),
@@ -327,6 +333,7 @@ fn dispatch(command: Command, runtime: &Runtime) -> i32 {
     match command {
         Command::Preflight { pod } => preflight_pod(&pod, &stores, runtime),
         Command::Train { pod, listen } => train_pod(&pod, listen, &stores, runtime),
+        Command::Copy { pod } => copy_pod(&pod, &stores, runtime),
         Command::Verify { pod } => verify_pod(&pod, &stores, runtime),
         Command::Run { manifest, profile, local } => {
             if profile {
@@ -455,6 +462,13 @@ fn train_pod(pod: &Pod, listen: SocketAddr, stores: &Stores, runtime: &Runtime) 
             Err(error) => tracing::warn!(%listen, %error, "/progress is not served"),
         }
         train(&spec, Context { stores, work: &pod.work_dir, progress: &progress, stop: &stop })
+    })
+}
+
+fn copy_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
+    report_to(&pod.report, || {
+        Stop::on_signals(runtime.handle()).map_err(no_signals)?;
+        Ok(Outcome::Trained(copy(&read_spec(&pod.run_spec)?, stores)?))
     })
 }
 

@@ -80,6 +80,7 @@ impl Bench {
             dataset_digest: report.dataset.digest,
             template_date: None,
             numerics_version: report.numerics_version,
+            copy_of: None,
             trainer_image: "registry.example.com/tunesmith/tunesmith-trainer:v0.1.0".into(),
             cluster: String::new(),
         };
@@ -264,6 +265,7 @@ fn a_pod_that_is_told_to_stop_in_the_middle_of_a_download_ends_at_once() {
         trainer_image: "tunesmith-trainer:dev".into(),
         template_date: Some("2026-11-27".into()),
         numerics_version: 0,
+        copy_of: None,
         cluster: String::new(),
     };
     let preflight = bench.spec("s3://models/tiny");

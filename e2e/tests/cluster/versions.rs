@@ -37,6 +37,34 @@ async fn the_same_inputs_are_never_trained_twice() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_version_is_copied_to_where_its_job_wants_it_now() -> Result<()> {
+    let team = Tenant::new("copied").await?;
+    team.apply(&team.job("bot", json!({}))).await?;
+    team.until_phase("bot", FineTuneJobPhase::Succeeded).await?;
+
+    let moved = json!({"output": {"uri": format!("s3://adapters/{}/moved", team.namespace)}});
+    team.apply(&team.job("bot", moved)).await?;
+    let job = team.until_phase("bot", FineTuneJobPhase::Succeeded).await?;
+    assert_eq!(job.status.and_then(|status| status.latest_version).as_deref(), Some("bot-v2"));
+    assert_eq!(team.training_jobs("bot").await?.len(), 1, "it is trained again");
+    assert_eq!(team.weights("bot", 1).await?, team.weights("moved/bot", 2).await?);
+    let version: AdapterVersion = team.api().get("bot-v2").await?;
+    let old: AdapterVersion = team.api().get("bot-v1").await?;
+    assert_eq!(version.spec.source.copied_from, Some(old.spec.artifact.uri));
+    assert_eq!(version.spec.metrics, old.spec.metrics);
+
+    // What can't be copied is trained again.
+    team.write("adapters", "bot/v1/README.md", "another").await?;
+    team.write("adapters", "moved/bot/v2/README.md", "another").await?;
+    let elsewhere = json!({"output": {"uri": format!("s3://adapters/{}/elsewhere", team.namespace)}});
+    team.apply(&team.job("bot", elsewhere)).await?;
+    team.until_phase("bot", FineTuneJobPhase::Succeeded).await?;
+    let version: AdapterVersion = team.api().get("bot-v3").await?;
+    assert_eq!((version.spec.source.copied_from, team.training_jobs("bot").await?.len()), (None, 2));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_changed_spec_leads_to_the_next_version() -> Result<()> {
     let team = Tenant::new("changed").await?;
     team.apply(&team.job("bot", json!({}))).await?;

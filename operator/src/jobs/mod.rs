@@ -33,7 +33,7 @@ use crate::{
     runs::{
         Run,
         build::{build, new_run},
-        decide::{Advance, Step},
+        decide::{Advance, Step, copied},
         settle::refused,
         with_conditions,
     },
@@ -219,7 +219,7 @@ fn ask_pods(observed: &Observed, live: &Live) {
 }
 
 fn is_training(run: &Run) -> bool {
-    run.record.active().is_some()
+    run.record.active().is_some() && copied(&run.record).is_none()
 }
 
 /// Writes records, then does what follows from them. None if a record is no longer as it was read.
@@ -321,8 +321,10 @@ fn progress_of(observed: &Observed, decision: &Decision, before: Option<&Progres
         return Some(progress::at_the_end(report, before));
     }
     let report = record.preflight.as_ref().filter(|_| record.adapter_version.is_none())?;
-    (record.last_attempt <= 1 && record.attempts.iter().all(|attempt| attempt.started.is_none()))
-        .then(|| progress::at_the_start(report.total_steps))
+    (record.last_attempt <= 1
+        && copied(record).is_none()
+        && record.attempts.iter().all(|attempt| attempt.started.is_none()))
+    .then(|| progress::at_the_start(report.total_steps))
 }
 
 fn ready_reason(status: &FineTuneJobStatus) -> Option<&str> {

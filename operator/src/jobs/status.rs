@@ -18,7 +18,10 @@ use super::{decide::Decision, observed::Observed};
 use crate::{
     conditions::{Conditions, Verdict},
     plan::plan,
-    runs::{Run, decide::digest_of},
+    runs::{
+        Run,
+        decide::{copied, digest_of},
+    },
     state::State,
     workload::{JobState, Pods, TrainerJob},
 };
@@ -164,6 +167,9 @@ fn gates(observed: &Observed, Current { run, record }: &Current, previous: &Fine
 /// What the last attempt was made from, else what the next one would ask for.
 fn current_plan(observed: &Observed, current: Option<&Current>) -> Option<Plan> {
     let record = current.map(|current| current.record);
+    if record.and_then(copied).is_some() {
+        return None;
+    }
     let made = record.and_then(|record| record.plan.clone());
     made.or_else(|| {
         let report = record.and_then(|record| record.preflight.as_ref());

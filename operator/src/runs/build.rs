@@ -1,6 +1,6 @@
 //! The objects that a run asks for: pure, and the same for the same record.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::{
     api::{
@@ -60,7 +60,12 @@ pub fn build(
                 .spec
                 .active_deadline_seconds
                 .map(|seconds| seconds.saturating_sub(i64::try_from(record.seconds).unwrap_or(i64::MAX)).max(1));
-            vec![Change::CreateJob(Box::new(training_job(job, run, attempt.number, &task, planned, deadline, trainer)))]
+            let pod = match task.train.as_ref().and_then(|task| task.copy_of.as_ref()) {
+                Some(copied) => copying_pod(run, attempt.number, &task, copied, trainer),
+                None => training_pod(job, run, attempt.number, &task, planned, trainer),
+            };
+            let pod = TrainerPod { deadline, ..pod };
+            vec![Change::CreateJob(Box::new(attempt_job(run, attempt.number, pod, record)))]
         }
         Step::Admit { name, uid } => vec![Change::Admit { name: name.clone(), uid: uid.clone() }],
         Step::DeleteJob { name, uid } => vec![Change::DeleteJob { name: name.clone(), uid: uid.clone() }],
@@ -155,6 +160,7 @@ fn task_spec(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus, trainer: 
         cluster: trainer.cluster.clone(),
         template_date: preflight.template_date.clone(),
         numerics_version: preflight.numerics_version,
+        copy_of: settled.copy_of.clone(),
     };
     let spec = RunSpec { training: settled.training.clone(), ..check_spec(run, job) };
     Some(spec.with_training(settled.method.clone(), task))
@@ -192,24 +198,20 @@ fn check_job(job: &FineTuneJob, run: &Run, number: u32, trainer: &TrainerDefault
     }
 }
 
-/// One attempt, created suspended, once, and never applied again: whoever admits it may edit it.
-fn training_job(
+fn training_pod<'a>(
     job: &FineTuneJob,
-    run: &Run,
+    run: &'a Run,
     number: u32,
     task: &RunSpec,
     planned: &Planned,
-    deadline: Option<i64>,
-    trainer: &TrainerDefaults,
-) -> Job {
-    let mut labels = labels_of(run, Stage::Train);
-    labels.insert(names::ATTEMPT_LABEL.into(), number.to_string());
-    let (name, spec) = (attempt_name(run, number), &run.spec.job_spec);
+    trainer: &'a TrainerDefaults,
+) -> TrainerPod<'a> {
+    let spec = &run.spec.job_spec;
     let has_gpus = planned.plan.gpus_per_pod > 0;
-    let pod = TrainerPod {
+    TrainerPod {
         stage: Stage::Train,
         trainer,
-        labels: labels.clone(),
+        labels: attempt_labels(run, Stage::Train, number),
         task: json!(task).to_string(),
         secrets: secrets(spec),
         claims: spec.claims(),
@@ -220,11 +222,44 @@ fn training_job(
         tolerations: planned.class.tolerations.clone(),
         runtime_class_name: planned.class.runtime_class_name.clone().filter(|_| has_gpus),
         grace_seconds: planned.grace_seconds,
-        deadline,
-    };
-    let pods = i32::try_from(planned.plan.pods).unwrap_or(i32::MAX);
+        deadline: None,
+    }
+}
+
+/// It has what both sides are read and written with; but a pod has one ServiceAccount.
+fn copying_pod<'a>(
+    run: &'a Run,
+    number: u32,
+    task: &RunSpec,
+    copied: &'a Artifact,
+    trainer: &'a TrainerDefaults,
+) -> TrainerPod<'a> {
+    let output = &run.spec.job_spec.output;
+    let secrets = [(env_prefix::OUTPUT, &output.secret_ref), (env_prefix::COPIED, &copied.secret_ref)];
+    let accounts = [&output.service_account_name, &copied.service_account_name];
+    TrainerPod {
+        stage: Stage::Copy,
+        trainer,
+        labels: attempt_labels(run, Stage::Copy, number),
+        task: json!(task).to_string(),
+        secrets: secrets.into_iter().filter_map(|(prefix, secret)| Some((prefix, secret.as_ref()?))).collect(),
+        claims: BTreeSet::new(),
+        service_account_name: accounts.into_iter().flatten().next().map(String::as_str),
+        resources: trainer.checks.requirements(),
+        work_limit: CHECK_WORK_LIMIT.into(),
+        affinity: None,
+        tolerations: Vec::new(),
+        runtime_class_name: None,
+        grace_seconds: CHECK_GRACE_SECONDS,
+        deadline: None,
+    }
+}
+
+/// One attempt, created suspended, once, and never applied again: whoever admits it may edit it.
+fn attempt_job(run: &Run, number: u32, pod: TrainerPod<'_>, record: &FineTuneRunStatus) -> Job {
+    let pods = record.plan.as_ref().map_or(1, |plan| i32::try_from(plan.pods).unwrap_or(i32::MAX));
     Job {
-        metadata: metadata(run, &name, labels),
+        metadata: metadata(run, &attempt_name(run, number), pod.labels.clone()),
         spec: Some(JobSpec {
             suspend: Some(true),
             backoff_limit: Some(0),
@@ -329,6 +364,7 @@ fn adapter_version(
                 input_digest: task.input_digest.clone(),
                 trainer_image: task.trainer_image.clone(),
                 execution: report.execution.clone(),
+                copied_from: task.copy_of.as_ref().map(|copied| copied.uri.clone()),
             },
             metrics: report.metrics.clone(),
             gates: spec.evaluation.judge(&report.metrics),
@@ -344,6 +380,12 @@ fn adapter_version(
         .into(),
     );
     Some(version)
+}
+
+fn attempt_labels(run: &Run, stage: Stage, number: u32) -> BTreeMap<String, String> {
+    let mut labels = labels_of(run, stage);
+    labels.insert(names::ATTEMPT_LABEL.into(), number.to_string());
+    labels
 }
 
 fn labels_of(run: &Run, stage: Stage) -> BTreeMap<String, String> {

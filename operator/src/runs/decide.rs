@@ -7,6 +7,7 @@
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use tunesmith_crds::{
     FineTuneJobPhase as Phase, FineTuneRunStatus,
+    adapter_version::Artifact,
     conditions::reason,
     digest::input_digest,
     fine_tune_run::{Attempt, Cause, KEPT_ATTEMPTS, RunStage, Settled},
@@ -15,7 +16,7 @@ use tunesmith_crds::{
 
 use super::{
     Run, active, build, next_at,
-    outcome::{outcome, reuse},
+    outcome::{outcome, reuse, served_elsewhere},
     settle::settled,
 };
 use crate::{
@@ -329,7 +330,7 @@ fn train(run: &Run, observed: &Observed, now: Timestamp, advance: &mut Advance) 
             None => match planned(observed, &advance.record) {
                 Ok(planned) => {
                     advance.steps.push(Step::CreateAttempt(Box::new(planned)));
-                    State::new(Phase::Starting, reason::STARTING, "creates the training Job")
+                    State::new(Phase::Starting, reason::STARTING, "creates the Job")
                 }
                 Err(state) => state,
             },
@@ -371,23 +372,32 @@ fn begin_attempt(run: &Run, observed: &Observed, planned: Planned, now: Timestam
     }
     record.last_attempt = record.last_attempt.saturating_add(1);
     record.stage = Some(RunStage::Training);
-    record.plan = Some(planned.plan.clone());
-    let gpus = planned.plan.pods.saturating_mul(planned.plan.gpus_per_pod);
+    // A copy takes nothing of a class.
+    record.plan = copied(record).is_none().then(|| planned.plan.clone());
+    let gpus = record.plan.as_ref().map_or(0, |plan| plan.pods.saturating_mul(plan.gpus_per_pod));
     let surplus = (record.attempts.len() + 1).saturating_sub(KEPT_ATTEMPTS);
     record.attempts.drain(..surplus);
     record.attempts.push(decided(record.last_attempt, gpus, now));
     steps.push(Step::CreateAttempt(Box::new(planned)));
     match &record.message {
         Some(failure) => State::new(Phase::Starting, reason::RETRYING, format!("tries again: {failure}")),
-        None => State::new(Phase::Starting, reason::STARTING, "creates the training Job"),
+        None => State::new(Phase::Starting, reason::STARTING, "creates the Job"),
     }
+}
+
+/// The version that the run copies instead of training, if it does.
+pub fn copied(record: &FineTuneRunStatus) -> Option<&Artifact> {
+    record.settled.as_ref()?.copy_of.as_ref()
 }
 
 /// What decides the result, once and for all attempts.
 fn settle(run: &Run, observed: &Observed, report: &PreflightReport, planned: &Planned) -> Settled {
     let spec = planned.resolve(build::check_spec(run, &observed.job));
+    let input_digest = input_digest(&spec, &planned.method, report);
+    let probe = report.probe_digest.as_deref();
     Settled {
-        input_digest: input_digest(&spec, &planned.method, report),
+        copy_of: served_elsewhere(observed, &input_digest, probe).map(|version| version.spec.artifact.clone()),
+        input_digest,
         version: observed.next_version(report),
         method: planned.method.clone(),
         training: spec.training,
@@ -410,6 +420,9 @@ fn trains(run: &Run, record: &FineTuneRunStatus, number: u32, job: &TrainerJob, 
         }
         Pods::Missing | Pods::Unschedulable(_) => waits(run, pods, Phase::Starting, &retried),
         Pods::Starting(words) => State::new(Phase::Starting, reason::STARTING, format!("pod {words}{retried}")).soon(),
+        Pods::Running { .. } if let Some(copied) = copied(record) => {
+            State::new(Phase::Publishing, reason::PUBLISHING, format!("copies {}{retried}", copied.uri))
+        }
         Pods::Running { .. } => match (run.live(), said) {
             (None, Some(said)) => said,
             (live, _) => runs(live, &retried),

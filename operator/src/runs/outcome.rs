@@ -2,7 +2,7 @@
 
 use tunesmith_crds::{
     AdapterVersion, AdapterVersionPhase, Evaluation, FineTuneJobPhase as Phase, conditions::reason,
-    evaluation::failure, fine_tune_run::RunStage,
+    evaluation::failure, fine_tune_job::Output, fine_tune_run::RunStage,
 };
 
 use super::{
@@ -52,27 +52,66 @@ pub(super) fn reuse(observed: &Observed, run: &Run, advance: &mut Advance) -> Op
     let digest = digest_of(run, &advance.record, observed)?;
     let probe = advance.record.preflight.as_ref()?.probe_digest.as_deref();
     let spec = &observed.job.spec;
-    let (gates, output) = (&spec.evaluation, &spec.output);
-    let folder = output.uri.join(&output.adapter_name);
-    let same = |wanted: &dyn Fn(&AdapterVersion) -> bool| {
-        let versions = observed.versions.iter().filter(|version| {
-            version.spec.source.input_digest == digest
-                && gates.is_measured_by(&version.spec.metrics, probe)
-                && version.spec.artifact.uri == folder.join(&format!("v{}", version.spec.version))
-        });
-        versions.filter(|version| wanted(version)).max_by_key(|version| version.spec.version).and_then(name_of)
+    let twins = twins(observed, &digest, probe);
+    let newest = |wanted: &dyn Fn(&AdapterVersion) -> bool| {
+        let versions = twins.iter().filter(|version| wanted(version));
+        versions.max_by_key(|version| version.spec.version).and_then(|version| name_of(version))
     };
-    let phase = |version: &AdapterVersion| version.status.as_ref().and_then(|status| status.phase);
-    let served = |version: &AdapterVersion| phase(version) == Some(AdapterVersionPhase::Available);
-    if let Some(name) = same(&|version| served(version) || gate_failure(version, gates).is_some()) {
+    let is_here = |version: &AdapterVersion| is_where_wanted(version, &spec.output);
+    if let Some(name) =
+        newest(&|version| is_served(version) && is_here(version) || gate_failure(version, &spec.evaluation).is_some())
+    {
         let message = format!("AdapterVersion {name} has the same inputs");
         advance.record.adapter_version = Some(name.into());
         advance.record.stage = Some(RunStage::Recorded);
         return Some(State::new(Phase::Publishing, reason::PUBLISHING, message));
     }
-    let name = same(&|version| matches!(phase(version), None | Some(AdapterVersionPhase::Verifying)))?;
+    let is_verifying =
+        |version: &AdapterVersion| matches!(phase_of(version), None | Some(AdapterVersionPhase::Verifying));
+    let name = match newest(&|version| is_verifying(version) && is_here(version)) {
+        Some(name) => name,
+        // It is copied.
+        None if newest(&is_served).is_some() => return None,
+        None => newest(&is_verifying)?,
+    };
     let message = format!("AdapterVersion {name} has the same inputs and is being verified");
     Some(State::new(Phase::Publishing, reason::PUBLISHING, message))
+}
+
+/// The newest version of these inputs that may be served, and lies elsewhere than where the job wants its versions, or is
+/// read with other credentials.
+pub(super) fn served_elsewhere<'a>(
+    observed: &'a Observed,
+    digest: &str,
+    probe: Option<&str>,
+) -> Option<&'a AdapterVersion> {
+    let output = &observed.job.spec.output;
+    let served = twins(observed, digest, probe).into_iter().filter(|version| is_served(version));
+    served.filter(|version| !is_where_wanted(version, output)).max_by_key(|version| version.spec.version)
+}
+
+/// The adapter's versions of the same inputs, with all that the gates ask for on record.
+fn twins<'a>(observed: &'a Observed, digest: &str, probe: Option<&str>) -> Vec<&'a AdapterVersion> {
+    let gates = &observed.job.spec.evaluation;
+    let versions = observed.versions.iter().filter(|version| {
+        version.spec.source.input_digest == digest && gates.is_measured_by(&version.spec.metrics, probe)
+    });
+    versions.collect()
+}
+
+fn is_where_wanted(version: &AdapterVersion, output: &Output) -> bool {
+    let (artifact, folder) = (&version.spec.artifact, output.uri.join(&output.adapter_name));
+    artifact.uri == folder.join(&format!("v{}", version.spec.version))
+        && artifact.secret_ref == output.secret_ref
+        && artifact.service_account_name == output.service_account_name
+}
+
+fn phase_of(version: &AdapterVersion) -> Option<AdapterVersionPhase> {
+    version.status.as_ref().and_then(|status| status.phase)
+}
+
+fn is_served(version: &AdapterVersion) -> bool {
+    phase_of(version) == Some(AdapterVersionPhase::Available)
 }
 
 /// Which of `gates` a version's recorded metrics miss, in words.

@@ -8,7 +8,7 @@ use tunesmith_crds::{
     run::{Outcome, TrainReport},
 };
 
-use super::{Run, Work, active, active_mut};
+use super::{Run, Work, active, active_mut, decide::copied};
 use crate::workload::{Cause, Ending, JobState};
 
 /// An attempt that lasted less than this makes the next one wait.
@@ -74,7 +74,9 @@ fn end(run: &Run, record: &mut FineTuneRunStatus, ending: Ending) {
         },
         (_, cause) => cause,
     };
-    let kind = cause.kind();
+    // A copy that fails is given up for training, which is another thing.
+    let gives_up_copy = !is_check && has_failed(cause.kind()) && copied(record).is_some();
+    let kind = if gives_up_copy { Kind::Failed } else { cause.kind() };
     let Some(attempt) = active_mut(record) else { return };
     attempt.cause = Some(kind);
     attempt.message = cause.complaint().map(Into::into);
@@ -85,6 +87,17 @@ fn end(run: &Run, record: &mut FineTuneRunStatus, ending: Ending) {
     attempt.ended = Some(ending.finished);
     let attempt = attempt.clone();
     count(record, &attempt, is_check);
+    if let Some(settled) = record.settled.as_mut().filter(|_| gives_up_copy)
+        && let Some(copied) = settled.copy_of.take()
+    {
+        record.failures = record.failures.saturating_sub(1);
+        let words = record.message.take().unwrap_or_default();
+        record.message = Some(format!("{} was not copied: {words}", copied.uri));
+    }
+}
+
+fn has_failed(kind: Kind) -> bool {
+    matches!(kind, Kind::Failed | Kind::Final | Kind::StoreUnavailable)
 }
 
 fn other_subcommand() -> Cause {
@@ -94,7 +107,7 @@ fn other_subcommand() -> Cause {
 /// Keeps the sums, and starts over where model or data are no longer what was checked.
 fn count(record: &mut FineTuneRunStatus, attempt: &Attempt, is_check: bool) {
     let kind = attempt.cause.unwrap_or(Kind::Failed);
-    let has_failed = matches!(kind, Kind::Failed | Kind::Final | Kind::StoreUnavailable);
+    let has_failed = has_failed(kind);
     let seconds = seconds_of(attempt);
     let was_short =
         matches!(kind, Kind::Disrupted | Kind::InputsChanged | Kind::VersionTaken) && seconds < SHORT_SECONDS;

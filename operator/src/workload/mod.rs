@@ -16,6 +16,8 @@ pub enum Stage {
     Preflight,
     /// Trains and publishes.
     Train,
+    /// Copies what was published, to another folder.
+    Copy,
     /// Compares published files with their manifest.
     Verify,
 }
@@ -26,12 +28,13 @@ impl Stage {
         match self {
             Self::Preflight => "preflight",
             Self::Train => "train",
+            Self::Copy => "copy",
             Self::Verify => "verify",
         }
     }
 
     /// The stage of this name.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Preflight, Self::Train, Self::Verify].into_iter().find(|stage| stage.name() == name)
+        [Self::Preflight, Self::Train, Self::Copy, Self::Verify].into_iter().find(|stage| stage.name() == name)
     }
 }

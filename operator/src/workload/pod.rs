@@ -18,7 +18,9 @@ use k8s_openapi::{
 };
 use tunesmith_crds::{
     fine_tune_job::SecretRef,
-    names::{CLAIMS_DIR, REPORT_PATH, RUN_SPEC_ANNOTATION, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, exit_code},
+    names::{
+        CLAIMS_DIR, REPORT_PATH, RUN_SPEC_ANNOTATION, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, env_prefix, exit_code,
+    },
 };
 
 use super::Stage;
@@ -140,7 +142,11 @@ impl TrainerPod<'_> {
     fn container(&self) -> Container {
         let env_from = self.secrets.iter().map(|(prefix, secret)| EnvFromSource {
             prefix: Some((*prefix).into()),
-            secret_ref: Some(SecretEnvSource { name: secret.name.clone(), optional: None }),
+            secret_ref: Some(SecretEnvSource {
+                name: secret.name.clone(),
+                // Without it a copy says that it can't read, and the run trains.
+                optional: (*prefix == env_prefix::COPIED).then_some(true),
+            }),
             config_map_ref: None,
         });
         let mut volume_mounts = vec![

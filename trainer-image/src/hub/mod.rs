@@ -176,7 +176,7 @@ fn is_sha256(text: &str) -> bool {
 fn explain(role: Role, uri: &Uri, stores: &Stores, failure: Failure) -> StoreError {
     let (what, field) = match role {
         Role::Model => ("model", "baseModel.uri"),
-        Role::Dataset | Role::Output => ("data set", "dataset.train.uri or dataset.eval.uri"),
+        _ => ("data set", "dataset.train.uri or dataset.eval.uri"),
     };
     let uri = uri.clone();
     let problem = match failure {

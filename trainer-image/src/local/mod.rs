@@ -77,6 +77,7 @@ fn publish(mut job: FineTuneJob, manifest: &Path, context: Context<'_>) -> Resul
         dataset_digest: report.dataset.digest,
         template_date: report.template_date,
         numerics_version: report.numerics_version,
+        copy_of: None,
         trainer_image: format!("tunesmith-trainer {} (standalone)", env!("CARGO_PKG_VERSION")),
         cluster: String::new(),
     };

@@ -26,7 +26,8 @@ pub struct Manifest {
     #[serde(rename = "type")]
     kind: ArtifactType,
     base_model: BaseModelRecord,
-    dataset: DatasetRecord,
+    /// What it was trained on.
+    pub dataset: DatasetRecord,
     method: MethodName,
     hyperparameters: serde_json::Value,
     /// What made it.
@@ -75,6 +76,7 @@ impl Manifest {
                 input_digest: task.input_digest.clone(),
                 trainer_image: task.trainer_image.clone(),
                 execution,
+                copied_from: task.copy_of.as_ref().map(|copied| copied.uri.clone()),
             },
             gates: spec.evaluation.judge(&metrics),
             metrics,

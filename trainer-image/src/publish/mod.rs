@@ -3,6 +3,7 @@
 
 mod card;
 mod claim;
+mod copy;
 mod curve;
 mod full;
 mod manifest;
@@ -23,6 +24,7 @@ use tunesmith_engine::LazyTensor;
 pub(crate) use self::full::{ModelFiles, files as full_model};
 pub use self::{
     claim::{CLAIM, Claim},
+    copy::copy,
     manifest::{MANIFEST, Manifest},
 };
 use crate::{
@@ -175,14 +177,18 @@ pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, P
     described.sort_by(|a, b| a.path.cmp(&b.path));
     let mut manifest = trained.manifest;
     manifest.files = described;
-    read_back(folder, &manifest.files)?;
+    seal(folder, manifest, &trained.task.input_digest)
+}
 
+/// Reads the files of a manifest back, and writes it: from then on the version is there.
+fn seal(folder: &Location, manifest: Manifest, input_digest: &str) -> Result<TrainReport, PublishError> {
+    read_back(folder, &manifest.files)?;
     let bytes = manifest.to_json();
     if folder.join(MANIFEST).create(bytes.clone())? == Created::New {
         return Ok(manifest.report(folder.uri(), &bytes));
     }
     // Ours, if an answer was lost on the way, or another attempt's: then what counts is what its manifest says.
-    let report = published(folder, &trained.task.input_digest)?;
+    let report = published(folder, input_digest)?;
     report.ok_or_else(|| PublishError::ReadBack { uri: folder.join(MANIFEST).uri().clone() })
 }
 

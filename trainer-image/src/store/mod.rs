@@ -43,15 +43,21 @@ pub enum Role {
     Dataset,
     /// Reads and writes artifacts and checkpoints.
     Output,
+    /// Reads the version that is copied.
+    Copied,
 }
 
 impl Role {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Model, Self::Dataset, Self::Output, Self::Copied];
+
     /// What the names of this role's environment variables begin with.
     pub fn env_prefix(self) -> &'static str {
         match self {
             Self::Model => env_prefix::MODEL,
             Self::Dataset => env_prefix::DATASET,
             Self::Output => env_prefix::OUTPUT,
+            Self::Copied => env_prefix::COPIED,
         }
     }
 
@@ -61,6 +67,7 @@ impl Role {
             Self::Model => "baseModel.secretRef (or else output.secretRef)",
             Self::Dataset => "dataset.secretRef (or else output.secretRef)",
             Self::Output => "output.secretRef",
+            Self::Copied => "artifact.secretRef of the AdapterVersion that is copied",
         }
     }
 }
@@ -71,6 +78,7 @@ impl fmt::Display for Role {
             Self::Model => "base model",
             Self::Dataset => "dataset",
             Self::Output => "output",
+            Self::Copied => "copied version",
         })
     }
 }

@@ -111,6 +111,7 @@ impl Bench {
             dataset_digest: report.dataset.digest,
             template_date: report.template_date,
             numerics_version: report.numerics_version,
+            copy_of: None,
             trainer_image: "registry.example.com/tunesmith/tunesmith-trainer:v0.1.0".into(),
             cluster: String::new(),
         };

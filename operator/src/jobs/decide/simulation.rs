@@ -5,16 +5,16 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use serde_json::json;
-use tunesmith_crds::{AdapterVersionPhase, FineTuneRunStatus, names};
+use tunesmith_crds::{AdapterVersionPhase, FineTuneRunStatus, names, run::Outcome};
 
 use super::*;
 use crate::{
-    fixtures::{at, ended, failed, job, observed, passed, trained, trainer_defaults, trainer_job, version},
+    fixtures::{at, ended, failed, job, observed, passed, train_report, trainer_defaults, trainer_job, version},
     jobs::status::status,
     runs::{
         Work, active,
         build::{attempt_name, check_name, new_run},
-        decide::Step,
+        decide::{Step, copied},
         with_conditions,
     },
     workload::{Cause, JobState, Pods, Stage, TrainerJob},
@@ -45,6 +45,8 @@ enum Event {
     Limit(i32),
     /// The user deletes the newest version.
     DeleteVersion,
+    /// The user wants the versions somewhere else, or back where they were.
+    Move(bool),
     /// GpuClasses go or come.
     Classes(bool),
 }
@@ -72,6 +74,7 @@ fn turns() -> impl Strategy<Value = Vec<Turn>> {
         1 => (0..4).prop_map(Event::Limit),
         1 => Just(Event::DeleteVersion),
         1 => any::<bool>().prop_map(Event::Classes),
+        1 => any::<bool>().prop_map(Event::Move),
     ];
     let lag = || prop_oneof![4 => Just(0_usize), 1 => Just(1), 1 => Just(2)];
     let writes = prop_oneof![4 => Just(usize::MAX), 1 => 0..4_usize];
@@ -106,7 +109,7 @@ impl World {
 
     fn active_training(&self) -> Vec<&SimulatedJob> {
         let trains =
-            |job: &&SimulatedJob| job.job.stage == Stage::Train && matches!(job.job.state, JobState::Active { .. });
+            |job: &&SimulatedJob| job.job.stage != Stage::Preflight && matches!(job.job.state, JobState::Active { .. });
         self.jobs.values().filter(trains).collect()
     }
 
@@ -153,6 +156,10 @@ impl World {
             }
             Event::Suspend(suspend) => self.observed.job.spec.suspend = *suspend,
             Event::Limit(limit) => self.observed.job.spec.backoff_limit = *limit,
+            Event::Move(away) => {
+                let uri = if *away { "s3://elsewhere" } else { "s3://adapters" };
+                self.observed.job.spec.output.uri = uri.parse().unwrap();
+            }
             Event::DeleteVersion => drop(self.observed.versions.pop()),
             Event::Classes(there) => {
                 self.observed.offers.classes = if *there { vec![crate::fixtures::cpu()] } else { Vec::new() };
@@ -172,11 +179,18 @@ impl World {
             let settled = run.and_then(|run| run.record.settled.as_ref());
             let cause = match (how, job.stage) {
                 (0..=2, Stage::Preflight) => passed(),
-                (0..=2, _) => trained(settled.map_or(1, |settled| settled.version)),
+                (0..=2, _) => {
+                    let mut report = train_report(settled.map_or(1, |settled| settled.version));
+                    if let Some(run) = run {
+                        let folder = run.spec.job_spec.output.uri.join("support");
+                        report.uri = folder.join(&format!("v{}", report.version));
+                    }
+                    Cause::done(Outcome::Trained(report))
+                }
                 (3, _) => failed("crashed"),
                 (4, _) => Cause::Disrupted { message: "preempted".into() },
                 (5, _) => Cause::InputsChanged { message: "other data".into() },
-                (6, Stage::Train) => Cause::VersionTaken { message: "another run has it".into() },
+                (6, Stage::Train | Stage::Copy) => Cause::VersionTaken { message: "another run has it".into() },
                 (6 | 7, _) => Cause::StoreUnavailable { message: "no answer".into() },
                 _ => Cause::Final { message: "bad data".into() },
             };
@@ -286,7 +300,8 @@ impl World {
                 assert_eq!(attempt.cause, None, "an attempt that is over is begun");
                 assert!(record.settled.is_some(), "an attempt before its inputs are settled");
                 let name = attempt_name(run, attempt.number);
-                let job = TrainerJob { uid, suspended: true, ..trainer_job(&name, Stage::Train) };
+                let stage = if copied(record).is_some() { Stage::Copy } else { Stage::Train };
+                let job = TrainerJob { uid, suspended: true, ..trainer_job(&name, stage) };
                 self.jobs.entry(name).or_insert(SimulatedJob { job, owner: run.object.uid.clone() });
             }
             Step::Admit { uid, .. } => {
@@ -305,6 +320,7 @@ impl World {
                 let name = names::adapter_version("support", report.version);
                 let mut made = version(report.version, &settled.input_digest, None);
                 made.spec.source.run = run.number();
+                made.spec.artifact.uri = report.uri.clone();
                 match self.observed.version(&name) {
                     None => self.observed.versions.push(made),
                     Some(there) => assert_eq!(there.spec.source, made.spec.source, "two runs share {name}"),
@@ -349,6 +365,8 @@ proptest! {
                 let version = view.version(name).expect("success without a record");
                 let phase = version.status.as_ref().and_then(|status| status.phase);
                 prop_assert_eq!(phase, Some(AdapterVersionPhase::Available));
+                let wanted = view.job.spec.output.uri.join("support");
+                prop_assert_eq!(&version.spec.artifact.uri, &wanted.join(&format!("v{}", version.spec.version)));
                 let gates = view.job.spec.evaluation.judge(&version.spec.metrics);
                 prop_assert!(gates.iter().all(|gate| gate.passed), "success with a failed gate: {:?}", gates);
             }

@@ -20,7 +20,7 @@ use crate::{
     jobs::status::status,
     runs::{
         Work,
-        decide::{Step, digest_of},
+        decide::{Step, copied, digest_of},
         settle::refused,
     },
     workload::{Cause, JobState, Pods, Stage},
@@ -215,43 +215,9 @@ fn a_job_that_is_created_suspended_is_admitted() {
     assert!(matches!(steps(&decision), [Step::Admit { name, .. }] if name == "j-1-1"), "{decision:?}");
 }
 
-#[test]
-fn inputs_that_an_available_version_was_trained_from_are_not_trained_again() {
-    let mut observed = observed_checked(plain(), |_| {});
-    observed.versions = vec![version(3, &digest(), Some(AdapterVersionPhase::Available))];
-    let decision = check(&observed, Phase::Publishing, reason::PUBLISHING);
-    assert_eq!(steps(&decision), []);
-    observed.runs.get_mut(&1).unwrap().record = advance_of(&decision).record.clone();
-    let decision = check(&observed, Phase::Succeeded, reason::REUSED);
-    assert_eq!((steps(&decision).len(), advance_of(&decision).record.stage), (0, Some(RunStage::Done)));
-}
-
-#[test]
-fn a_version_elsewhere_is_not_taken_for_one_where_the_job_wants_it() {
-    let output = json!({"adapterName": "support", "uri": "s3://elsewhere", "secretRef": {"name": "s3"}});
-    let mut observed = observed_checked(job(json!({"output": output})), |_| {});
-    observed.versions = vec![version(3, &digest(), Some(AdapterVersionPhase::Available))];
-    let decision = check(&observed, Phase::Starting, reason::STARTING);
-    assert!(matches!(steps(&decision), [Step::CreateAttempt(_)]));
-}
-
-#[test]
-fn a_version_of_the_same_inputs_that_is_being_verified_is_waited_for() {
-    let mut observed = observed_checked(plain(), |_| {});
-    observed.versions = vec![version(3, &digest(), None)];
-    assert_eq!(steps(&check(&observed, Phase::Publishing, reason::PUBLISHING)), []);
-}
-
 /// The version that the run of a decision settles on.
 fn settled_on(decision: &Decision) -> Option<u32> {
     advance_of(decision).record.settled.as_ref().map(|settled| settled.version)
-}
-
-#[test]
-fn a_corrupt_version_of_the_same_inputs_is_trained_anew() {
-    let mut observed = observed_checked(plain(), |_| {});
-    observed.versions = vec![version(3, &digest(), Some(AdapterVersionPhase::Rejected))];
-    assert_eq!(settled_on(&check(&observed, Phase::Starting, reason::STARTING)), Some(4));
 }
 
 /// A job with one gate: eval loss up to `max`. The versions of the fixtures have 1.5.
@@ -281,51 +247,6 @@ fn a_version_that_passes_its_gates_is_as_good_as_one_without() {
     check(&observed, Phase::Publishing, reason::PUBLISHING);
     observed.versions = vec![version(1, "sha256:x", Some(AdapterVersionPhase::Available))];
     check(&observed, Phase::Succeeded, reason::PUBLISHED);
-}
-
-#[test]
-fn inputs_whose_recorded_metrics_fail_the_gates_are_not_trained_again() {
-    // Whatever became of the version: with gates of its own it is Rejected, without any it may be Available.
-    let phases = [None, Some(AdapterVersionPhase::Rejected), Some(AdapterVersionPhase::Available)];
-    for phase in phases {
-        let mut observed = observed_checked(gated(1.2), |_| {});
-        observed.versions = vec![version(3, &digest(), phase)];
-        let decision = check(&observed, Phase::Publishing, reason::PUBLISHING);
-        observed.runs.get_mut(&1).unwrap().record = advance_of(&decision).record.clone();
-        let decision = check(&observed, Phase::Failed, reason::GATE_FAILED);
-        let expected = "AdapterVersion support-v3, trained from the same inputs, must not be served: eval_loss 1.50 is \
-            above 1.20";
-        assert_eq!((steps(&decision).len(), decision.state.message.as_str()), (0, expected));
-    }
-}
-
-#[test]
-fn gates_that_ask_for_what_was_not_measured_train_anew() {
-    let recall = json!({"metric": "recall", "min": 0.8, "probe": {"uri": "s3://data/probe.jsonl"}});
-    let asks = job(json!({"evaluation": {"gates": [recall]}}));
-    let with_probe = |recorded: Option<&str>| {
-        let mut observed = observed_run(asks.clone(), |run| {
-            let report = PreflightReport { probe_digest: Some("sha256:asked".into()), ..preflight_report() };
-            check_ended(run, Cause::done(Outcome::Preflight(report)));
-        });
-        let mut there = version(3, &digest(), Some(AdapterVersionPhase::Available));
-        there.spec.metrics.recall = recorded.map(|_| 0.9);
-        there.spec.metrics.probe_digest = recorded.map(str::to_owned);
-        observed.versions = vec![there];
-        observed
-    };
-    for recorded in [None, Some("sha256:other")] {
-        assert_eq!(settled_on(&check(&with_probe(recorded), Phase::Starting, reason::STARTING)), Some(4));
-    }
-    let decision = check(&with_probe(Some("sha256:asked")), Phase::Publishing, reason::PUBLISHING);
-    assert_eq!(advance_of(&decision).record.adapter_version.as_deref(), Some("support-v3"));
-}
-
-#[test]
-fn a_rejected_version_that_passes_looser_gates_is_followed_by_a_new_one() {
-    let mut observed = observed_checked(gated(1.9), |_| {});
-    observed.versions = vec![version(3, &digest(), Some(AdapterVersionPhase::Rejected))];
-    assert_eq!(settled_on(&check(&observed, Phase::Starting, reason::STARTING)), Some(4));
 }
 
 #[test]
@@ -731,3 +652,5 @@ fn a_report_of_another_subcommand_fails_the_job() {
     });
     check(&observed, Phase::Failed, reason::TRAINING_FAILED);
 }
+
+mod reuse;

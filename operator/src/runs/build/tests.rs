@@ -213,6 +213,44 @@ fn secrets_reach_the_pod_by_reference_with_one_prefix_a_role() {
     );
 }
 
+/// The Job that copies a version, which is read with `secret` and `account`.
+fn copying(output: Value, secret: Value, account: Value) -> Value {
+    let mut observed = observed_checked(job(json!({"output": output})), |run| {
+        crate::fixtures::settle(run, 4, "sha256:x");
+        let mut copied = json!(crate::fixtures::version(3, "sha256:x", None).spec.artifact);
+        (copied["secretRef"], copied["serviceAccountName"]) = (secret, account);
+        run.record.settled.as_mut().unwrap().copy_of = Some(serde_json::from_value(copied).unwrap());
+    });
+    observed.offers = offers(&[]);
+    serde_json::to_value(built(&observed)).unwrap()
+}
+
+#[test]
+fn a_copy_is_a_small_pod_with_the_credentials_of_both_sides() {
+    let output = json!({"adapterName": "support", "uri": "s3://new", "secretRef": {"name": "new"}});
+    let built = copying(output.clone(), json!({"name": "old"}), json!("old"));
+    let (pod, container) = (pod_of(&built), &pod_of(&built)["containers"][0]);
+    assert_eq!((&container["args"], &built["metadata"]["name"]), (&json!(["copy"]), &json!("j-1-1")));
+    assert_eq!((&container["resources"]["limits"], &pod["affinity"]), (&json!({"memory": "2Gi"}), &Value::Null));
+    assert_eq!(
+        container["envFrom"],
+        json!([
+            {"prefix": "TUNESMITH_OUTPUT_", "secretRef": {"name": "new"}},
+            // The old one may be gone; then the copy says so, and the run trains.
+            {"prefix": "TUNESMITH_COPIED_", "secretRef": {"name": "old", "optional": true}},
+        ])
+    );
+    assert_eq!(pod["serviceAccountName"], "old");
+    let mut with_account = output;
+    with_account["serviceAccountName"] = json!("new");
+    assert_eq!(pod_of(&copying(with_account, Value::Null, json!("old")))["serviceAccountName"], "new");
+    let task: Value = serde_json::from_str(
+        built["spec"]["template"]["metadata"]["annotations"][RUN_SPEC_ANNOTATION].as_str().unwrap(),
+    )
+    .unwrap();
+    assert_eq!(task["train"]["copyOf"]["uri"], "s3://adapters/support/v3");
+}
+
 #[test]
 fn azure_gives_its_token_to_a_pod_with_a_service_account() {
     let labels = |output: Value| {

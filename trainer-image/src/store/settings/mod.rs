@@ -141,8 +141,7 @@ fn without(text: &str, secret: &str) -> String {
 
 /// A variable's name without a role's prefix.
 fn plain(name: &str) -> &str {
-    let roles = [Role::Model, Role::Dataset, Role::Output];
-    roles.iter().find_map(|role| name.strip_prefix(role.env_prefix())).unwrap_or(name)
+    Role::ALL.iter().find_map(|role| name.strip_prefix(role.env_prefix())).unwrap_or(name)
 }
 
 /// The variables of a role; those without its prefix are the fallback. Values are trimmed: Secrets made from files end in a
