@@ -219,6 +219,9 @@ pub struct AdapterVersionStatus {
     /// When the files were last compared with the manifest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified_time: Option<Time>,
+    /// When the files were last looked up, each with its size, where the chart's inspections.every asks for that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inspected_time: Option<Time>,
 }
 
 /// Whether a version can be served.

@@ -8,7 +8,7 @@ pub const JOB_LABEL: &str = "tunesmith.dev/job";
 pub const RUN_LABEL: &str = "tunesmith.dev/run";
 /// Label: number of the attempt within the run, from 1.
 pub const ATTEMPT_LABEL: &str = "tunesmith.dev/attempt";
-/// Label: which of the trainer's subcommands a pod runs (`preflight`, `train`, `copy`, `verify`).
+/// Label: which of the trainer's subcommands a pod runs (`preflight`, `train`, `copy`, `verify`, `inspect`).
 pub const STAGE_LABEL: &str = "tunesmith.dev/stage";
 /// Label: adapterName, on AdapterVersions.
 pub const ADAPTER_LABEL: &str = "tunesmith.dev/adapter";

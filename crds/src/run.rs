@@ -230,6 +230,26 @@ pub struct VerifySpec {
     pub artifact: Artifact,
 }
 
+/// What an `inspect` pod works on: versions that are read with the same credentials.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct InspectSpec {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The versions to look up, in this order.
+    pub versions: Vec<Inspected>,
+}
+
+/// A version whose files are looked up.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Inspected {
+    /// Name of the AdapterVersion.
+    pub name: String,
+    /// Its files.
+    pub artifact: Artifact,
+}
+
 /// How a pod ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -250,6 +270,8 @@ pub enum Outcome {
     Trained(TrainReport),
     /// The files were compared with the manifest.
     Verified(VerifyReport),
+    /// The files of several versions were looked up.
+    Inspected(InspectReport),
     /// SIGTERM came; a checkpoint of this step is complete.
     Preempted {
         /// Optimizer steps done.
@@ -353,6 +375,29 @@ pub struct VerifyReport {
     /// Whether the files are as the manifest says.
     pub verdict: Verdict,
     /// What differs, for the user; empty if nothing does.
+    pub message: String,
+}
+
+/// What an inspection found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InspectReport {
+    /// Versions that it got to, from the first on.
+    pub inspected: u32,
+    /// Those of them with a fault.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub findings: Vec<Finding>,
+}
+
+/// A version whose files are not there as they were published.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Finding {
+    /// Name of the AdapterVersion.
+    pub name: String,
+    /// What is wrong with it.
+    pub verdict: Verdict,
+    /// The first file that is gone or differs, and how.
     pub message: String,
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures::future::{BoxFuture, Shared};
-use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::{NamespaceResourceScope, jiff::SignedDuration};
 use kube::{
     Api, Client, Resource, ResourceExt,
     runtime::{
@@ -51,6 +51,8 @@ pub struct Context {
     pub backoff: Backoff,
     /// What the trainer's image computes on.
     pub devices: Devices,
+    /// How often the files of Available versions are looked up, if they are.
+    pub inspect_every: Option<SignedDuration>,
     recorder: Recorder,
 }
 
@@ -61,7 +63,8 @@ impl Context {
         let at_once = (AT_ONCE / scopes).max(1);
         let recorder = Recorder::new(client.clone(), OPERATOR.into());
         let (trainer, devices) = (options.trainer(), options.devices());
-        Self { client, at_once, trainer, metrics, backoff: Backoff::default(), devices, recorder }
+        let inspect_every = options.inspect_every;
+        Self { client, at_once, trainer, metrics, backoff: Backoff::default(), devices, inspect_every, recorder }
     }
 
     /// Publishes an event about an object. One that is lost is logged, nothing else: the status says the same.

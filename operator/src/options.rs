@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
 use clap::Parser;
+use k8s_openapi::jiff::SignedDuration;
 
 use tunesmith_planner::parse_bytes;
 
@@ -10,6 +11,9 @@ use crate::{
     plan::Devices,
     workload::{CheckResources, TrainerDefaults},
 };
+
+/// Versions are not looked up more often.
+const SHORTEST_INTERVAL: SignedDuration = SignedDuration::from_mins(1);
 
 /// Runs FineTuneJobs and verifies AdapterVersions.
 #[derive(Clone, Debug, Parser)]
@@ -36,6 +40,9 @@ pub struct Options {
     /// Storage of the node that pods that only check request, and may use at most.
     #[arg(long, env = "CHECK_EPHEMERAL_STORAGE", value_parser = quantity)]
     pub check_ephemeral_storage: Option<String>,
+    /// How often the files of Available versions are looked up, such as 24h; never, if it is not given.
+    #[arg(long, env = "INSPECT_EVERY", value_parser = interval)]
+    pub inspect_every: Option<SignedDuration>,
     /// Name of this cluster, for the claims that runs lay on versions in a store that clusters share.
     #[arg(long, env = "CLUSTER_NAME", default_value = "")]
     pub cluster_name: String,
@@ -96,6 +103,14 @@ fn quantity(text: &str) -> Result<String, String> {
     match parse_bytes(text) {
         Some(_) => Ok(text.to_owned()),
         None => Err("expected a quantity such as 2Gi or 500m".into()),
+    }
+}
+
+/// A time such as 24h or 90m.
+fn interval(text: &str) -> Result<SignedDuration, String> {
+    match text.parse::<SignedDuration>() {
+        Ok(time) if time >= SHORTEST_INTERVAL => Ok(time),
+        _ => Err("expected a time of at least 1m, such as 24h".into()),
     }
 }
 

@@ -34,7 +34,7 @@ use crate::{
     publish::copy,
     store::{Role, Stores},
     train::{Context, Stop, train},
-    verify::verify,
+    verify::{inspect, verify},
 };
 
 #[derive(Parser)]
@@ -176,6 +176,11 @@ enum Command {
         #[command(flatten)]
         pod: Pod,
     },
+    /// In a pod: look up the files of many versions
+    Inspect {
+        #[command(flatten)]
+        pod: Pod,
+    },
 }
 
 /// What `export` writes.
@@ -188,7 +193,7 @@ enum ExportFormat {
 /// Where a pod finds its spec and leaves its report.
 #[derive(Args)]
 struct Pod {
-    /// What to do: a RunSpec or VerifySpec in JSON
+    /// What to do: a RunSpec, VerifySpec or InspectSpec in JSON
     #[arg(long, default_value = RUN_SPEC_PATH)]
     run_spec: PathBuf,
     /// Where the RunReport goes
@@ -311,9 +316,11 @@ fn threads(name: &str, value: &str) -> Result<Option<usize>, Error> {
 /// Ends a command whose environment can't be used.
 fn refuse(command: &Command, error: Error) -> i32 {
     match command {
-        Command::Preflight { pod } | Command::Train { pod, .. } | Command::Copy { pod } | Command::Verify { pod } => {
-            report_to(&pod.report, || Err(error))
-        }
+        Command::Preflight { pod }
+        | Command::Train { pod, .. }
+        | Command::Copy { pod }
+        | Command::Verify { pod }
+        | Command::Inspect { pod } => report_to(&pod.report, || Err(error)),
         _ => exit(Err(error)),
     }
 }
@@ -335,6 +342,7 @@ fn dispatch(command: Command, runtime: &Runtime) -> i32 {
         Command::Train { pod, listen } => train_pod(&pod, listen, &stores, runtime),
         Command::Copy { pod } => copy_pod(&pod, &stores, runtime),
         Command::Verify { pod } => verify_pod(&pod, &stores, runtime),
+        Command::Inspect { pod } => inspect_pod(&pod, &stores, runtime),
         Command::Run { manifest, profile, local } => {
             if profile {
                 profile::start();
@@ -478,6 +486,13 @@ fn verify_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
         let spec: VerifySpec = read_spec(&pod.run_spec)?;
         let folder = stores.open(Role::Output, &spec.artifact.uri)?;
         Ok(Outcome::Verified(verify(&spec.artifact, &folder)?))
+    })
+}
+
+fn inspect_pod(pod: &Pod, stores: &Stores, runtime: &Runtime) -> i32 {
+    report_to(&pod.report, || {
+        Stop::on_signals(runtime.handle()).map_err(no_signals)?;
+        Ok(Outcome::Inspected(inspect(&read_spec(&pod.run_spec)?, stores)?))
     })
 }
 

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use tunesmith_crds::{
     RunReport, RunSpec,
     names::exit_code,
-    run::{Outcome, SCHEMA_VERSION, VerifySpec},
+    run::{InspectSpec, Outcome, SCHEMA_VERSION, VerifySpec},
 };
 
 use crate::error::Error;
@@ -28,6 +28,12 @@ impl Spec for RunSpec {
 }
 
 impl Spec for VerifySpec {
+    fn schema_version(&self) -> u32 {
+        self.schema_version
+    }
+}
+
+impl Spec for InspectSpec {
     fn schema_version(&self) -> u32 {
         self.schema_version
     }

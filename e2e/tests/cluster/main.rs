@@ -8,6 +8,7 @@ mod bad_input;
 mod fields;
 mod gates;
 mod happy_path;
+mod inspections;
 mod interruptions;
 mod methods;
 mod policy;

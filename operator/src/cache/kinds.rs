@@ -2,15 +2,18 @@
 
 use std::sync::Arc;
 
-use k8s_openapi::api::{
-    batch::v1::Job,
-    core::v1::{Node, NodeStatus, Pod},
+use k8s_openapi::{
+    api::{
+        batch::v1::Job,
+        core::v1::{Node, NodeStatus, Pod},
+    },
+    apimachinery::pkg::apis::meta::v1::Time,
 };
 use kube::ResourceExt;
 use serde::Deserialize;
 use tunesmith_crds::{
-    AdapterVersion, FineTuneJob, FineTuneJobPhase as Phase, FineTuneRun, GpuClass, fine_tune_run::RunStage,
-    names::ADAPTER_LABEL,
+    AdapterVersion, AdapterVersionPhase, FineTuneJob, FineTuneJobPhase as Phase, FineTuneRun, GpuClass,
+    fine_tune_run::RunStage, names::ADAPTER_LABEL,
 };
 
 use super::{index::Indexed, raw::Raw};
@@ -124,8 +127,15 @@ struct Class {
     gpu_class: Option<Box<str>>,
 }
 
+/// What of an AdapterVersion is at hand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VersionNote {
+    /// When its files were last looked at, in seconds; None if it is not Available.
+    pub inspected: Option<i64>,
+}
+
 impl Indexed for AdapterVersion {
-    type Note = ();
+    type Note = VersionNote;
 
     /// Its adapter.
     fn keys(object: &Raw<Self>) -> Vec<String> {
@@ -138,7 +148,18 @@ impl Indexed for AdapterVersion {
         spec.map(|spec| adapter_key(object, &spec.adapter_name)).into_iter().collect()
     }
 
-    fn note(_: &Raw<Self>) {}
+    fn note(object: &Raw<Self>) -> VersionNote {
+        #[derive(Default, Deserialize)]
+        #[serde(rename_all = "camelCase", default)]
+        struct Status {
+            phase: Option<AdapterVersionPhase>,
+            verified_time: Option<Time>,
+            inspected_time: Option<Time>,
+        }
+        let Status { phase, verified_time, inspected_time } = object.status().unwrap_or_default();
+        let last = verified_time.into_iter().chain(inspected_time).map(|time| time.0.as_second()).max();
+        VersionNote { inspected: (phase == Some(AdapterVersionPhase::Available)).then_some(last.unwrap_or(0)) }
+    }
 }
 
 impl Indexed for Job {
@@ -247,5 +268,26 @@ mod tests {
         object["status"] = json!({"stage": "Done", "settled": {"version": 3}, "published": {"version": 4}});
         assert_eq!(FineTuneRun::note(&raw(&object)), RunNote { version: 4, class: None, ..note });
         assert_eq!(FineTuneRun::keys(&raw(&object)), ["n/a"]);
+    }
+
+    #[test]
+    fn a_version_that_is_served_was_last_looked_at_when_either_way_was_taken_last() {
+        for (status, inspected) in [
+            (json!(null), None),
+            (json!({"phase": "Rejected", "verifiedTime": "1970-01-01T00:01:00Z"}), None),
+            (json!({"phase": "Available"}), Some(0)),
+            (json!({"phase": "Available", "verifiedTime": "1970-01-01T00:01:00Z"}), Some(60)),
+            (
+                json!({
+                    "phase": "Available",
+                    "verifiedTime": "1970-01-01T00:01:00Z",
+                    "inspectedTime": "1970-01-01T00:02:00Z",
+                }),
+                Some(120),
+            ),
+        ] {
+            let object = json!({"metadata": {"namespace": "n", "name": "a-v1"}, "status": status});
+            assert_eq!(AdapterVersion::note(&raw(&object)), VersionNote { inspected }, "{object}");
+        }
     }
 }

@@ -25,6 +25,7 @@ use tunesmith_crds::{AdapterVersion, FineTuneJob, FineTuneRun, GpuClass, fine_tu
 use self::kinds::adapter_key;
 pub use self::{
     index::Index,
+    kinds::VersionNote,
     queue::{Name, Queue},
     watches::{Watches, watch_cluster},
 };
@@ -40,7 +41,7 @@ pub struct Caches {
     pub jobs: Arc<Index<FineTuneJob>>,
     /// AdapterVersions.
     pub versions: Arc<Index<AdapterVersion>>,
-    /// The Jobs that verify AdapterVersions.
+    /// The Jobs that verify and inspect AdapterVersions.
     pub verifications: Arc<Index<Job>>,
     /// Which FineTuneJobs to look at.
     pub job_queue: Arc<Queue<FineTuneJob>>,

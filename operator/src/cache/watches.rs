@@ -60,7 +60,8 @@ impl Watches {
     pub fn spawn(self, tasks: &mut JoinSet<()>) {
         let Self { client, scope, caches, mut jobs, mut versions } = self;
         let (all, of_jobs) = (watcher::Config::default, || watcher::Config::default().labels(JOB_LABEL));
-        let verifications = watcher::Config::default().labels(&format!("{STAGE_LABEL}={}", Stage::Verify.name()));
+        let (verify, inspect) = (Stage::Verify.name(), Stage::Inspect.name());
+        let verifications = watcher::Config::default().labels(&format!("{STAGE_LABEL} in ({verify},{inspect})"));
         tasks.spawn(watch(api(&client, &scope), all(), caches.jobs.clone(), move |event| jobs.take(event), {
             let caches = caches.clone();
             move |job| caches.job_queue.wake(&namespace_of(job), &job.name_any())

@@ -25,10 +25,10 @@ use crate::{
 };
 
 /// Failed pods that are followed by another one before the Job fails.
-const RETRIES: i32 = 3;
+pub const RETRIES: i32 = 3;
 
 /// A Job that is over stays for so long, for whoever wants to see its log.
-const KEPT_SECONDS: i32 = 300;
+pub const KEPT_SECONDS: i32 = 300;
 
 /// The changes that a step means.
 pub fn build(step: &Step, version: &AdapterVersion, trainer: &TrainerDefaults) -> Vec<Change> {

@@ -12,6 +12,7 @@ use tunesmith_crds::{
     run::{Outcome, Verdict},
 };
 
+use super::inspections::Found;
 use crate::{
     admission::Refusal,
     workload::{Cause, JobState, Pods, TrainerJob},
@@ -35,6 +36,8 @@ pub struct Observed {
     pub job: Option<TrainerJob>,
     /// Why that has no pod.
     pub refusal: Option<Refusal>,
+    /// What an inspection has found of its files.
+    pub found: Option<Found>,
 }
 
 /// What to do, and what the version is then.
@@ -71,12 +74,19 @@ pub struct State {
     pub requeue: Option<Duration>,
     /// When a pod came to this verdict, if it is a new one.
     pub verified: Option<Timestamp>,
+    /// When its files were looked up, if they were anew.
+    pub inspected: Option<Timestamp>,
 }
 
 impl State {
+    fn of(phase: Phase, reason: &'static str) -> Self {
+        Self { phase, reason, message: String::new(), requeue: None, verified: None, inspected: None }
+    }
+
     fn verifying(message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { phase: Phase::Verifying, reason: reason::PUBLISHING, message, requeue: Some(LOOK_AGAIN), verified: None }
+        let requeue = Some(LOOK_AGAIN);
+        Self { requeue, message, ..Self::of(Phase::Verifying, reason::PUBLISHING) }
     }
 
     fn verdict(phase: Phase, message: &str) -> Self {
@@ -86,11 +96,11 @@ impl State {
             Phase::Missing => (reason::MISSING, "the manifest or a file is gone"),
         };
         let message = if message.is_empty() { words } else { message };
-        Self { phase, reason, message: message.into(), requeue: None, verified: None }
+        Self { message: message.into(), ..Self::of(phase, reason) }
     }
 
     fn gate_failed(failed: String) -> Self {
-        Self { phase: Phase::Rejected, reason: reason::GATE_FAILED, message: failed, requeue: None, verified: None }
+        Self { message: failed, ..Self::of(Phase::Rejected, reason::GATE_FAILED) }
     }
 
     /// The same, after the cluster has refused the Job.
@@ -139,6 +149,7 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
         return Decision { steps: steps(), state: State::gate_failed(failed) };
     }
     let Some(state) = settled(&observed.version) else { return verify(observed, None, now) };
+    let state = inspected(state, observed);
     match Again::of(&observed.version) {
         Again::No => Decision { steps: steps(), state },
         Again::At(time) if time > now => {
@@ -162,6 +173,17 @@ pub fn decide(observed: &Observed, now: Timestamp) -> Decision {
             Decision { steps: steps(), state: State { message, ..state } }
         }
     }
+}
+
+/// What is served is so until its files are found to be gone, or others.
+fn inspected(state: State, observed: &Observed) -> State {
+    let Some(found) = observed.found.as_ref().filter(|_| state.phase == Phase::Available) else { return state };
+    let state = match found.verdict {
+        Verdict::Intact => state,
+        Verdict::Corrupt => State::verdict(Phase::Rejected, &found.message),
+        Verdict::Missing => State::verdict(Phase::Missing, &found.message),
+    };
+    State { inspected: Some(found.time), ..state }
 }
 
 fn remove(job: &TrainerJob) -> Vec<Step> {
@@ -256,7 +278,7 @@ mod tests {
     }
 
     fn observed(phase: Option<Phase>, job: Option<TrainerJob>) -> Observed {
-        Observed { version: version(1, "sha256:x", phase), job, refusal: None }
+        Observed { version: version(1, "sha256:x", phase), job, refusal: None, found: None }
     }
 
     fn reported(verdict: Verdict, message: &str) -> TrainerJob {
@@ -266,6 +288,20 @@ mod tests {
 
     fn removes(decision: &Decision) -> bool {
         matches!(&decision.steps[..], [Step::Remove { .. }])
+    }
+
+    #[test]
+    fn what_an_inspection_finds_is_the_verdict_on_what_is_served_and_nothing_else() {
+        let found = |verdict, message: &str| Some(Found { time: at(500), verdict, message: message.into() });
+        let decided = |phase, found| decide(&Observed { found, ..observed(Some(phase), None) }, at(1000)).state;
+        let intact = decided(Phase::Available, found(Verdict::Intact, ""));
+        assert_eq!((intact.phase, intact.inspected, intact.verified), (Phase::Available, Some(at(500)), None));
+        let gone = decided(Phase::Available, found(Verdict::Missing, "s3://a/README.md is gone"));
+        assert_eq!((gone.phase, gone.message.as_str()), (Phase::Missing, "s3://a/README.md is gone"));
+        assert_eq!(decided(Phase::Available, found(Verdict::Corrupt, "")).phase, Phase::Rejected);
+        for phase in [Phase::Missing, Phase::Rejected] {
+            assert_eq!(decided(phase, found(Verdict::Intact, "")).phase, phase);
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 mod build;
 mod decide;
+mod inspections;
 mod status;
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
@@ -16,7 +17,10 @@ use kube::{
 use serde_json::json;
 use tunesmith_crds::{AdapterVersion, conditions::reason};
 
-use self::decide::{Observed, Step, decide, is_settled};
+use self::{
+    decide::{Observed, Step, decide, is_settled},
+    inspections::{Findings, Found},
+};
 use crate::{
     admission,
     apply::{ApplyError, Change, apply, apply_status},
@@ -69,38 +73,45 @@ struct Reconciler {
     context: Arc<Context>,
     caches: Caches,
     details: Details,
+    findings: Findings,
 }
 
 /// Runs the controller until `stop`; it looks at every version once.
 pub async fn run(context: Arc<Context>, caches: Caches, stop: Stop) {
     let controller = caches.version_queue.controller();
-    for (place, ()) in caches.versions.notes() {
+    for (place, _) in caches.versions.notes() {
         caches.version_queue.wake(place.0.as_deref().unwrap_or_default(), &place.1);
     }
-    let at_once = context.at_once;
-    controller
+    let (at_once, findings) = (context.at_once, Findings::default());
+    let inspections = inspections::run(context.clone(), caches.clone(), findings.clone());
+    let reconciler = Arc::new(Reconciler { context, caches, details: Details::default(), findings });
+    let reconciles = controller
         .with_config(controller::Config::default().concurrency(at_once))
         .graceful_shutdown_on(stop)
-        .run(reconcile, retry, Arc::new(Reconciler { context, caches, details: Details::default() }))
-        .for_each(|result| log_failure(NAME, result))
-        .await;
+        .run(reconcile, retry, reconciler)
+        .for_each(|result| log_failure(NAME, result));
+    tokio::select! {
+        () = reconciles => {}
+        () = inspections => {}
+    }
 }
 
 async fn reconcile(name: Arc<Name<AdapterVersion>>, reconciler: Arc<Reconciler>) -> Result<Action, Error> {
-    let Reconciler { context, caches, details } = &*reconciler;
+    let Reconciler { context, caches, .. } = &*reconciler;
     let Some(version) = caches.versions.named(&name.namespace().unwrap_or_default(), &name.name_any()) else {
         return Ok(Action::await_change());
     };
     // Of thousands of versions, most have their verdict, and nothing is left to be done.
     let uid = name.metadata.uid.as_deref().unwrap_or_default();
     let mut verifications = caches.verifications.with_key(uid).into_iter().filter_map(|job| job.0.ok());
-    if version.0.as_ref().is_ok_and(is_settled) && verifications.all(|job| finished(&job).is_some()) {
+    let is_found = reconciler.findings.of(&*name).is_some();
+    if !is_found && version.0.as_ref().is_ok_and(is_settled) && verifications.all(|job| finished(&job).is_some()) {
         return Ok(Action::await_change());
     }
     let _timer = context.metrics.time(NAME);
     let result = match &version.0 {
         Ok(readable) => {
-            let caught = AssertUnwindSafe(reconcile_once(readable, context, details)).catch_unwind().await;
+            let caught = AssertUnwindSafe(reconcile_once(readable, &reconciler)).catch_unwind().await;
             match caught {
                 Ok(result) => result,
                 Err(panic) => {
@@ -127,10 +138,13 @@ async fn stall(version: &Guarded<AdapterVersion>, message: &str, context: &Conte
     written.map(drop).map_err(Error::Status)
 }
 
-async fn reconcile_once(version: &AdapterVersion, context: &Context, details: &Details) -> Result<Action, Error> {
-    let Some(observed) = observe(version, context).await? else {
+async fn reconcile_once(version: &AdapterVersion, reconciler: &Reconciler) -> Result<Action, Error> {
+    let Reconciler { context, details, findings, .. } = reconciler;
+    let found = findings.of(version);
+    let Some(observed) = observe(version, found, context).await? else {
         context.backoff.forget(version);
         details.forget(version);
+        findings.forget(version);
         return Ok(Action::await_change());
     };
     let decision = decide(&observed, Timestamp::now());
@@ -150,15 +164,18 @@ async fn reconcile_once(version: &AdapterVersion, context: &Context, details: &D
     let is_detail = !state.is_verdict() && told.phase.is_none_or(|phase| phase == state.phase);
     let told_in = if told == status {
         details.forget(version);
+        findings.forget(version);
         None
     } else if let Some(wait) = details.wait(version).filter(|_| is_detail) {
         Some(wait)
     } else {
         details.forget(version);
+        let turned = told.phase != status.phase;
         apply_status::<AdapterVersion, _>(&context.client, &observed.version.metadata, &status, OPERATOR)
             .await
             .map_err(Error::Status)?;
-        if state.is_verdict() {
+        findings.forget(version);
+        if state.is_verdict() && turned {
             let version = version.name_any();
             tracing::info!(version, namespace, phase = ?state.phase, message = state.message);
             // Good news are its job's.
@@ -180,7 +197,7 @@ async fn reconcile_once(version: &AdapterVersion, context: &Context, details: &D
 }
 
 /// Reads a version and the Job that verifies it; None if it is gone or going.
-async fn observe(version: &AdapterVersion, context: &Context) -> Result<Option<Observed>, Error> {
+async fn observe(version: &AdapterVersion, found: Option<Found>, context: &Context) -> Result<Option<Observed>, Error> {
     let failed = |what| move |source| Error::Observe { what, source };
     let (name, namespace) = (version.name_any(), version.namespace().unwrap_or_default());
     let version = Api::<AdapterVersion>::namespaced(context.client.clone(), &namespace).get_opt(&name).await;
@@ -202,7 +219,7 @@ async fn observe(version: &AdapterVersion, context: &Context) -> Result<Option<O
         }
         None => None,
     };
-    Ok(Some(Observed { version, job, refusal }))
+    Ok(Some(Observed { version, job, refusal, found }))
 }
 
 fn retry(version: Arc<Name<AdapterVersion>>, _: &Error, reconciler: Arc<Reconciler>) -> Action {

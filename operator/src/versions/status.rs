@@ -19,10 +19,12 @@ pub fn status(version: &AdapterVersion, state: &State, now: Timestamp) -> Adapte
     set(STALLED, state.is_bad());
     let compared = state.is_verdict() && state.reason != reason::GATE_FAILED;
     let verified = state.verified.map(Time).or(previous.verified_time).or(Some(Time(now))).filter(|_| compared);
+    let inspected_time = state.inspected.map(Time).or(previous.inspected_time);
     AdapterVersionStatus {
         phase: Some(state.phase),
         observed_generation: version.metadata.generation,
         conditions: conditions.into_vec(),
         verified_time: verified,
+        inspected_time,
     }
 }

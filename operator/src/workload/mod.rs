@@ -20,6 +20,8 @@ pub enum Stage {
     Copy,
     /// Compares published files with their manifest.
     Verify,
+    /// Looks up the files of many versions.
+    Inspect,
 }
 
 impl Stage {
@@ -30,11 +32,13 @@ impl Stage {
             Self::Train => "train",
             Self::Copy => "copy",
             Self::Verify => "verify",
+            Self::Inspect => "inspect",
         }
     }
 
     /// The stage of this name.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Preflight, Self::Train, Self::Copy, Self::Verify].into_iter().find(|stage| stage.name() == name)
+        let all = [Self::Preflight, Self::Train, Self::Copy, Self::Verify, Self::Inspect];
+        all.into_iter().find(|stage| stage.name() == name)
     }
 }

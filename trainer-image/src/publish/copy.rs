@@ -79,72 +79,13 @@ fn not_as_published(object: &Location) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-    use tunesmith_crds::{FineTuneJob, Method, fine_tune_job::Lora, names::exit_code, run::TrainTask};
+    use tunesmith_crds::names::exit_code;
 
     use super::*;
-    use crate::verify::verify;
-
-    const DIGEST: &str = "sha256:1111111111111111111111111111111111111111111111111111111111111111";
-
-    struct Bench {
-        _folder: tempfile::TempDir,
-        _runtime: tokio::runtime::Runtime,
-        stores: Stores,
-        artifact: Artifact,
-    }
-
-    fn task(version: u32, copy_of: Option<Artifact>) -> TrainTask {
-        TrainTask {
-            version,
-            input_digest: DIGEST.into(),
-            base_digest: "sha256:base".into(),
-            dataset_digest: "sha256:data".into(),
-            trainer_image: "trainer:1".into(),
-            cluster: String::new(),
-            template_date: None,
-            numerics_version: 1,
-            copy_of,
-        }
-    }
-
-    /// A run's task whose versions are wanted there.
-    fn spec(output: &str, task: TrainTask) -> RunSpec {
-        let job: FineTuneJob = serde_json::from_value(json!({
-            "apiVersion": "tunesmith.dev/v1alpha1",
-            "kind": "FineTuneJob",
-            "metadata": {"name": "j", "namespace": "team", "uid": "u", "generation": 1},
-            "spec": {
-                "baseModel": {"uri": "s3://models/m"},
-                "dataset": {"train": {"uri": "s3://data/t.jsonl"}},
-                "output": {"adapterName": "support", "uri": output},
-            },
-        }))
-        .unwrap();
-        RunSpec::preflight(&job, task.version).with_training(Method::LoRA { lora: Lora::default() }, task)
-    }
-
-    /// Version 1 of two files under s3://old.
-    fn bench() -> Bench {
-        let (desk, runtime) = (tempfile::tempdir().unwrap(), tokio::runtime::Runtime::new().unwrap());
-        let stores = Stores::from_variables(runtime.handle().clone(), []).or_local(desk.path());
-        let (task, method) = (task(1, None), Method::LoRA { lora: Lora::default() });
-        let old = spec("s3://old", task.clone());
-        let folder = stores.open(Role::Output, &old.adapter_uri().join("v1")).unwrap();
-        let metrics = tunesmith_crds::adapter_version::Metrics { eval_loss: Some(1.5), ..Default::default() };
-        let dataset = serde_json::from_value(json!({"digest": "sha256:data", "rows": 1, "tokens": 2})).unwrap();
-        let mut manifest = Manifest::new(&old, &task, &method, dataset, (metrics, Default::default()));
-        for (name, bytes) in [("adapter_model.safetensors", vec![7; 100_000]), ("README.md", b"card".to_vec())] {
-            manifest.files.push(digest::file_of_bytes(name, &bytes));
-            folder.join(name).write(bytes).unwrap();
-        }
-        let report = seal(&folder, manifest, DIGEST).unwrap();
-        let artifact = serde_json::from_value(json!({
-            "type": "LoraAdapter", "uri": report.uri, "manifestUri": report.uri.join(MANIFEST),
-            "manifestDigest": report.manifest_digest, "fileCount": 2, "sizeBytes": report.size_bytes,
-        }));
-        Bench { _folder: desk, _runtime: runtime, stores, artifact: artifact.unwrap() }
-    }
+    use crate::{
+        publish::fixtures::{bench, spec, task},
+        verify::verify,
+    };
 
     #[test]
     fn a_version_is_copied_with_its_measurements_and_says_where_it_is_from() {

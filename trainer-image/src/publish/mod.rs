@@ -5,6 +5,8 @@ mod card;
 mod claim;
 mod copy;
 mod curve;
+#[cfg(test)]
+pub(crate) mod fixtures;
 mod full;
 mod manifest;
 mod peft;

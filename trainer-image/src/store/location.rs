@@ -280,6 +280,14 @@ impl Location {
         Ok(ArtifactFile { path: self.uri.file_name().to_owned(), sha256, size: upload.size })
     }
 
+    /// The size of an object, in bytes; nothing of it is read.
+    ///
+    /// # Errors
+    /// It is missing, or the store fails.
+    pub fn size(&self) -> Result<u64, StoreError> {
+        Ok(self.run(self.store.head(&self.path))?.size)
+    }
+
     /// A part of an object, which has so many bytes.
     ///
     /// # Errors
