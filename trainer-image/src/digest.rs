@@ -39,13 +39,41 @@ pub fn file_on_disk(path: &Path, name: &str) -> io::Result<ArtifactFile> {
 /// # Errors
 /// It can't be read.
 pub fn file_through(path: &Path, name: &str, also: &mut dyn Write) -> io::Result<ArtifactFile> {
-    let (mut hash, mut size) = (Sha256::new(), 0);
-    read_through(path, |bytes| {
-        hash.update(bytes);
-        size += bytes.len() as u64;
-        also.write_all(bytes)
-    })?;
-    Ok(ArtifactFile { path: name.to_owned(), sha256: format!("{:x}", hash.finalize()), size })
+    let mut hashing = Hashing::new(also);
+    read_through(path, |bytes| hashing.write_all(bytes))?;
+    Ok(hashing.file(name))
+}
+
+/// Passes bytes on, and computes their digest.
+pub struct Hashing<'a> {
+    to: &'a mut dyn Write,
+    hash: Sha256,
+    size: u64,
+}
+
+impl<'a> Hashing<'a> {
+    /// Bytes go into `to`.
+    pub fn new(to: &'a mut dyn Write) -> Self {
+        Self { to, hash: Sha256::new(), size: 0 }
+    }
+
+    /// Digest and size of the bytes so far, as a file of this name.
+    pub fn file(self, name: &str) -> ArtifactFile {
+        ArtifactFile { path: name.to_owned(), sha256: format!("{:x}", self.hash.finalize()), size: self.size }
+    }
+}
+
+impl Write for Hashing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.to.write_all(bytes)?;
+        self.hash.update(bytes);
+        self.size += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
 }
 
 /// Reads a file piece by piece.

@@ -7,7 +7,7 @@ use tunesmith_crds::RunSpec;
 use tunesmith_engine::{FiniteScan, Model, ModelConfig};
 
 use crate::{
-    convert::convert,
+    convert::{Gguf, GgufScan, convert, convert_outline},
     data::{DataFile, RowOptions, notes::Notes, probe, rows::Reader},
     model::read_header,
     pod::parse_spec,
@@ -28,7 +28,7 @@ pub fn safetensors_header(bytes: &[u8]) {
     scan.into_names();
 }
 
-/// A GGUF file, converted.
+/// A GGUF file, converted whole and by its header.
 ///
 /// # Panics
 /// There is no room for temporary files.
@@ -37,6 +37,10 @@ pub fn gguf(bytes: &[u8]) {
     let file = folder.path().join("model.gguf");
     fs::write(&file, bytes).expect("room for the file");
     let _ = convert(&file, &folder.path().join("out"));
+    let Ok(header) = Gguf::open(&file) else { return };
+    let mut scan = GgufScan::new(&header);
+    let _ = scan.write_all(bytes);
+    let _ = convert_outline(&file, &folder.path().join("outline"), &scan.into_names());
 }
 
 /// A data file: JSON, plain or compressed, CSV, Parquet or Arrow.

@@ -2,16 +2,20 @@
 
 use std::{
     fs::File,
-    io::{self, BufReader, Read, Seek},
+    io::{self, BufReader, Read, Seek, SeekFrom},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
 use candle_core::{
     Device,
-    quantized::gguf_file::{Content, Value},
+    quantized::{
+        GgmlDType,
+        gguf_file::{Content, TensorInfo, Value},
+    },
 };
 
-use super::ConvertError;
+use super::{ConvertError, config::CONFIGURING};
 
 /// An open GGUF file.
 pub struct Gguf {
@@ -157,6 +161,43 @@ impl Gguf {
         }
     }
 
+    /// Where the bytes of each tensor are in the file, and in what type; those that no type could have are left out.
+    pub(super) fn places(&self) -> impl Iterator<Item = (&str, GgmlDType, Range<u64>)> {
+        self.content.tensor_infos.iter().filter_map(|(name, info)| {
+            let start = self.content.tensor_data_offset.checked_add(info.offset)?;
+            Some((name.as_str(), info.ggml_dtype, start..start.checked_add(size_of_data(info)?)?))
+        })
+    }
+
+    /// Where the tensors are that the configuration is made from.
+    pub(crate) fn configuring_tensors(&self) -> Vec<Range<u64>> {
+        let places = self.places().filter(|(name, ..)| CONFIGURING.contains(name));
+        places.map(|(_, _, place)| place).collect()
+    }
+
+    /// Checks that a tensor's bytes are all in the file and of a type that can be dequantized, without reading them.
+    pub(super) fn check_data(&mut self, name: &str) -> Result<(), ConvertError> {
+        let content = &self.content;
+        let info = content.tensor_infos.get(name).ok_or_else(|| ConvertError::MissingTensor(name.to_owned()))?;
+        let damaged = |problem| Err(ConvertError::Damaged { path: self.path.clone(), problem });
+        let (start, type_of) = (content.tensor_data_offset.saturating_add(info.offset), info.ggml_dtype);
+        let Some(bytes) = size_of_data(info) else {
+            return damaged(format!("{name} does not divide into blocks of {}", type_of.block_size()));
+        };
+        let end = self.file.seek(SeekFrom::End(0)).map_err(ConvertError::io(&self.path))?;
+        let remaining = end.saturating_sub(start);
+        if bytes > remaining {
+            return damaged(format!(
+                "tensor needs {bytes} bytes at offset {start}, only {remaining} remaining in file"
+            ));
+        }
+        // One row says whether its type can be read.
+        let row = info.shape.dims().last().copied().unwrap_or(1);
+        let row = TensorInfo { ggml_dtype: type_of, shape: row.into(), offset: info.offset };
+        let row = row.read(&mut self.file, content.tensor_data_offset, &Device::Cpu);
+        row.map(drop).map_err(|error| unreadable(&self.path, error))
+    }
+
     /// The values of a tensor that is there, in f32, row-major.
     pub(super) fn dequantize(&mut self, name: &str) -> Result<Vec<f32>, ConvertError> {
         let tensor = self.content.tensor(&mut self.file, name, &Device::Cpu);
@@ -164,6 +205,14 @@ impl Gguf {
             .and_then(|tensor| tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1())
             .map_err(|error| unreadable(&self.path, error))
     }
+}
+
+/// Bytes of a tensor, if its numbers make up whole blocks.
+fn size_of_data(info: &TensorInfo) -> Option<u64> {
+    let numbers = info.shape.dims().iter().try_fold(1usize, |numbers, length| numbers.checked_mul(*length))?;
+    let block = info.ggml_dtype.block_size();
+    let blocks = numbers.is_multiple_of(block).then(|| numbers / block)?;
+    u64::try_from(blocks.checked_mul(info.ggml_dtype.type_size())?).ok()
 }
 
 /// What the parser says, without the backtrace that it brings where RUST_BACKTRACE is set.

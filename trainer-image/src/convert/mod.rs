@@ -9,6 +9,7 @@ mod config;
 mod gguf;
 mod kinds;
 mod names;
+mod scan;
 #[cfg(test)]
 pub(crate) mod tests;
 mod tokenizer;
@@ -21,6 +22,7 @@ use std::{
 
 pub use adapter::gguf_lora;
 pub use gguf::Gguf;
+pub(crate) use scan::GgufScan;
 use serde_json::Value;
 
 /// Why a GGUF file was not converted.
@@ -106,6 +108,23 @@ impl ConvertError {
 /// # Errors
 /// The file is damaged, of another family, or uses what is not supported; the message names the key or tensor.
 pub fn convert(model: &Path, out: &Path) -> Result<(), ConvertError> {
+    convert_with(model, out, weights::write)
+}
+
+/// The same without its weights: `model` may have holes in place of them, and `model.safetensors` has. Returns the names
+/// there of the tensors that `model` calls `named`.
+///
+/// # Errors
+/// As for [`convert`].
+pub(crate) fn convert_outline(model: &Path, out: &Path, named: &[String]) -> Result<Vec<String>, ConvertError> {
+    convert_with(model, out, |gguf, dimensions, path| weights::outline(gguf, dimensions, path, named))
+}
+
+fn convert_with<T>(
+    model: &Path,
+    out: &Path,
+    write_weights: impl FnOnce(&mut Gguf, &config::Dimensions, &Path) -> Result<T, ConvertError>,
+) -> Result<T, ConvertError> {
     let taken = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file();
     if taken {
         return Err(ConvertError::Exists(out.to_owned()));
@@ -125,11 +144,12 @@ pub fn convert(model: &Path, out: &Path) -> Result<(), ConvertError> {
             &partial.join("tokenizer_config.json"),
             &tokenizer.tokenizer_config_json(dimensions.context_length),
         )?;
-        weights::write(&mut gguf, &dimensions, &partial.join("model.safetensors"))?;
+        let weights = write_weights(&mut gguf, &dimensions, &partial.join("model.safetensors"))?;
         if out.exists() {
             fs::remove_dir(out).map_err(ConvertError::io(out))?;
         }
-        fs::rename(&partial, out).map_err(ConvertError::io(out))
+        fs::rename(&partial, out).map_err(ConvertError::io(out))?;
+        Ok(weights)
     })();
     if written.is_err() {
         // The conversion's own error says more than a failed clean-up would.

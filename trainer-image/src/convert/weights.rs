@@ -11,7 +11,7 @@ use safetensors::Dtype;
 
 use super::{
     ConvertError, Gguf,
-    config::{Dimensions, LONGROPE_FACTORS, ROPE_FACTORS},
+    config::{CONFIGURING, Dimensions},
     names::unpermute,
 };
 use crate::tensors::header;
@@ -37,19 +37,9 @@ enum Difference {
 
 /// Writes all weights in f32.
 pub(super) fn write(gguf: &mut Gguf, dimensions: &Dimensions, path: &Path) -> Result<(), ConvertError> {
-    let weights = weights(dimensions);
-    for weight in &weights {
-        gguf.check_tensor(&weight.gguf, &weight.shape)?;
-    }
-    let factors = LONGROPE_FACTORS.into_iter().chain([ROPE_FACTORS]);
-    let known: BTreeSet<&str> = weights.iter().map(|weight| weight.gguf.as_str()).chain(factors).collect();
-    if let Some(name) = gguf.tensor_names().find(|name| !known.contains(name)) {
-        return Err(ConvertError::UnknownTensor(name.to_owned(), "no model that can be converted has it"));
-    }
-
+    let weights = checked(gguf, dimensions)?;
     let mut file = BufWriter::new(File::create(path).map_err(ConvertError::io(path))?);
-    let shapes = weights.iter().map(|weight| (weight.hugging_face.clone(), weight.shape.clone(), Dtype::F32));
-    file.write_all(&header(shapes)).map_err(ConvertError::io(path))?;
+    file.write_all(&header_of(&weights)).map_err(ConvertError::io(path))?;
     for weight in &weights {
         let mut values = gguf.dequantize(&weight.gguf)?;
         match weight.difference {
@@ -62,6 +52,41 @@ pub(super) fn write(gguf: &mut Gguf, dimensions: &Dimensions, path: &Path) -> Re
     }
     let file = file.into_inner().map_err(|error| ConvertError::io(path)(error.into_error()))?;
     file.sync_all().map_err(ConvertError::io(path))
+}
+
+/// Writes the header of the same file, and a hole in place of the weights. Returns the names there of the tensors `named`.
+pub(super) fn outline(
+    gguf: &mut Gguf,
+    dimensions: &Dimensions,
+    path: &Path,
+    named: &[String],
+) -> Result<Vec<String>, ConvertError> {
+    let weights = checked(gguf, dimensions)?;
+    weights.iter().try_for_each(|weight| gguf.check_data(&weight.gguf))?;
+    let header = header_of(&weights);
+    let bytes: u64 = weights.iter().map(|weight| 4 * weight.shape.iter().product::<usize>() as u64).sum();
+    let mut file = File::create(path).map_err(ConvertError::io(path))?;
+    let written = file.write_all(&header).and_then(|()| file.set_len(header.len() as u64 + bytes));
+    written.map_err(ConvertError::io(path))?;
+    let named = weights.into_iter().filter(|weight| named.contains(&weight.gguf));
+    Ok(named.map(|weight| weight.hugging_face).collect())
+}
+
+/// The weights of a file that has all of them, and no tensor besides.
+fn checked(gguf: &Gguf, dimensions: &Dimensions) -> Result<Vec<Weight>, ConvertError> {
+    let weights = weights(dimensions);
+    for weight in &weights {
+        gguf.check_tensor(&weight.gguf, &weight.shape)?;
+    }
+    let known: BTreeSet<&str> = weights.iter().map(|weight| weight.gguf.as_str()).chain(CONFIGURING).collect();
+    match gguf.tensor_names().find(|name| !known.contains(name)) {
+        Some(name) => Err(ConvertError::UnknownTensor(name.to_owned(), "no model that can be converted has it")),
+        None => Ok(weights),
+    }
+}
+
+fn header_of(weights: &[Weight]) -> Vec<u8> {
+    header(weights.iter().map(|weight| (weight.hugging_face.clone(), weight.shape.clone(), Dtype::F32)))
 }
 
 fn weights(dimensions: &Dimensions) -> Vec<Weight> {

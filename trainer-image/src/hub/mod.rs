@@ -9,7 +9,7 @@ mod transfer;
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io,
+    io::{self, Write},
     path::{Path, PathBuf, absolute},
 };
 
@@ -18,7 +18,7 @@ use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
 
 use self::transfer::{Failure, Transfer};
 use crate::{
-    digest,
+    digest::{self, Hashing},
     store::{HubSettings, Role, StoreError, Stores},
 };
 
@@ -110,6 +110,38 @@ impl Repository {
         self.is_own
     }
 
+    /// Reads a file into `to`, past the cache, and tells its digest.
+    ///
+    /// # Errors
+    /// It is missing, the Hub fails, other bytes come than it promises, or `to` fails.
+    pub fn stream(&self, name: &str, to: &mut dyn Write) -> Result<ArtifactFile, StoreError> {
+        let uri = self.uri.with_path(name);
+        if !stays_inside(name) {
+            return Err(StoreError::Missing { role: self.role, uri });
+        }
+        let url = self.url(name);
+        let mut hashing = Hashing::new(to);
+        let etag = self.transfer.etag(&url).and_then(|etag| self.transfer.stream(&url, &mut hashing).map(|()| etag));
+        let etag = etag.map_err(|failure| explain(self.role, &uri, &self.stores, failure))?;
+        let file = hashing.file(name);
+        self.check_promised(&uri, &file, Some(&etag))?;
+        tracing::info!(%uri, bytes = file.size, "read");
+        Ok(file)
+    }
+
+    /// Checks a digest against the Hub's, which names that of a large file.
+    fn check_promised(&self, uri: &Uri, file: &ArtifactFile, etag: Option<&str>) -> Result<(), StoreError> {
+        if etag.filter(|etag| is_sha256(etag)).is_none_or(|promised| promised == file.sha256) {
+            return Ok(());
+        }
+        let answer = format!("{} bytes came, and their SHA-256 is not the one that the Hub names", file.size);
+        Err(StoreError::Unavailable { role: self.role, uri: uri.clone(), answer })
+    }
+
+    fn url(&self, name: &str) -> String {
+        format!("{}/{}", self.files_url, transfer::url_path(name))
+    }
+
     /// Brings a file here, unless it is in the cache, and tells its digest.
     ///
     /// # Errors
@@ -129,19 +161,17 @@ impl Repository {
         let file = digest::file_on_disk(&path, name).map_err(disk)?;
         // The cache keeps a large file under the digest that the Hub gave for it.
         let blob = fs::canonicalize(&path).map_err(disk)?;
-        let promised = blob.file_name().and_then(|name| name.to_str()).filter(|name| is_sha256(name));
-        if promised.is_some_and(|promised| promised != file.sha256) {
+        if let Err(error) = self.check_promised(&uri, &file, blob.file_name().and_then(|name| name.to_str())) {
             // The next attempt shall not find it.
             fs::remove_file(&blob).and_then(|()| fs::remove_file(&path)).map_err(disk)?;
-            let answer = format!("{} bytes came, and their SHA-256 is not the one that the Hub names", file.size);
-            return Err(StoreError::Unavailable { role: self.role, uri, answer });
+            return Err(error);
         }
         tracing::info!(%uri, bytes = file.size, "here");
         Ok(file)
     }
 
     fn download(&self, name: &str, path: &Path) -> Result<(), Failure> {
-        let url = format!("{}/{}", self.files_url, transfer::url_path(name));
+        let url = self.url(name);
         let etag = self.transfer.etag(&url)?;
         let blob = self.blobs.join(&etag);
         fs::create_dir_all(&self.blobs)?;

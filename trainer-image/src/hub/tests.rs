@@ -25,6 +25,7 @@ use tunesmith_crds::names::exit_code;
 
 use super::*;
 use crate::{
+    convert::tests::fixture,
     error::Error,
     model::{Keep, ModelFolder, read_header},
     tiny_model,
@@ -37,7 +38,8 @@ const TOKEN: &str = "hf_secret";
 
 /// A repository `owner/tiny` with branch `main` and tag `v1`, `owner/gated` for whoever has the token, and
 /// `owner/broken`, whose weights are not those that it promises. `owner/slow` stands still in the middle of its weights,
-/// `owner/mute` at their beginning, and `owner/plain` knows no ranges. `owner/rows` holds data.
+/// `owner/mute` at their beginning, and `owner/plain` knows no ranges; `owner/forgetful` does both, the first time.
+/// `owner/rows` holds data.
 struct Hub {
     folder: PathBuf,
     rows: PathBuf,
@@ -55,7 +57,7 @@ impl Hub {
     fn refuses(&self, repo: &str, headers: &HeaderMap) -> Option<StatusCode> {
         let token = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         match repo {
-            "tiny" | "broken" | "slow" | "mute" | "plain" | "rows" | "renamed" | "elsewhere" => None,
+            "tiny" | "broken" | "slow" | "mute" | "plain" | "forgetful" | "rows" | "renamed" | "elsewhere" => None,
             "gated" if token == Some(&format!("Bearer {TOKEN}")) => None,
             // What the real one says to strangers, too.
             _ => Some(StatusCode::UNAUTHORIZED),
@@ -123,14 +125,18 @@ async fn resolve(
         ("x-repo-commit", COMMIT.to_owned()),
         ("content-range", format!("bytes {first}-{last}/{}", bytes.len())),
     ];
+    let mut is_first = false;
     if file == WEIGHTS && last > 0 {
-        hub.starts.lock().unwrap().push(first);
+        let mut starts = hub.starts.lock().unwrap();
+        is_first = starts.is_empty();
+        starts.push(first);
     }
     let stalls_after = match repo.as_str() {
         _ if file != WEIGHTS || last == 0 => None,
         "slow" if first == 0 => Some(bytes.len() / 2),
+        "forgetful" if is_first => Some(bytes.len() / 2),
         "mute" => Some(0),
-        "plain" => return (headers, Bytes::from(bytes)).into_response(),
+        "plain" | "forgetful" => return (headers, Bytes::from(bytes)).into_response(),
         _ => None,
     };
     let body = match stalls_after {
@@ -191,7 +197,11 @@ impl Bench {
     }
 
     fn fetch(&self, uri: &str) -> Result<ModelFolder, Error> {
-        Ok(ModelFolder::fetch(&uri.parse().unwrap(), &self.stores, &self.folder.path().join("work"))?)
+        self.bring(uri, Keep::Whole)
+    }
+
+    fn bring(&self, uri: &str, keep: Keep) -> Result<ModelFolder, Error> {
+        Ok(ModelFolder::bring(&uri.parse().unwrap(), &self.stores, &self.folder.path().join("work"), keep)?)
     }
 
     /// The same model with its weights in a shard.
@@ -230,15 +240,69 @@ fn a_repository_is_the_same_model_as_its_folder() {
 
 #[test]
 fn a_preflight_keeps_no_more_of_the_weights_than_their_headers() {
+    let mut bench = Bench::new();
+    bench.stores = bench.stores.with_variable("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    let whole = bench.fetch(&format!("file://{}", bench.model().display())).unwrap();
+    let weights = fs::metadata(bench.model().join(WEIGHTS)).unwrap();
+    let half = weights.len() as usize / 2;
+    for (repo, starts) in [("tiny", vec![0]), ("slow", vec![0, half]), ("plain", vec![0]), ("forgetful", vec![0, half])]
+    {
+        bench.hub.starts.lock().unwrap().clear();
+        let checked = bench.bring(&format!("hf://owner/{repo}"), Keep::Headers).unwrap();
+        assert_eq!((checked.digest, checked.shape), (whole.digest.clone(), whole.shape.clone()), "{repo}");
+        assert_eq!(*bench.hub.starts.lock().unwrap(), starts, "{repo}");
+        let kept = fs::metadata(checked.folder.join(WEIGHTS)).unwrap();
+        assert!(kept.len() == weights.len() && kept.blocks() < weights.blocks(), "{repo}: {kept:?}");
+        let files = walkdir::WalkDir::new(bench.folder.path().join("work")).into_iter();
+        let largest = files.map(|file| file.unwrap().metadata().unwrap().blocks()).max();
+        assert!(largest < Some(weights.blocks()), "{repo}: {largest:?}");
+    }
+    // Nobody takes an outline for the whole file.
+    let model = bench.fetch("hf://owner/tiny").unwrap();
+    assert_eq!(fs::read(model.folder.join(WEIGHTS)).unwrap(), fs::read(bench.model().join(WEIGHTS)).unwrap());
+}
+
+#[test]
+fn a_preflight_fails_over_weights_as_a_download_does() {
+    let mut bench = Bench::new();
+    bench.stores = bench.stores.with_variable("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    let refused = |bench: &Bench, uri: &str, part: &str, code| {
+        for keep in [Keep::Whole, Keep::Headers] {
+            let error = bench.bring(uri, keep).map(drop).unwrap_err();
+            assert!(error.to_string().contains(part), "{keep:?}: {error}");
+            assert_eq!(error.exit_code(), code);
+        }
+    };
+    refused(&bench, "hf://owner/broken", "SHA-256 is not the one", exit_code::STORAGE);
+    refused(&bench, "hf://owner/mute", "times in a row", exit_code::STORAGE);
+    refused(&bench, "hf://owner/tiny/absent.gguf", "file", exit_code::BAD_INPUT);
+    let weights = fs::read(bench.model().join(WEIGHTS)).unwrap();
+    fs::write(bench.model().join(WEIGHTS), &weights[..weights.len() - 4]).unwrap();
+    refused(&bench, "hf://owner/tiny", "the upload was cut short", exit_code::BAD_INPUT);
+}
+
+#[test]
+fn a_gguf_file_of_the_hub_is_checked_by_its_header() {
     let bench = Bench::new();
-    let whole = bench.fetch("hf://owner/tiny").unwrap();
-    let work = bench.folder.path().join("work");
-    fs::remove_dir_all(&work).unwrap();
-    let checked = ModelFolder::bring(&"hf://owner/tiny".parse().unwrap(), &bench.stores, &work, Keep::Headers).unwrap();
-    assert_eq!((checked.digest, checked.shape), (whole.digest, whole.shape));
-    let weights = fs::metadata(checked.folder.join(WEIGHTS)).unwrap();
-    let on_disk = fs::metadata(bench.model().join(WEIGHTS)).unwrap();
-    assert!(weights.len() == on_disk.len() && weights.blocks() < on_disk.blocks(), "{weights:?}");
+    let bytes = fs::read(fixture("mistral.gguf")).unwrap();
+    fs::write(bench.model().join("m.gguf"), &bytes).unwrap();
+    let [checked, whole] =
+        [Keep::Headers, Keep::Whole].map(|keep| bench.bring("hf://owner/tiny/m.gguf", keep).unwrap());
+    assert_eq!((&checked.digest, &checked.shape), (&whole.digest, &whole.shape));
+    assert_eq!(checked.digest, digest::of_files(&[digest::file_of_bytes("model.gguf", &bytes)]));
+    let blocks = |model: &ModelFolder| fs::metadata(model.folder.join(WEIGHTS)).unwrap().blocks();
+    assert!(blocks(&checked) < blocks(&whole));
+    assert!(!bench.folder.path().join("work/headers/model.gguf").exists());
+}
+
+#[test]
+fn a_preflight_leaves_the_cache_of_other_clients_whole() {
+    let mut bench = Bench::new();
+    let home = bench.folder.path().join("home");
+    bench.stores = bench.stores.with_variable("HF_HOME", &home.display().to_string());
+    let checked = bench.bring("hf://owner/tiny", Keep::Headers).unwrap();
+    assert!(checked.folder.starts_with(&home));
+    assert_eq!(fs::read(checked.folder.join(WEIGHTS)).unwrap(), fs::read(bench.model().join(WEIGHTS)).unwrap());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions, TryLockError},
-    io::{self, Read, Seek, Write},
+    io::{self, Read, Write},
     path::Path,
     thread,
     time::Duration,
@@ -78,6 +78,56 @@ pub(super) fn lock(file: &File) -> Result<(), Failure> {
         }
     }
     Err(Failure::Transient("another process is downloading the same file".into()))
+}
+
+/// What a download goes into.
+trait Target: Write {
+    /// How many of the file's bytes it has.
+    fn position(&self) -> io::Result<u64>;
+    /// The file comes from its beginning.
+    fn restart(&mut self) -> io::Result<()>;
+}
+
+impl Target for File {
+    fn position(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn restart(&mut self) -> io::Result<()> {
+        self.set_len(0)
+    }
+}
+
+/// Passes bytes on that are kept nowhere, none of them twice.
+struct Streamed<'a> {
+    to: &'a mut dyn Write,
+    position: u64,
+    passed_on: u64,
+}
+
+impl Write for Streamed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let known = usize::try_from(self.passed_on - self.position).unwrap_or(usize::MAX).min(bytes.len());
+        self.to.write_all(&bytes[known..])?;
+        self.position += bytes.len() as u64;
+        self.passed_on = self.passed_on.max(self.position);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+impl Target for Streamed<'_> {
+    fn position(&self) -> io::Result<u64> {
+        Ok(self.position)
+    }
+
+    fn restart(&mut self) -> io::Result<()> {
+        self.position = 0;
+        Ok(())
+    }
 }
 
 /// Requests with the token of a role.
@@ -167,16 +217,24 @@ impl Transfer {
 
     /// Brings the bytes that `partial` lacks.
     pub(super) fn download(&self, url: &str, partial: &Path) -> Result<(), Failure> {
-        let mut file = OpenOptions::new().create(true).append(true).open(partial)?;
+        self.fill(url, &mut OpenOptions::new().create(true).append(true).open(partial)?)
+    }
+
+    /// Brings all bytes, each once, into `to`.
+    pub(super) fn stream(&self, url: &str, to: &mut dyn Write) -> Result<(), Failure> {
+        self.fill(url, &mut Streamed { to, position: 0, passed_on: 0 })
+    }
+
+    fn fill(&self, url: &str, target: &mut impl Target) -> Result<(), Failure> {
         let mut tries = 0;
         loop {
-            let before = file.metadata()?.len();
-            let failure = match self.download_rest(url, &mut file) {
+            let before = target.position()?;
+            let failure = match self.fill_rest(url, target) {
                 Ok(()) => return Ok(()),
                 Err(Failure::Transient(answer)) => answer,
                 Err(failure) => return Err(failure),
             };
-            let now = file.metadata()?.len();
+            let now = target.position()?;
             tries = if now > before { 1 } else { tries + 1 };
             if tries > RETRIES {
                 let answer = format!("{failure}, {tries} times in a row; the next attempt goes on after {now} bytes");
@@ -187,19 +245,19 @@ impl Transfer {
         }
     }
 
-    fn download_rest(&self, url: &str, file: &mut File) -> Result<(), Failure> {
-        let start = file.metadata()?.len();
+    fn fill_rest(&self, url: &str, target: &mut impl Target) -> Result<(), Failure> {
+        let start = target.position()?;
         let answer = match self.get(&self.agent, url, Some(&format!("bytes={start}-"))) {
             Err(Failure::Status(416)) if start == 0 => return Ok(()),
             // There is nothing after the last byte: another client left the whole file, or a wrong one.
-            Err(Failure::Status(416)) => return self.check_whole(url, start, file),
+            Err(Failure::Status(416)) => return self.check_whole(url, start, target),
             answer => answer?,
         };
         let total = match (answer.status().as_u16(), content_range(answer.headers())) {
             (206, Some((first, total))) if first == start => total,
             // Whoever ignores ranges sends it all.
             (200, _) => {
-                file.set_len(0)?;
+                target.restart()?;
                 answer.body().content_length()
             }
             (status, range) => {
@@ -207,20 +265,20 @@ impl Transfer {
                 return Err(Failure::Transient(answer));
             }
         };
-        copy(&mut answer.into_body().into_reader(), file)?;
-        let now = file.stream_position()?;
+        copy(&mut answer.into_body().into_reader(), target)?;
+        let now = target.position()?;
         match total {
             Some(total) if now < total => Err(Failure::Transient(format!("{now} of {total} bytes came"))),
             _ => Ok(()),
         }
     }
 
-    fn check_whole(&self, url: &str, start: u64, file: &mut File) -> Result<(), Failure> {
+    fn check_whole(&self, url: &str, start: u64, target: &mut impl Target) -> Result<(), Failure> {
         let answer = self.get(&self.agent, url, Some("bytes=0-0"))?;
         match content_range(answer.headers()) {
             Some((_, Some(total))) if total == start => Ok(()),
             _ => {
-                file.set_len(0)?;
+                target.restart()?;
                 Err(Failure::Transient("what an earlier download left is no part of the file".into()))
             }
         }
@@ -234,7 +292,7 @@ fn content_range(headers: &HeaderMap) -> Option<(u64, Option<u64>)> {
     Some((range.split_once('-')?.0.parse().ok()?, total.parse().ok()))
 }
 
-fn copy(from: &mut impl Read, to: &mut File) -> Result<(), Failure> {
+fn copy(from: &mut impl Read, to: &mut impl Write) -> Result<(), Failure> {
     let mut buffer = vec![0; 1 << 16];
     loop {
         match from.read(&mut buffer) {

@@ -2,6 +2,7 @@
 //! such a folder first.
 
 mod files;
+mod gguf;
 mod outline;
 mod source;
 mod tensors;
@@ -10,7 +11,7 @@ mod tests;
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    io,
     path::{Path, PathBuf},
 };
 
@@ -18,8 +19,8 @@ use tunesmith_crds::{Uri, adapter_version::ArtifactFile, run::ModelShape};
 use tunesmith_engine::{Error as EngineError, FiniteScan, ModelConfig, weights};
 
 use self::{
-    files::{ADAPTER, INDEX, OPTIONAL, REQUIRED, SPLIT, WEIGHTS, hint, is_copied, is_gguf, is_part_of_gguf, shards},
-    source::{Fetched, Source, fetch_file},
+    files::{ADAPTER, INDEX, OPTIONAL, REQUIRED, WEIGHTS, hint, is_copied, is_gguf, shards},
+    source::Source,
     tensors::{Tensor, header, not_finite, shape, unplaced, used},
 };
 pub(crate) use self::{
@@ -27,7 +28,6 @@ pub(crate) use self::{
     tensors::read_header,
 };
 use crate::{
-    convert::{ConvertError, convert},
     digest,
     store::{StoreError, Stores},
 };
@@ -37,8 +37,7 @@ use crate::{
 pub enum Keep {
     /// All: they are to be computed with.
     Whole,
-    /// Their headers: they were to be checked. Weights that lie on a disk already stay as they are, and a GGUF file is
-    /// converted all the same.
+    /// Their headers: they were to be checked. Weights that lie on a disk already stay as they are.
     Headers,
 }
 
@@ -104,12 +103,10 @@ impl ModelFolder {
     /// # Errors
     /// A file is missing or damaged, or the model is not supported.
     pub fn bring(uri: &Uri, stores: &Stores, work: &Path, keep: Keep) -> Result<Self, ModelError> {
-        if !is_gguf(uri.file_name()) {
-            return Self::fetch_folder(&Source::open(uri, stores, work)?, keep);
+        match is_gguf(uri.file_name()) {
+            true => gguf::bring(uri, stores, work, keep),
+            false => Self::fetch_folder(&Source::open(uri, stores, work, keep)?, keep),
         }
-        let (folder, digest) = convert_gguf(uri, stores, work)?;
-        let converted = Uri::File { path: folder.display().to_string() };
-        Ok(Self { digest, ..Self::fetch_folder(&Source::open(&converted, stores, work)?, keep)? })
     }
 
     fn fetch_folder(source: &Source, keep: Keep) -> Result<Self, ModelError> {
@@ -224,28 +221,4 @@ fn problem_of(error: EngineError) -> String {
         EngineError::Io { source, .. } => format!("can't be read: {source}"),
         other => other.to_string(),
     }
-}
-
-/// Turns a GGUF file into a folder under `work`, where it may be already, and tells the file's digest.
-fn convert_gguf(uri: &Uri, stores: &Stores, work: &Path) -> Result<(PathBuf, String), ModelError> {
-    let unusable = |problem: String| ModelError::Unusable { uri: uri.clone(), problem };
-    if is_part_of_gguf(uri.file_name()) {
-        return Err(unusable(format!("it is {SPLIT}")));
-    }
-    let Fetched { path, file, is_copy } = fetch_file(uri, stores, work, "model.gguf")?;
-    check_whole(&path).map_err(unusable)?;
-    let digest = digest::of_files(&[file]);
-    let folder = work.join(format!("gguf-{}", &digest["sha256:".len()..][..16]));
-    if !folder.exists() {
-        convert(&path, &folder).map_err(|error| match error {
-            ConvertError::Io { path, source } => ModelError::Store(StoreError::Disk { path, source }),
-            other => unusable(other.to_string()),
-        })?;
-        tracing::info!(%uri, "converted from GGUF");
-    }
-    if is_copy {
-        // Weights are not kept twice.
-        fs::remove_file(&path).map_err(|source| StoreError::Disk { path, source })?;
-    }
-    Ok((folder, digest))
 }

@@ -1,69 +1,184 @@
-//! A file of weights of which the header alone is kept, and a hole in place of the rest: whoever reads headers finds the whole
+//! A file of weights of which the header is kept, and a hole in place of the rest: whoever reads headers finds the whole
 //! file, and it takes no room. A preflight has no other use for weights, whose bytes it has seen going by.
 
 use std::{
     fs::File,
-    io::{self, Seek, SeekFrom, Write},
-    path::Path,
+    io::{self, Write},
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
 };
+
+use crate::convert::{ConvertError, Gguf, GgufScan};
 
 /// The bytes before a safetensors header, which tell how long it is.
 const LENGTH_BYTES: u64 = 8;
+/// A GGUF file is first read when so many bytes are there, and then whenever they have doubled.
+const FIRST_BYTES: u64 = 1 << 20;
+/// No header of a GGUF file is so long: it is mostly the tokenizer.
+const MAX_GGUF_HEADER_BYTES: u64 = 1 << 30;
+
+/// What is known of a file by its beginning.
+enum Known {
+    /// Nothing until so many bytes are there.
+    Nothing(u64),
+    /// What to keep of the bytes that follow.
+    Kept(Vec<Range<u64>>),
+}
 
 /// Keeps the header of what is written to it, and counts the rest.
-pub(super) struct Outline {
+struct Outline {
+    path: PathBuf,
     file: File,
-    length: Vec<u8>,
     position: u64,
+    known: Known,
 }
 
 impl Outline {
+    /// An outline at this path, in place of what is there; its header is looked at when so many bytes are there.
+    fn create(path: &Path, first: u64) -> io::Result<Self> {
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+        Ok(Self { path: path.to_owned(), file, position: 0, known: Known::Nothing(first) })
+    }
+
+    /// Takes bytes, but none beyond those after which the header is to be looked at; tells how many.
+    fn take(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let start = self.position;
+        let taken = match &self.known {
+            Known::Nothing(until) => {
+                let taken = usize::try_from(until - start).unwrap_or(usize::MAX).min(bytes.len());
+                self.file.write_all_at(&bytes[..taken], start)?;
+                taken
+            }
+            Known::Kept(ranges) => {
+                let end = start + bytes.len() as u64;
+                for range in ranges {
+                    let (from, to) = (range.start.max(start), range.end.min(end));
+                    if from < to {
+                        let own = &bytes[(from - start) as usize..(to - start) as usize];
+                        self.file.write_all_at(own, from)?;
+                    }
+                }
+                bytes.len()
+            }
+        };
+        self.position += taken as u64;
+        Ok(taken)
+    }
+
+    /// Whether the header is to be looked at now.
+    fn is_due(&self) -> bool {
+        matches!(self.known, Known::Nothing(until) if until == self.position)
+    }
+
+    /// The file has ended: it gets its length.
+    fn finish(self) -> io::Result<()> {
+        self.file.set_len(self.position)
+    }
+}
+
+/// Keeps the header of a safetensors file.
+pub(super) struct SafetensorsOutline(Outline);
+
+impl SafetensorsOutline {
     /// An outline at this path, in place of what is there.
     pub(super) fn create(path: &Path) -> io::Result<Self> {
-        Ok(Self { file: File::create(path)?, length: Vec::new(), position: 0 })
+        Ok(Self(Outline::create(path, LENGTH_BYTES)?))
     }
 
     /// The file has ended: it gets its length.
     pub(super) fn finish(self) -> io::Result<()> {
-        self.file.set_len(self.position)
-    }
-
-    /// Where the data begin, as far as is known.
-    fn data(&self) -> u64 {
-        let length: Option<[u8; 8]> = self.length.as_slice().try_into().ok();
-        length.map_or(LENGTH_BYTES, |length| LENGTH_BYTES.saturating_add(u64::from_le_bytes(length)))
+        self.0.finish()
     }
 }
 
-impl Write for Outline {
+impl Write for SafetensorsOutline {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let kept = usize::try_from(self.data().saturating_sub(self.position)).unwrap_or(usize::MAX).min(bytes.len());
-        // Nothing is written beyond the header, so that there is the file's end.
-        if kept > 0 {
-            self.file.write_all(&bytes[..kept])?;
-            let missing = usize::try_from(LENGTH_BYTES).unwrap_or(0) - self.length.len();
-            self.length.extend_from_slice(&bytes[..kept.min(missing)]);
-            self.position += kept as u64;
-            return Ok(kept);
+        let taken = self.0.take(bytes)?;
+        while self.0.is_due() {
+            let mut length = [0; LENGTH_BYTES as usize];
+            self.0.file.read_exact_at(&mut length, 0)?;
+            let end = LENGTH_BYTES.saturating_add(u64::from_le_bytes(length));
+            self.0.known = match end == self.0.position {
+                true => Known::Kept(Vec::new()),
+                false => Known::Nothing(end),
+            };
         }
-        self.position += bytes.len() as u64;
-        Ok(bytes.len())
+        Ok(taken)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        Ok(())
     }
 }
 
-/// Makes a hole of a file's data, in place.
-pub(super) fn hollow(path: &Path) -> io::Result<()> {
-    let mut file = File::options().read(true).write(true).open(path)?;
-    let bytes = file.seek(SeekFrom::End(0))?;
-    file.seek(SeekFrom::Start(0))?;
-    let mut length = [0; 8];
-    io::Read::read_exact(&mut file, &mut length)?;
-    file.set_len(LENGTH_BYTES.saturating_add(u64::from_le_bytes(length)).min(bytes))?;
-    file.set_len(bytes)
+/// Keeps the header of a GGUF file, with the few tensors that belong to the configuration, and looks at its weights as they
+/// go by.
+pub(super) struct GgufOutline {
+    outline: Outline,
+    /// Once the header is whole.
+    scan: Option<GgufScan>,
+}
+
+impl GgufOutline {
+    /// An outline at this path, in place of what is there.
+    pub(super) fn create(path: &Path) -> io::Result<Self> {
+        Ok(Self { outline: Outline::create(path, FIRST_BYTES)?, scan: None })
+    }
+
+    /// The file has ended: it gets its length. Names the tensors that are not finite.
+    pub(super) fn finish(mut self) -> io::Result<Vec<String>> {
+        if self.scan.is_none() {
+            self.read_header()?;
+        }
+        let names = self.scan.take().map_or_else(Vec::new, GgufScan::into_names);
+        self.outline.finish().map(|()| names)
+    }
+
+    /// Looks whether the header is whole. A file that can't be used goes by; reading it later says why.
+    fn read_header(&mut self) -> io::Result<()> {
+        let gguf = match Gguf::open(&self.outline.path) {
+            Ok(gguf) => gguf,
+            Err(ConvertError::Io { source, .. }) => return Err(source),
+            Err(ConvertError::Damaged { .. }) if self.outline.position < MAX_GGUF_HEADER_BYTES => {
+                self.outline.known = Known::Nothing(self.outline.position.saturating_mul(2));
+                return Ok(());
+            }
+            Err(_) => {
+                self.outline.known = Known::Kept(Vec::new());
+                return Ok(());
+            }
+        };
+        let mut scan = GgufScan::new(&gguf);
+        let mut seen = vec![0; usize::try_from(FIRST_BYTES).unwrap_or(usize::MAX)];
+        let mut at = 0;
+        while at < self.outline.position {
+            let bytes = (seen.len() as u64).min(self.outline.position - at) as usize;
+            self.outline.file.read_exact_at(&mut seen[..bytes], at)?;
+            scan.write_all(&seen[..bytes])?;
+            at += bytes as u64;
+        }
+        self.outline.known = Known::Kept(gguf.configuring_tensors());
+        self.scan = Some(scan);
+        Ok(())
+    }
+}
+
+impl Write for GgufOutline {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = self.outline.take(bytes)?;
+        if let Some(scan) = &mut self.scan {
+            scan.write_all(&bytes[..taken])?;
+        }
+        if self.outline.is_due() {
+            self.read_header()?;
+        }
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -91,7 +206,7 @@ mod tests {
         let (folder, whole) = (tempfile::tempdir().unwrap(), weights());
         for piece in [1, 7, 8, 9, 100, 1 << 20] {
             let path = folder.path().join("outline");
-            let mut outline = Outline::create(&path).unwrap();
+            let mut outline = SafetensorsOutline::create(&path).unwrap();
             whole.chunks(piece).for_each(|bytes| outline.write_all(bytes).unwrap());
             outline.finish().unwrap();
             check(&path, &whole);
@@ -99,14 +214,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_made_hollow_in_place_and_one_that_is_cut_short_keeps_its_length() {
+    fn a_file_that_is_cut_short_keeps_what_came_and_its_length() {
         let (folder, whole) = (tempfile::tempdir().unwrap(), weights());
-        let path = folder.path().join("whole");
-        fs::write(&path, &whole).unwrap();
-        hollow(&path).unwrap();
-        check(&path, &whole);
-        fs::write(&path, &whole[..50]).unwrap();
-        hollow(&path).unwrap();
-        assert_eq!(fs::read(&path).unwrap(), &whole[..50]);
+        let path = folder.path().join("outline");
+        for length in [0, 5, 8, 50] {
+            let mut outline = SafetensorsOutline::create(&path).unwrap();
+            outline.write_all(&whole[..length]).unwrap();
+            outline.finish().unwrap();
+            assert_eq!(fs::read(&path).unwrap(), &whole[..length]);
+        }
     }
 }

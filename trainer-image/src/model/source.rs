@@ -9,10 +9,7 @@ use std::{
 
 use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
 
-use super::{
-    INDEX, ModelError, OPTIONAL, WEIGHTS, copied_in,
-    outline::{Outline, hollow},
-};
+use super::{INDEX, Keep, ModelError, OPTIONAL, WEIGHTS, copied_in, outline::SafetensorsOutline};
 use crate::{
     digest,
     hub::Repository,
@@ -33,17 +30,19 @@ pub(super) struct Place {
     /// Where its files are on this machine, or go.
     folder: PathBuf,
     files: BTreeSet<String>,
+    /// It was made here, and its weights have holes.
+    is_outline: bool,
 }
 
 impl Source {
     /// Opens a model's folder. What has to be downloaded will go under `work`.
-    pub(super) fn open(uri: &Uri, stores: &Stores, work: &Path) -> Result<Self, ModelError> {
+    pub(super) fn open(uri: &Uri, stores: &Stores, work: &Path, keep: Keep) -> Result<Self, ModelError> {
         if let Uri::Hub { path, .. } = uri {
             if !path.is_empty() {
                 let problem = "name the whole repository, hf://owner/name, or one of its .gguf files".into();
                 return Err(ModelError::Unusable { uri: uri.clone(), problem });
             }
-            return Ok(Self::Hub(Box::new(Repository::open(uri, Role::Model, stores, work)?)));
+            return Ok(Self::Hub(Box::new(open_repository(uri, stores, work, keep)?)));
         }
         let location = stores.open(Role::Model, uri)?;
         if location.on_disk().is_some_and(Path::is_file) {
@@ -55,7 +54,16 @@ impl Source {
             Some(folder) => folder.to_owned(),
             None => download_folder(&location, work, &files)?,
         };
-        Ok(Self::Place(Box::new(Place { location, folder, files })))
+        Ok(Self::Place(Box::new(Place { location, folder, files, is_outline: false })))
+    }
+
+    /// Opens a folder that was made here from a file of another format, and that has the weights' headers only.
+    pub(super) fn open_outline(uri: &Uri, stores: &Stores, work: &Path) -> Result<Self, ModelError> {
+        let mut source = Self::open(uri, stores, work, Keep::Headers)?;
+        if let Self::Place(place) = &mut source {
+            place.is_outline = true;
+        }
+        Ok(source)
     }
 
     pub(super) fn uri(&self) -> &Uri {
@@ -93,19 +101,43 @@ impl Source {
         }
     }
 
-    /// The same for a file of weights, of which the header alone stays here. One that lies on a disk is left as it is.
+    /// The same for a file of weights, of which the header alone stays here. One that lies on a disk, or in a cache that
+    /// other clients share, is left as it is.
     pub(super) fn fetch_header(&self, name: &str, also: &mut dyn Write) -> Result<ArtifactFile, ModelError> {
         match self {
             Self::Place(place) => place.fetch_header(name, also),
-            Self::Hub(repository) => {
-                let (file, path) = (self.fetch(name, also)?, repository.folder().join(name));
-                if repository.is_own() {
-                    hollow(&path).map_err(|source| StoreError::Disk { path, source })?;
-                }
-                Ok(file)
+            Self::Hub(repository) if repository.is_own() => {
+                outline(&repository.folder().join(name), also, |to| repository.stream(name, to))
             }
+            Self::Hub(_) => self.fetch(name, also),
         }
     }
+}
+
+/// Opens a repository whose files, as far as they are kept, go under `work`. Where headers are kept, they are apart from whole
+/// files, so that nobody takes them for such.
+fn open_repository(uri: &Uri, stores: &Stores, work: &Path, keep: Keep) -> Result<Repository, StoreError> {
+    let work = match keep {
+        Keep::Whole => work.to_owned(),
+        Keep::Headers => work.join("headers"),
+    };
+    Repository::open(uri, Role::Model, stores, &work)
+}
+
+/// Keeps the header of a safetensors file that `read` writes; its bytes go into `also`, too.
+fn outline(
+    path: &Path,
+    also: &mut dyn Write,
+    read: impl FnOnce(&mut dyn Write) -> Result<ArtifactFile, StoreError>,
+) -> Result<ArtifactFile, ModelError> {
+    let disk = |source| StoreError::Disk { path: path.to_owned(), source };
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(disk)?;
+    }
+    let mut outline = SafetensorsOutline::create(path).map_err(disk)?;
+    let file = read(&mut Both(&mut outline, also))?;
+    outline.finish().map_err(disk)?;
+    Ok(file)
 }
 
 impl Place {
@@ -123,21 +155,21 @@ impl Place {
 
     fn fetch_header(&self, name: &str, also: &mut dyn Write) -> Result<ArtifactFile, ModelError> {
         let (path, object) = (self.folder.join(name), self.location.join(name));
+        if self.is_outline {
+            // The file that it was made from has been looked at, and its digest counts.
+            return Ok(digest::file_of_bytes(name, &[]));
+        }
         if object.on_disk().is_some() {
             return self.fetch(name, also);
         }
-        let disk = |source| StoreError::Disk { path: path.clone(), source };
-        fs::create_dir_all(&self.folder).map_err(disk)?;
-        let mut outline = Outline::create(&path).map_err(disk)?;
-        let file = object.read_into(&mut Both(&mut outline, also))?;
-        outline.finish().map_err(disk)?;
+        let file = outline(&path, also, |to| object.read_into(to))?;
         tracing::info!(uri = %object.uri(), bytes = file.size, "read");
         Ok(file)
     }
 }
 
 /// Writes to both.
-struct Both<'a>(&'a mut Outline, &'a mut dyn Write);
+struct Both<'a>(&'a mut dyn Write, &'a mut dyn Write);
 
 impl Write for Both<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -192,7 +224,7 @@ pub(super) struct Fetched {
 /// Brings a model that is one file here, under `work` unless it is on a disk already. Its digest goes by `name`.
 pub(super) fn fetch_file(uri: &Uri, stores: &Stores, work: &Path, name: &str) -> Result<Fetched, ModelError> {
     if let Uri::Hub { path, .. } = uri {
-        let repository = Repository::open(uri, Role::Model, stores, work)?;
+        let repository = open_repository(uri, stores, work, Keep::Whole)?;
         let file = repository.fetch(path)?;
         let path = repository.folder().join(path);
         return Ok(Fetched { path, file: ArtifactFile { path: name.into(), ..file }, is_copy: false });
@@ -206,6 +238,38 @@ pub(super) fn fetch_file(uri: &Uri, stores: &Stores, work: &Path, name: &str) ->
     let path = work.join(name);
     let file = ArtifactFile { path: name.into(), ..location.download(&path)? };
     Ok(Fetched { path, file, is_copy: true })
+}
+
+/// Reads a model that is one file into `to`, and keeps no more of it than a cache that other clients share. Its digest goes
+/// by `name`.
+pub(super) fn read_file(
+    uri: &Uri,
+    stores: &Stores,
+    work: &Path,
+    name: &str,
+    to: &mut dyn Write,
+) -> Result<ArtifactFile, ModelError> {
+    let file = if let Uri::Hub { path, .. } = uri {
+        let repository = open_repository(uri, stores, work, Keep::Headers)?;
+        match repository.is_own() {
+            true => repository.stream(path, to)?,
+            false => {
+                let file = repository.fetch(path)?;
+                copy(&repository.folder().join(path), to)?;
+                file
+            }
+        }
+    } else {
+        let location = stores.open(Role::Model, uri)?;
+        match location.on_disk() {
+            Some(path) => {
+                let file = check_is_file(path).and_then(|()| digest::file_through(path, name, to));
+                file.map_err(|error| unreadable(&location, &error))?
+            }
+            None => location.read_into(to)?,
+        }
+    };
+    Ok(ArtifactFile { path: name.into(), ..file })
 }
 
 /// A folder of this model's own under `work`, without files of an earlier download that the model no longer has: the

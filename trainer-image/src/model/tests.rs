@@ -1,6 +1,8 @@
 //! Model folders of all kinds: what is read, what is refused, and in which words.
 
-use std::{collections::BTreeMap, os::unix::fs::symlink};
+mod gguf;
+
+use std::{collections::BTreeMap, fs, os::unix::fs::symlink};
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};

@@ -187,11 +187,11 @@ impl Location {
     ///
     /// # Errors
     /// The object is missing, or the store or the disk fails.
-    pub fn read_into(&self, to: &mut impl Write) -> Result<ArtifactFile, StoreError> {
+    pub fn read_into(&self, to: &mut (impl Write + ?Sized)) -> Result<ArtifactFile, StoreError> {
         self.stream(to).map_err(|error| self.or_folder(error))
     }
 
-    fn stream(&self, to: &mut impl Write) -> Result<ArtifactFile, StoreError> {
+    fn stream(&self, to: &mut (impl Write + ?Sized)) -> Result<ArtifactFile, StoreError> {
         let mut hash = Sha256::new();
         let mut size = 0;
         let mut stream = self.run(async { Ok(self.store.get(&self.path).await?.into_stream()) })?;

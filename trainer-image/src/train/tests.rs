@@ -5,6 +5,7 @@ mod execution;
 mod gates;
 mod methods;
 mod non_finite;
+mod preflight;
 
 use std::{
     fs,
