@@ -263,6 +263,30 @@ fn a_preflight_keeps_no_more_of_the_weights_than_their_headers() {
 }
 
 #[test]
+fn a_preflight_sees_how_weights_in_few_bits_are_stored_and_whether_the_output_layer_is_the_embedding() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/fixtures");
+    for (name, sharded) in [
+        ("quantized/nf4", false),
+        ("quantized/fp4_as_bf16", false),
+        ("quantized/int8", false),
+        ("adapters/stored_apart", false),
+        ("adapters/stored_apart", true),
+    ] {
+        let bench = Bench::new();
+        for file in ["config.json", WEIGHTS] {
+            fs::copy(fixtures.join(name).join(file), bench.model().join(file)).unwrap();
+        }
+        if sharded {
+            bench.shard();
+        }
+        let [headers, whole] = [Keep::Headers, Keep::Whole]
+            .map(|keep| bench.bring("hf://owner/tiny", keep).unwrap_or_else(|error| panic!("{name}: {error}")));
+        assert_eq!((headers.shape, headers.config), (whole.shape, whole.config), "{name}");
+        assert_eq!((headers.digest, headers.warnings), (whole.digest, whole.warnings), "{name}");
+    }
+}
+
+#[test]
 fn a_preflight_fails_over_weights_as_a_download_does() {
     let mut bench = Bench::new();
     bench.stores = bench.stores.with_variable("HF_HUB_DOWNLOAD_TIMEOUT", "1");

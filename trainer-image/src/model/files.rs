@@ -170,6 +170,11 @@ pub(super) fn shards(index: &Path, present: &BTreeSet<String>) -> Result<Vec<Str
     }
 }
 
+/// Whether an index lists a tensor.
+pub(super) fn is_listed(index: &Path, tensor: &str) -> bool {
+    read_json(index).is_ok_and(|index| index["weight_map"][tensor].is_string())
+}
+
 /// The JSON text of a file. A byte order mark before it is skipped, as some editors of Windows write it.
 pub(crate) fn read_json(path: &Path) -> Result<Value, String> {
     json(&fs::read(path).map_err(|error| format!("can't be read: {error}"))?)

@@ -19,7 +19,8 @@ use tunesmith_crds::{Uri, adapter_version::ArtifactFile, run::ModelShape};
 use tunesmith_engine::{Error as EngineError, FiniteScan, ModelConfig, weights};
 
 use self::{
-    files::{ADAPTER, INDEX, OPTIONAL, REQUIRED, WEIGHTS, hint, is_copied, is_gguf, shards},
+    files::{ADAPTER, INDEX, OPTIONAL, REQUIRED, WEIGHTS, hint, is_copied, is_gguf, is_listed, shards},
+    outline::{Compare, OUTPUT},
     source::Source,
     tensors::{Tensor, header, not_finite, shape, unplaced, used},
 };
@@ -37,7 +38,7 @@ use crate::{
 pub enum Keep {
     /// All: they are to be computed with.
     Whole,
-    /// Their headers: they were to be checked. Weights that lie on a disk already stay as they are.
+    /// Their headers, and the few tensors that are looked into: they were to be checked. Weights that lie on a disk already stay as they are.
     Headers,
 }
 
@@ -151,9 +152,14 @@ impl ModelFolder {
         for name in present.iter().filter(|name| is_copied(name) && !OPTIONAL.contains(&name.as_str())) {
             source.fetch(name, &mut io::sink())?;
         }
-        let (tensors, not_finite_of) = fetch_weights(source, &names, keep, &mut files)?;
         // An output layer beside the embedding may be used although the configuration ties them.
-        let config = match config.tie_word_embeddings && tensors.contains_key("lm_head.weight") {
+        let compare = match (config.tie_word_embeddings, weights) {
+            (true, INDEX) if is_listed(&folder.join(INDEX), OUTPUT) => Compare::Each,
+            (true, WEIGHTS) => Compare::WithOutput,
+            _ => Compare::No,
+        };
+        let (tensors, not_finite_of) = fetch_weights(source, &names, (keep, compare), &mut files)?;
+        let config = match config.tie_word_embeddings && tensors.contains_key(OUTPUT) {
             true => ModelConfig::of_folder(folder).map_err(|error| unusable("config.json", problem_of(error)))?,
             false => config,
         };
@@ -190,7 +196,7 @@ type NotFinite<'a> = Vec<(&'a String, Vec<String>)>;
 fn fetch_weights<'a>(
     source: &Source,
     names: &'a [String],
-    keep: Keep,
+    (keep, compare): (Keep, Compare),
     files: &mut Vec<ArtifactFile>,
 ) -> Result<(BTreeMap<String, Tensor>, NotFinite<'a>), ModelError> {
     let unusable = |file: &str, problem: String| ModelError::Unusable { uri: source.uri().join(file), problem };
@@ -199,7 +205,7 @@ fn fetch_weights<'a>(
         let mut scan = FiniteScan::default();
         let file = match keep {
             Keep::Whole => source.fetch(name, &mut scan)?,
-            Keep::Headers => source.fetch_header(name, &mut scan)?,
+            Keep::Headers => source.fetch_header(name, compare, &mut scan)?,
         };
         files.push(checked(source, name, file)?);
         let found = header(&source.folder().join(name)).map_err(|problem| unusable(name, problem))?;

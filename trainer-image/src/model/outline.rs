@@ -1,7 +1,9 @@
 //! A file of weights of which the header is kept, and a hole in place of the rest: whoever reads headers finds the whole
-//! file, and it takes no room. A preflight has no other use for weights, whose bytes it has seen going by.
+//! file, and it takes no room. A preflight has no other use for weights, whose bytes it has seen going by; but for small
+//! tensors, which say how others are stored, and for an output layer, which may differ from the embedding.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io::{self, Write},
     ops::Range,
@@ -9,10 +11,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use safetensors::tensor::{Metadata, TensorInfo};
+
+use super::tensors::MAX_HEADER_BYTES;
 use crate::convert::{ConvertError, Gguf, GgufScan};
 
 /// The bytes before a safetensors header, which tell how long it is.
 const LENGTH_BYTES: u64 = 8;
+/// A tensor of so many bytes is kept, as the tables of a weight in 4 bits are no larger.
+const SMALL_BYTES: u64 = 1024;
+/// The output layer and the embedding, which a configuration may tie.
+pub(super) const OUTPUT: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
 /// A GGUF file is first read when so many bytes are there, and then whenever they have doubled.
 const FIRST_BYTES: u64 = 1 << 20;
 /// No header of a GGUF file is so long: it is mostly the tokenizer.
@@ -22,8 +32,16 @@ const MAX_GGUF_HEADER_BYTES: u64 = 1 << 30;
 enum Known {
     /// Nothing until so many bytes are there.
     Nothing(u64),
-    /// What to keep of the bytes that follow.
-    Kept(Vec<Range<u64>>),
+    /// What to keep of the bytes that follow, by their beginnings.
+    Kept(VecDeque<Range<u64>>),
+}
+
+impl Known {
+    fn kept(ranges: impl IntoIterator<Item = Range<u64>>) -> Self {
+        let mut ranges: Vec<_> = ranges.into_iter().collect();
+        ranges.sort_by_key(|range| range.start);
+        Self::Kept(ranges.into())
+    }
 }
 
 /// Keeps the header of what is written to it, and counts the rest.
@@ -44,15 +62,18 @@ impl Outline {
     /// Takes bytes, but none beyond those after which the header is to be looked at; tells how many.
     fn take(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let start = self.position;
-        let taken = match &self.known {
+        let taken = match &mut self.known {
             Known::Nothing(until) => {
-                let taken = usize::try_from(until - start).unwrap_or(usize::MAX).min(bytes.len());
+                let taken = usize::try_from(*until - start).unwrap_or(usize::MAX).min(bytes.len());
                 self.file.write_all_at(&bytes[..taken], start)?;
                 taken
             }
             Known::Kept(ranges) => {
                 let end = start + bytes.len() as u64;
-                for range in ranges {
+                while ranges.front().is_some_and(|range| range.end <= start) {
+                    ranges.pop_front();
+                }
+                for range in ranges.iter().take_while(|range| range.start < end) {
                     let (from, to) = (range.start.max(start), range.end.min(end));
                     if from < to {
                         let own = &bytes[(from - start) as usize..(to - start) as usize];
@@ -77,32 +98,79 @@ impl Outline {
     }
 }
 
-/// Keeps the header of a safetensors file.
-pub(super) struct SafetensorsOutline(Outline);
+/// Whether the embedding and the output layer are kept, to be compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compare {
+    /// They are not.
+    No,
+    /// Of a file that holds the output layer.
+    WithOutput,
+    /// Of each file.
+    Each,
+}
+
+/// Keeps the header of a safetensors file, and small tensors.
+pub(super) struct SafetensorsOutline {
+    outline: Outline,
+    compare: Compare,
+}
 
 impl SafetensorsOutline {
     /// An outline at this path, in place of what is there.
-    pub(super) fn create(path: &Path) -> io::Result<Self> {
-        Ok(Self(Outline::create(path, LENGTH_BYTES)?))
+    pub(super) fn create(path: &Path, compare: Compare) -> io::Result<Self> {
+        Ok(Self { outline: Outline::create(path, LENGTH_BYTES)?, compare })
     }
 
     /// The file has ended: it gets its length.
     pub(super) fn finish(self) -> io::Result<()> {
-        self.0.finish()
+        self.outline.finish()
     }
+
+    fn read_header(&mut self) -> io::Result<()> {
+        let outline = &mut self.outline;
+        let mut length = [0; LENGTH_BYTES as usize];
+        outline.file.read_exact_at(&mut length, 0)?;
+        let length = u64::from_le_bytes(length);
+        let data = LENGTH_BYTES.saturating_add(length);
+        outline.known = match (length > MAX_HEADER_BYTES, data == outline.position) {
+            // No such file; reading it says so.
+            (true, _) => Known::kept([]),
+            (false, false) => Known::Nothing(data),
+            (false, true) => {
+                let mut header = vec![0; usize::try_from(length).unwrap_or(0)];
+                outline.file.read_exact_at(&mut header, LENGTH_BYTES)?;
+                Known::kept(kept_tensors(&header, data, self.compare))
+            }
+        };
+        Ok(())
+    }
+}
+
+/// Where the tensors are that are kept of a file with this header and data that begin there.
+fn kept_tensors(header: &[u8], data: u64, compare: Compare) -> Vec<Range<u64>> {
+    let Ok(metadata) = serde_json::from_slice::<Metadata>(header) else { return Vec::new() };
+    let tensors = metadata.tensors();
+    let compares = match compare {
+        Compare::No => false,
+        Compare::WithOutput => tensors.contains_key(OUTPUT),
+        Compare::Each => true,
+    };
+    let place = |info: &TensorInfo| {
+        let (start, end) = info.data_offsets;
+        data.saturating_add(start as u64)..data.saturating_add(end as u64)
+    };
+    let is_kept = |name: &str, place: &Range<u64>| {
+        place.end.saturating_sub(place.start) <= SMALL_BYTES || (compares && [OUTPUT, EMBEDDING].contains(&name))
+    };
+    let places = tensors.iter().map(|(name, info)| (name, place(info)));
+    places.filter(|(name, place)| is_kept(name, place)).map(|(_, place)| place).collect()
 }
 
 impl Write for SafetensorsOutline {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let taken = self.0.take(bytes)?;
-        while self.0.is_due() {
-            let mut length = [0; LENGTH_BYTES as usize];
-            self.0.file.read_exact_at(&mut length, 0)?;
-            let end = LENGTH_BYTES.saturating_add(u64::from_le_bytes(length));
-            self.0.known = match end == self.0.position {
-                true => Known::Kept(Vec::new()),
-                false => Known::Nothing(end),
-            };
+        let taken = self.outline.take(bytes)?;
+        while self.outline.is_due() {
+            self.read_header()?;
         }
         Ok(taken)
     }
@@ -145,7 +213,7 @@ impl GgufOutline {
                 return Ok(());
             }
             Err(_) => {
-                self.outline.known = Known::Kept(Vec::new());
+                self.outline.known = Known::kept([]);
                 return Ok(());
             }
         };
@@ -158,7 +226,7 @@ impl GgufOutline {
             scan.write_all(&seen[..bytes])?;
             at += bytes as u64;
         }
-        self.outline.known = Known::Kept(gguf.configuring_tensors());
+        self.outline.known = Known::kept(gguf.configuring_tensors());
         self.scan = Some(scan);
         Ok(())
     }
@@ -206,7 +274,7 @@ mod tests {
         let (folder, whole) = (tempfile::tempdir().unwrap(), weights());
         for piece in [1, 7, 8, 9, 100, 1 << 20] {
             let path = folder.path().join("outline");
-            let mut outline = SafetensorsOutline::create(&path).unwrap();
+            let mut outline = SafetensorsOutline::create(&path, Compare::No).unwrap();
             whole.chunks(piece).for_each(|bytes| outline.write_all(bytes).unwrap());
             outline.finish().unwrap();
             check(&path, &whole);
@@ -218,7 +286,7 @@ mod tests {
         let (folder, whole) = (tempfile::tempdir().unwrap(), weights());
         let path = folder.path().join("outline");
         for length in [0, 5, 8, 50] {
-            let mut outline = SafetensorsOutline::create(&path).unwrap();
+            let mut outline = SafetensorsOutline::create(&path, Compare::No).unwrap();
             outline.write_all(&whole[..length]).unwrap();
             outline.finish().unwrap();
             assert_eq!(fs::read(&path).unwrap(), &whole[..length]);

@@ -9,7 +9,10 @@ use std::{
 
 use tunesmith_crds::{Uri, adapter_version::ArtifactFile};
 
-use super::{INDEX, Keep, ModelError, OPTIONAL, WEIGHTS, copied_in, outline::SafetensorsOutline};
+use super::{
+    INDEX, Keep, ModelError, OPTIONAL, WEIGHTS, copied_in,
+    outline::{Compare, SafetensorsOutline},
+};
 use crate::{
     digest,
     hub::Repository,
@@ -101,13 +104,18 @@ impl Source {
         }
     }
 
-    /// The same for a file of weights, of which the header alone stays here. One that lies on a disk, or in a cache that
+    /// The same for a file of weights, of which an outline stays here. One that lies on a disk, or in a cache that
     /// other clients share, is left as it is.
-    pub(super) fn fetch_header(&self, name: &str, also: &mut dyn Write) -> Result<ArtifactFile, ModelError> {
+    pub(super) fn fetch_header(
+        &self,
+        name: &str,
+        compare: Compare,
+        also: &mut dyn Write,
+    ) -> Result<ArtifactFile, ModelError> {
         match self {
-            Self::Place(place) => place.fetch_header(name, also),
+            Self::Place(place) => place.fetch_header(name, compare, also),
             Self::Hub(repository) if repository.is_own() => {
-                outline(&repository.folder().join(name), also, |to| repository.stream(name, to))
+                outline(&repository.folder().join(name), compare, also, |to| repository.stream(name, to))
             }
             Self::Hub(_) => self.fetch(name, also),
         }
@@ -124,9 +132,10 @@ fn open_repository(uri: &Uri, stores: &Stores, work: &Path, keep: Keep) -> Resul
     Repository::open(uri, Role::Model, stores, &work)
 }
 
-/// Keeps the header of a safetensors file that `read` writes; its bytes go into `also`, too.
+/// Keeps the outline of a safetensors file that `read` writes; its bytes go into `also`, too.
 fn outline(
     path: &Path,
+    compare: Compare,
     also: &mut dyn Write,
     read: impl FnOnce(&mut dyn Write) -> Result<ArtifactFile, StoreError>,
 ) -> Result<ArtifactFile, ModelError> {
@@ -134,7 +143,7 @@ fn outline(
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).map_err(disk)?;
     }
-    let mut outline = SafetensorsOutline::create(path).map_err(disk)?;
+    let mut outline = SafetensorsOutline::create(path, compare).map_err(disk)?;
     let file = read(&mut Both(&mut outline, also))?;
     outline.finish().map_err(disk)?;
     Ok(file)
@@ -153,7 +162,7 @@ impl Place {
         Ok(file)
     }
 
-    fn fetch_header(&self, name: &str, also: &mut dyn Write) -> Result<ArtifactFile, ModelError> {
+    fn fetch_header(&self, name: &str, compare: Compare, also: &mut dyn Write) -> Result<ArtifactFile, ModelError> {
         let (path, object) = (self.folder.join(name), self.location.join(name));
         if self.is_outline {
             // The file that it was made from has been looked at, and its digest counts.
@@ -162,7 +171,7 @@ impl Place {
         if object.on_disk().is_some() {
             return self.fetch(name, also);
         }
-        let file = outline(&path, also, |to| object.read_into(to))?;
+        let file = outline(&path, compare, also, |to| object.read_into(to))?;
         tracing::info!(uri = %object.uri(), bytes = file.size, "read");
         Ok(file)
     }

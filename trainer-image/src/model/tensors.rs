@@ -18,7 +18,7 @@ use tunesmith_crds::{
 use tunesmith_engine::{FourBitCode, ModelConfig, Quantization as EngineQuantization};
 
 /// The longest header of a safetensors file, as the format defines it.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
+pub(super) const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// A stored tensor.
 pub(crate) struct Tensor {

@@ -7,6 +7,9 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 use super::*;
 use crate::convert::tests::{fixture, gguf, metadata, tensors};
 
+/// A file's metadata, and its tensors' names and shapes.
+type Contents = (Vec<(&'static str, Metadata)>, Vec<(&'static str, Vec<usize>)>);
+
 const FILES: [&str; 4] = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
 
 impl Bench {
@@ -55,7 +58,7 @@ fn room(folder: &Path) -> u64 {
 }
 
 /// A model whose weights take some megabytes, and the divisors that its configuration holds lie behind them.
-fn large() -> (Vec<(&'static str, Metadata)>, Vec<(&'static str, Vec<usize>)>) {
+fn large() -> Contents {
     const WIDE: usize = 1 << 16;
     let mut metadata: Vec<_> = metadata().into_iter().filter(|(key, _)| *key != "llama.feed_forward_length").collect();
     metadata.push(("llama.feed_forward_length", Metadata::U32(WIDE as u32)));
