@@ -88,6 +88,9 @@ pub struct Artifact {
     /// ServiceAccount of this namespace with which the files can be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service_account_name: Option<String>,
+    /// IAM role that the ServiceAccount's token assumes to read the files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role_arn: Option<String>,
 }
 
 /// Kind of published files.

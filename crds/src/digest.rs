@@ -113,6 +113,7 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         template_date,
         assistant_only_loss,
         secret_ref: _,
+        role_arn: _,
     } = &spec.dataset;
     let inputs = Inputs {
         numerics_version: preflight.numerics_version,

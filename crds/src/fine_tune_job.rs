@@ -12,7 +12,7 @@ pub use crate::method::{Lora, LoraBias, MethodName, Quantization, QuantizationTy
 pub use crate::training::{OnNonFinite, Optim, Overflow, Training};
 use crate::{
     evaluation::{Evaluation, GateResult},
-    schema::{QUANTITY, is_name, is_quantity, is_zero, rule},
+    schema::{MAX_ROLE_ARN, QUANTITY, is_name, is_quantity, is_role_arn, is_zero, rule},
     uri::Uri,
 };
 
@@ -45,7 +45,9 @@ use crate::{
     validation = Rule::new("!has(self.quantization) || self.method in ['QLoRA', 'Auto']")
         .message("quantization is for method QLoRA or Auto only").field_path(".quantization"),
     validation = Rule::new("self.method != 'Full' || !has(self.lora)")
-        .message("method Full trains every parameter and takes no lora").field_path(".lora")
+        .message("method Full trains every parameter and takes no lora").field_path(".lora"),
+    validation = Rule::new("has(self.output.serviceAccountName) || !(has(self.baseModel.roleArn) || has(self.dataset.roleArn) || has(self.output.roleArn))")
+        .message("a role is assumed with the token of a ServiceAccount: set output.serviceAccountName").field_path(".output.serviceAccountName")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobSpec {
@@ -93,7 +95,9 @@ pub struct FineTuneJobSpec {
 /// The model to start from.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("!self.uri.startsWith('hf://datasets/')")
-    .message("a base model is hf://owner/name; hf://datasets/ holds data").field_path(".uri"))]
+    .message("a base model is hf://owner/name; hf://datasets/ holds data").field_path(".uri"),
+    validation = Rule::new("!has(self.roleArn) || self.uri.startsWith('s3://')")
+    .message("roleArn is for s3:// alone").field_path(".roleArn"))]
 #[serde(rename_all = "camelCase")]
 pub struct BaseModel {
     /// A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json, tokenizer_config.json. Or a
@@ -108,9 +112,14 @@ pub struct BaseModel {
     /// Secret with the store's credentials. For s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL,
     /// AWS_REGION. For gs://: GOOGLE_SERVICE_ACCOUNT_KEY (JSON). For az://: AZURE_STORAGE_ACCOUNT_NAME, and
     /// AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN. For hf://: HF_TOKEN where the model is private or gated, and
-    /// HF_ENDPOINT for a mirror. Default: output.secretRef.
+    /// HF_ENDPOINT for a mirror. Default: output.secretRef, unless roleArn is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
+    /// IAM role with which the pods read an s3:// model. They assume it with the token of output.serviceAccountName, in the
+    /// place of the role that the ServiceAccount is annotated with. Default: output.roleArn, unless secretRef is set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = MAX_ROLE_ARN), extend("x-kubernetes-validations" = is_role_arn()))]
+    pub role_arn: Option<String>,
 }
 
 /// The name of a Secret in the job's namespace. Only the job's pods read it, never the operator.
@@ -125,7 +134,9 @@ pub struct SecretRef {
 /// What to learn from, and what to measure on.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("has(self.eval) != has(self.evalFraction)")
-    .message("give exactly one of eval.uri and evalFraction"))]
+    .message("give exactly one of eval.uri and evalFraction"),
+    validation = Rule::new("!has(self.roleArn) || self.train.uri.startsWith('s3://') && (!has(self.eval) || self.eval.uri.startsWith('s3://'))")
+    .message("roleArn is for s3:// alone").field_path(".roleArn"))]
 #[serde(rename_all = "camelCase")]
 pub struct Dataset {
     /// Training rows: JSON (one object a line, or one list) or CSV, plain, gzip or zstd; or Parquet or Arrow.
@@ -165,9 +176,14 @@ pub struct Dataset {
     #[serde(default = "defaults::yes")]
     pub assistant_only_loss: bool,
     /// Secret with the store's credentials; for hf://datasets/, with HF_TOKEN where the data set is private or gated, and
-    /// HF_ENDPOINT for a mirror. Default: output.secretRef.
+    /// HF_ENDPOINT for a mirror. Default: output.secretRef, unless roleArn is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
+    /// IAM role with which the pods read s3:// data, as baseModel.roleArn for the model. Default: output.roleArn, unless
+    /// secretRef is set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = MAX_ROLE_ARN), extend("x-kubernetes-validations" = is_role_arn()))]
+    pub role_arn: Option<String>,
 }
 
 /// Files of rows.
@@ -273,7 +289,9 @@ pub struct Resources {
 #[x_kube(validation = Rule::new("!self.uri.startsWith('hf://') && !self.uri.startsWith('pvc://')")
     .message("versions are published to s3://bucket/folder, gs://bucket/folder or az://container/folder").field_path(".uri"),
     validation = Rule::new("!self.uri.contains('*')")
-    .message("versions are published to one folder: leave out the '*'").field_path(".uri"))]
+    .message("versions are published to one folder: leave out the '*'").field_path(".uri"),
+    validation = Rule::new("!has(self.roleArn) || self.uri.startsWith('s3://')")
+    .message("roleArn is for s3:// alone").field_path(".roleArn"))]
 #[serde(rename_all = "camelCase")]
 pub struct Output {
     /// Name of the adapter: a DNS label. Versions are AdapterVersions `<adapterName>-v1`, `-v2`, …
@@ -290,6 +308,11 @@ pub struct Output {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), extend("x-kubernetes-validations" = is_name()))]
     pub service_account_name: Option<String>,
+    /// IAM role with which the pods write versions and checkpoints to s3://. They assume it with the token that EKS mounts for
+    /// serviceAccountName (IAM roles for service accounts), so the role must trust that ServiceAccount.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = MAX_ROLE_ARN), extend("x-kubernetes-validations" = is_role_arn()))]
+    pub role_arn: Option<String>,
 }
 
 /// How far a job is.

@@ -45,6 +45,9 @@ pub mod env_prefix {
     pub const COPIED: &str = "TUNESMITH_COPIED_";
 }
 
+/// After a prefix, the environment variable of the IAM role to assume.
+pub const ROLE_ARN: &str = "AWS_ROLE_ARN";
+
 /// Name of an [`crate::AdapterVersion`]: one object a version, so creating it twice is a conflict, not a duplicate.
 pub fn adapter_version(adapter: &str, version: u32) -> String {
     format!("{adapter}-v{version}")

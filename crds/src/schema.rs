@@ -20,6 +20,17 @@ pub(crate) fn is_name() -> serde_json::Value {
     )
 }
 
+/// The longest ARN of a role: its path has 512 characters at most, its name 64.
+pub(crate) const MAX_ROLE_ARN: u64 = 640;
+
+/// That a field is the ARN of an IAM role.
+pub(crate) fn is_role_arn() -> serde_json::Value {
+    rule(
+        r"self.matches(r'^arn:[a-z0-9-]+:iam::[0-9]{12}:role/([!-~]+/)?[A-Za-z0-9_+=,.@-]{1,64}$')",
+        "must be the ARN of an IAM role, such as arn:aws:iam::123456789012:role/tuner",
+    )
+}
+
 /// A quantity of a size that all who read it can calculate with.
 pub(crate) const QUANTITY: &str = r"^[0-9]{1,12}(\.[0-9]{1,6})?([KMGTPE]i|[mkMGTPE]|[eE]([0-9]|1[0-2]))?$";
 

@@ -166,6 +166,39 @@ fn each_rule_of_a_gate_refuses_the_gate_that_breaks_it() {
 }
 
 #[test]
+fn a_role_is_for_s3_and_assumed_by_a_service_account() {
+    let arn = "arn:aws:iam::123456789012:role/tuner";
+    let roles = ["/spec/baseModel/roleArn", "/spec/dataset/roleArn", "/spec/output/roleArn"];
+    let account = ("/spec/output/serviceAccountName", json!("tuner"));
+    for role in roles {
+        let with = |changes: &[(&str, Value)]| refusals(with(job(), &[&[(role, json!(arn))], changes].concat()));
+        assert_eq!(with(std::slice::from_ref(&account)), "", "{role}");
+        assert!(with(&[]).contains("set output.serviceAccountName"), "{role}: {}", with(&[]));
+        let uri = role.replace("dataset/roleArn", "dataset/train/roleArn").replace("roleArn", "uri");
+        let elsewhere = with(&[account.clone(), (&uri, json!("gs://elsewhere/x"))]);
+        assert!(elsewhere.contains("roleArn is for s3:// alone"), "{role}: {elsewhere}");
+    }
+    let eval = [account.clone(), (roles[1], json!(arn)), ("/spec/dataset/evalFraction", Value::Null)];
+    let eval = [&eval[..], &[("/spec/dataset/eval", json!({"uri": "gs://data/eval.jsonl"}))]].concat();
+    assert!(refusals(with(job(), &eval)).contains("roleArn is for s3:// alone"));
+    for role in ["arn:aws-cn:iam::123456789012:role/a/b/tuner", "arn:aws-us-gov:iam::123456789012:role/x+=,.@-_"] {
+        assert_eq!(refusals(with(job(), &[(roles[2], json!(role)), account.clone()])), "", "{role}");
+    }
+    for role in [
+        "tuner",
+        "arn:aws:iam::12345678901:role/tuner",
+        "arn:aws:iam::123456789012:user/tuner",
+        "arn:aws:iam::123456789012:role/",
+        "arn:aws:iam::123456789012:role/a b",
+        "arn:aws:sts::123456789012:assumed-role/tuner/x",
+        "arn:aws:iam::123456789012:role/tuner\n",
+    ] {
+        let refused = refusals(with(job(), &[(roles[2], json!(role)), account.clone()]));
+        assert!(refused.contains("must be the ARN of an IAM role"), "{role}: {refused}");
+    }
+}
+
+#[test]
 fn a_uri_of_an_unknown_scheme_is_no_job_at_all() {
     let manifest = with(job(), &[("/spec/baseModel/uri", json!("gopher://models"))]);
     let error = serde_json::from_value::<FineTuneJob>(manifest).unwrap_err().to_string();

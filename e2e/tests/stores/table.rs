@@ -238,6 +238,7 @@ fn a_run(bench: &Bench) -> Result<()> {
         size_bytes: report.size_bytes,
         secret_ref: None,
         service_account_name: None,
+        role_arn: None,
     };
     ensure!(verify(&artifact, &version)?.verdict == Verdict::Intact);
     let adapter = format!("{scheme}://adapters/team/support/v1");

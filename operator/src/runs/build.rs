@@ -176,6 +176,7 @@ fn check_job(job: &FineTuneJob, run: &Run, number: u32, trainer: &TrainerDefault
         labels: labels.clone(),
         task: json!(check_spec(run, job)).to_string(),
         secrets: secrets(spec),
+        roles: roles(spec),
         claims: spec.claims(),
         service_account_name: spec.output.service_account_name.as_deref(),
         resources: trainer.checks.requirements(),
@@ -214,6 +215,7 @@ fn training_pod<'a>(
         labels: attempt_labels(run, Stage::Train, number),
         task: json!(task).to_string(),
         secrets: secrets(spec),
+        roles: roles(spec),
         claims: spec.claims(),
         service_account_name: spec.output.service_account_name.as_deref(),
         resources: training_resources(job, planned),
@@ -236,6 +238,7 @@ fn copying_pod<'a>(
 ) -> TrainerPod<'a> {
     let output = &run.spec.job_spec.output;
     let secrets = [(env_prefix::OUTPUT, &output.secret_ref), (env_prefix::COPIED, &copied.secret_ref)];
+    let roles = [(env_prefix::OUTPUT, &output.role_arn), (env_prefix::COPIED, &copied.role_arn)];
     let accounts = [&output.service_account_name, &copied.service_account_name];
     TrainerPod {
         stage: Stage::Copy,
@@ -243,6 +246,7 @@ fn copying_pod<'a>(
         labels: attempt_labels(run, Stage::Copy, number),
         task: json!(task).to_string(),
         secrets: secrets.into_iter().filter_map(|(prefix, secret)| Some((prefix, secret.as_ref()?))).collect(),
+        roles: roles.into_iter().filter_map(|(prefix, role)| Some((prefix, role.as_deref()?))).collect(),
         claims: BTreeSet::new(),
         service_account_name: accounts.into_iter().flatten().next().map(String::as_str),
         resources: trainer.checks.requirements(),
@@ -305,16 +309,29 @@ fn affinity(planned: &Planned) -> Option<Affinity> {
     })
 }
 
-/// Model and data are read with the output's Secret unless they name their own.
+/// Model and data are read with the output's Secret unless they name their own, or a role.
 fn secrets(spec: &FineTuneJobSpec) -> Vec<(&'static str, &SecretRef)> {
-    let output = spec.output.secret_ref.as_ref();
+    let (model, dataset, output) = (&spec.base_model, &spec.dataset, spec.output.secret_ref.as_ref());
     [
-        (env_prefix::MODEL, spec.base_model.secret_ref.as_ref().or(output)),
-        (env_prefix::DATASET, spec.dataset.secret_ref.as_ref().or(output)),
+        (env_prefix::MODEL, model.secret_ref.as_ref().or(output.filter(|_| model.role_arn.is_none()))),
+        (env_prefix::DATASET, dataset.secret_ref.as_ref().or(output.filter(|_| dataset.role_arn.is_none()))),
         (env_prefix::OUTPUT, output),
     ]
     .into_iter()
     .filter_map(|(prefix, secret)| Some((prefix, secret?)))
+    .collect()
+}
+
+/// Model and data are read with the output's IAM role unless they name their own, or a Secret.
+fn roles(spec: &FineTuneJobSpec) -> Vec<(&'static str, &str)> {
+    let (model, dataset, output) = (&spec.base_model, &spec.dataset, spec.output.role_arn.as_ref());
+    [
+        (env_prefix::MODEL, model.role_arn.as_ref().or(output.filter(|_| model.secret_ref.is_none()))),
+        (env_prefix::DATASET, dataset.role_arn.as_ref().or(output.filter(|_| dataset.secret_ref.is_none()))),
+        (env_prefix::OUTPUT, output),
+    ]
+    .into_iter()
+    .filter_map(|(prefix, role)| Some((prefix, role?.as_str())))
     .collect()
 }
 
@@ -351,6 +368,7 @@ fn adapter_version(
                 size_bytes: report.size_bytes,
                 secret_ref: output.secret_ref.clone(),
                 service_account_name: output.service_account_name.clone(),
+                role_arn: output.role_arn.clone(),
             },
             base_model: BaseModelRecord { uri: spec.base_model.clone(), digest: task.base_digest.clone() },
             dataset: report.dataset.clone(),

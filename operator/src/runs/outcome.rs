@@ -104,6 +104,7 @@ fn is_where_wanted(version: &AdapterVersion, output: &Output) -> bool {
     artifact.uri == folder.join(&format!("v{}", version.spec.version))
         && artifact.secret_ref == output.secret_ref
         && artifact.service_account_name == output.service_account_name
+        && artifact.role_arn == output.role_arn
 }
 
 fn phase_of(version: &AdapterVersion) -> Option<AdapterVersionPhase> {

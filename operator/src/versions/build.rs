@@ -53,6 +53,7 @@ fn verify_job(version: &AdapterVersion, trainer: &TrainerDefaults) -> Job {
         labels: metadata.labels.clone().unwrap_or_default(),
         task: json!(task).to_string(),
         secrets: artifact.secret_ref.iter().map(|secret| (env_prefix::OUTPUT, secret)).collect(),
+        roles: artifact.role_arn.iter().map(|role| (env_prefix::OUTPUT, role.as_str())).collect(),
         claims: BTreeSet::new(),
         service_account_name: artifact.service_account_name.as_deref(),
         resources: trainer.checks.requirements(),
@@ -86,5 +87,22 @@ fn metadata(version: &AdapterVersion) -> ObjectMeta {
         labels: Some(labels),
         owner_references: version.controller_owner_ref(&()).map(|owner| vec![owner]),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixtures::{trainer_defaults, version};
+
+    #[test]
+    fn files_are_read_with_the_role_that_wrote_them() {
+        let mut version = version(1, "sha256:x", None);
+        version.spec.artifact.service_account_name = Some("tuner".into());
+        version.spec.artifact.role_arn = Some("arn:aws:iam::123456789012:role/write".into());
+        let pod = json!(verify_job(&version, &trainer_defaults()))["spec"]["template"]["spec"].clone();
+        assert_eq!(pod["serviceAccountName"], "tuner");
+        let role = json!({"name": "TUNESMITH_OUTPUT_AWS_ROLE_ARN", "value": "arn:aws:iam::123456789012:role/write"});
+        assert!(pod["containers"][0]["env"].as_array().unwrap().contains(&role), "{pod}");
     }
 }

@@ -96,6 +96,7 @@ struct Group {
     prefix: String,
     secret: Option<String>,
     service_account: Option<String>,
+    role: Option<String>,
 }
 
 impl Group {
@@ -106,6 +107,7 @@ impl Group {
             prefix: prefix(&artifact.uri, version),
             secret: artifact.secret_ref.as_ref().map(|secret| secret.name.clone()),
             service_account: artifact.service_account_name.clone(),
+            role: artifact.role_arn.clone(),
         }
     }
 
@@ -311,6 +313,7 @@ fn inspect_job(group: &Group, versions: &[Inspected], trainer: &TrainerDefaults)
         labels: labels.clone(),
         task: json!(task).to_string(),
         secrets: secret.into_iter().map(|secret| (env_prefix::OUTPUT, secret)).collect(),
+        roles: group.role.iter().map(|role| (env_prefix::OUTPUT, role.as_str())).collect(),
         claims: BTreeSet::new(),
         service_account_name: group.service_account.as_deref(),
         resources: trainer.checks.requirements(),

@@ -19,7 +19,8 @@ use k8s_openapi::{
 use tunesmith_crds::{
     fine_tune_job::SecretRef,
     names::{
-        CLAIMS_DIR, REPORT_PATH, RUN_SPEC_ANNOTATION, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, env_prefix, exit_code,
+        CLAIMS_DIR, REPORT_PATH, ROLE_ARN, RUN_SPEC_ANNOTATION, RUN_SPEC_PATH, TRAINER_PORT, WORK_DIR, env_prefix,
+        exit_code,
     },
 };
 
@@ -75,6 +76,8 @@ pub struct TrainerPod<'a> {
     pub task: String,
     /// Secrets whose keys become environment variables with this prefix.
     pub secrets: Vec<(&'static str, &'a SecretRef)>,
+    /// ARNs of the IAM roles that it assumes, by the prefix of what each is for.
+    pub roles: Vec<(&'static str, &'a str)>,
     /// PersistentVolumeClaims that it reads.
     pub claims: BTreeSet<&'a str>,
     /// ServiceAccount whose cloud identity it uses.
@@ -149,6 +152,12 @@ impl TrainerPod<'_> {
             }),
             config_map_ref: None,
         });
+        let roles = self.roles.iter().map(|(prefix, role)| EnvVar {
+            name: format!("{prefix}{ROLE_ARN}"),
+            value: Some((*role).into()),
+            value_from: None,
+        });
+        let env: Vec<EnvVar> = (!self.has_gpus()).then(no_gpus).into_iter().chain(roles).collect();
         let mut volume_mounts = vec![
             VolumeMount { read_only: Some(true), ..mount("run", task_path().0) },
             mount("work", WORK_DIR),
@@ -164,7 +173,7 @@ impl TrainerPod<'_> {
             image_pull_policy: Some(self.trainer.pull_policy.clone()),
             args: Some(vec![self.stage.name().into()]),
             env_from: Some(env_from.collect()),
-            env: (!self.has_gpus()).then(|| vec![no_gpus()]),
+            env: (!env.is_empty()).then_some(env),
             ports: Some(vec![ContainerPort {
                 name: Some("http".into()),
                 container_port: i32::from(TRAINER_PORT),

@@ -106,6 +106,9 @@ fn prepare(
             folder.display()
         ));
     }
+    if let Some(note) = for_pods(&job.spec) {
+        progress.note(&note);
+    }
     stand_in(job, manifest.parent().unwrap_or(Path::new("")), context)?;
     // All is computed here, by one process on the CPU.
     let spec = RunSpec::preflight(job, 1).resolved(1, false);
@@ -120,6 +123,19 @@ fn prepare(
     progress.page(&overview.page(Marking::of_standard_output()));
     progress.note(&format!("{} steps", report.total_steps));
     Ok((spec, method, report))
+}
+
+/// A sentence about the identities that a job gives to its pods, and that nobody has here.
+fn for_pods(spec: &FineTuneJobSpec) -> Option<String> {
+    let fields = [
+        ("baseModel.roleArn", &spec.base_model.role_arn),
+        ("dataset.roleArn", &spec.dataset.role_arn),
+        ("output.roleArn", &spec.output.role_arn),
+        ("output.serviceAccountName", &spec.output.service_account_name),
+    ];
+    let given: Vec<&str> = fields.iter().filter(|(_, value)| value.is_some()).map(|(name, _)| *name).collect();
+    (!given.is_empty())
+        .then(|| format!("for the pods of a cluster alone: {}; the environment says who asks here", given.join(", ")))
 }
 
 /// The method with its options; Auto is the first that may be run.

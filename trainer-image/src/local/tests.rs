@@ -9,7 +9,7 @@ use tunesmith_crds::{
     run::{Outcome, TrainReport},
 };
 
-use super::{Ended, check, manifest, run, stand_in, summary};
+use super::{Ended, check, for_pods, manifest, run, stand_in, summary};
 use crate::{
     error::Error,
     progress::Progress,
@@ -256,4 +256,20 @@ fn a_manifest_in_the_working_directory_has_its_data_beside_it() {
         stand_in(&mut job, Path::new(""), context).unwrap();
         assert_eq!(job.spec.dataset.train.uri, data, "no train.jsonl here");
     });
+}
+
+#[test]
+fn identities_of_pods_are_named_and_not_used() {
+    let desk = desk();
+    let arn = "arn:aws:iam::123456789012:role/tuner";
+    let account = format!("uri: s3://adapters, serviceAccountName: tuner, roleArn: '{arn}'}}");
+    let manifest_of_pods = MANIFEST
+        .replace("uri: s3://adapters}", &account)
+        .replace("uri: s3://models/tiny}", &format!("uri: s3://models/tiny, roleArn: '{arn}'}}"));
+    with_context(&desk, &manifest_of_pods, |path, context| {
+        let note = for_pods(&manifest::read(path).unwrap().spec).unwrap();
+        assert!(note.contains("alone: baseModel.roleArn, output.roleArn, output.serviceAccountName;"), "{note}");
+        check(path, context).unwrap();
+    });
+    with_context(&desk, MANIFEST, |path, _| assert_eq!(for_pods(&manifest::read(path).unwrap().spec), None));
 }

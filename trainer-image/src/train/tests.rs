@@ -408,6 +408,7 @@ fn a_damaged_or_missing_file_fails_verification() {
         size_bytes: report.size_bytes,
         secret_ref: None,
         service_account_name: None,
+        role_arn: None,
     };
     let check = || {
         let folder =

@@ -252,6 +252,41 @@ fn a_copy_is_a_small_pod_with_the_credentials_of_both_sides() {
 }
 
 #[test]
+fn roles_reach_the_pod_by_its_environment_and_stand_for_those_that_name_no_identity() {
+    let arn = |name: &str| format!("arn:aws:iam::123456789012:role/{name}");
+    let environment = |spec: Value| {
+        let mut spec = spec;
+        spec["output"] = json!({"adapterName": "support", "uri": "s3://adapters", "serviceAccountName": "tuner",
+            "roleArn": arn("write"), "secretRef": {"name": "s3"}});
+        let built = training(&job(spec), &offers(&[]));
+        let container = pod_of(&built)["containers"][0].clone();
+        let variables = container["env"].as_array().unwrap().iter();
+        let roles: Vec<_> =
+            variables.filter(|variable| variable["name"] != "NVIDIA_VISIBLE_DEVICES").cloned().collect();
+        let secrets = container["envFrom"].as_array().unwrap().iter();
+        (roles, secrets.map(|secret| secret["prefix"].as_str().unwrap().to_owned()).collect::<Vec<_>>())
+    };
+    let variable = |prefix: &str, name: &str| json!({"name": format!("{prefix}AWS_ROLE_ARN"), "value": arn(name)});
+    let all = [env_prefix::MODEL, env_prefix::DATASET, env_prefix::OUTPUT];
+    assert_eq!(
+        environment(json!({})),
+        (all.map(|prefix| variable(prefix, "write")).into(), all.map(str::to_owned).into())
+    );
+    let own = json!({
+        "baseModel": {"uri": "s3://models/m", "roleArn": arn("models")},
+        "dataset": {"train": {"uri": "s3://data/t.jsonl"}, "evalFraction": 0.1, "secretRef": {"name": "data-key"}},
+    });
+    let roles = vec![variable(env_prefix::MODEL, "models"), variable(env_prefix::OUTPUT, "write")];
+    let secrets = [env_prefix::DATASET, env_prefix::OUTPUT].map(str::to_owned).into();
+    assert_eq!(environment(own), (roles, secrets));
+    let without = training(&job(json!({})), &offers(&[])).to_string();
+    assert!(!without.contains("AWS_ROLE_ARN"));
+    let output = json!({"adapterName": "support", "uri": "s3://adapters", "serviceAccountName": "tuner", "roleArn": arn("write")});
+    let version = recorded(job(json!({"output": output})), |_| {});
+    assert_eq!(version.spec.artifact.role_arn, Some(arn("write")), "for whoever reads it");
+}
+
+#[test]
 fn azure_gives_its_token_to_a_pod_with_a_service_account() {
     let labels = |output: Value| {
         let built = training(&job(json!({"output": output})), &offers(&[]));

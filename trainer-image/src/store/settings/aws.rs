@@ -1,6 +1,7 @@
 //! The settings of S3's clients: `AWS_…`.
 
 use object_store::aws::AmazonS3ConfigKey;
+use tunesmith_crds::names::ROLE_ARN;
 
 use super::{
     Family, Setting, Settings,
@@ -10,10 +11,11 @@ use super::{
 /// What clients of S3 read.
 pub(in super::super) const FAMILY: Family = Family {
     name: "AWS_",
-    together: &[
-        &["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"],
-        // A role that is assumed with a token from a file.
-        &["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN"],
+    together: &[&["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]],
+    replaces: &[
+        (TOKEN_FILE, &[ROLE_ARN]),
+        // The pod's one token may assume several roles, a job's roleArn among them.
+        (ROLE_ARN, &["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]),
     ],
     secret: &[
         "AWS_ACCESS_KEY_ID",
@@ -47,8 +49,9 @@ pub(in super::super) const FAMILY: Family = Family {
 };
 /// Where the tools of AWS find keys that this program does not look for.
 pub(super) const PROFILE: [&str; 3] = ["AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"];
+const TOKEN_FILE: &str = "AWS_WEB_IDENTITY_TOKEN_FILE";
 const REGIONS: [&str; 2] = ["AWS_REGION", "AWS_DEFAULT_REGION"];
-const FILES: [&str; 2] = ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"];
+const FILES: [&str; 2] = [TOKEN_FILE, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"];
 /// `false` lets the cloud's metadata service say who asks.
 const METADATA_DISABLED: &str = "AWS_EC2_METADATA_DISABLED";
 /// Details of an encryption, which is named by another variable.
@@ -86,9 +89,38 @@ fn check_one(name: &str, Setting { value, .. }: &Setting) -> Result<(), String> 
     if is_known { check_option(&name[FAMILY.name.len()..], value) } else { Ok(()) }
 }
 
+/// A role that was named for this use of a store, in `variable`, is assumed with the token of a file, beside no other identity.
+fn check_role(settings: &Settings, variable: &str) -> Result<(), String> {
+    let set = |name: &str| settings.get(name).map(|setting| setting.variable.as_str());
+    let others = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"].into_iter().find_map(set);
+    let unsigned = set("AWS_SKIP_SIGNATURE").filter(|_| is_on(settings, "AWS_SKIP_SIGNATURE"));
+    if let Some(other) = others.or(unsigned) {
+        return Err(format!(
+            "{variable} names the role that asks (roleArn), and {other} says that another asks: remove one"
+        ));
+    }
+    let container =
+        ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"].into_iter().find_map(set);
+    match (set(TOKEN_FILE), container) {
+        (Some(_), _) => Ok(()),
+        (None, Some(container)) => Err(format!(
+            "{variable} names a role (roleArn), but the pod has another role's credentials, by {container} (EKS Pod Identity): \
+             assuming a role with those of another is not supported. Give the ServiceAccount its role by the annotation \
+             eks.amazonaws.com/role-arn (IAM roles for service accounts), or leave out roleArn"
+        )),
+        (None, None) => Err(format!(
+            "{variable} is set, but {TOKEN_FILE} is not: there is no token to assume the role with; on EKS a pod has one if its \
+             ServiceAccount has the annotation eks.amazonaws.com/role-arn"
+        )),
+    }
+}
+
 /// Who asks is one of: keys, a role with a token's file, or the machine.
 fn check_identity(settings: &Settings) -> Result<(), String> {
     let variable = |name: &str| settings.get(name).map(|setting| setting.variable.as_str());
+    if let Some(role) = variable(ROLE_ARN).filter(|variable| *variable != ROLE_ARN) {
+        return check_role(settings, role);
+    }
     if is_on(settings, "AWS_SKIP_SIGNATURE") {
         return Ok(());
     }
@@ -101,10 +133,10 @@ fn check_identity(settings: &Settings) -> Result<(), String> {
     if let Some(set) = variable("AWS_SESSION_TOKEN") {
         return Err(format!("{set} is set, but AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not"));
     }
-    match (variable("AWS_WEB_IDENTITY_TOKEN_FILE"), variable("AWS_ROLE_ARN")) {
+    match (variable(TOKEN_FILE), variable(ROLE_ARN)) {
         (Some(_), Some(_)) => return Ok(()),
-        (Some(set), None) => return Err(format!("{set} is set, but AWS_ROLE_ARN is not")),
-        (None, Some(set)) => return Err(format!("{set} is set, but AWS_WEB_IDENTITY_TOKEN_FILE is not")),
+        (Some(set), None) => return Err(format!("{set} is set, but {ROLE_ARN} is not")),
+        (None, Some(set)) => return Err(format!("{set} is set, but {TOKEN_FILE} is not")),
         (None, None) => {}
     }
     if variable("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI").is_some() {

@@ -73,6 +73,7 @@ pub(in super::super) const FAMILY: Family = Family {
     decisive: &[ACCOUNT, KEY, SAS, TOKEN, ENDPOINT, EMULATOR],
     urls: &[ENDPOINT, AUTHORITY, MSI_ENDPOINT, EMULATOR_URL],
     ours: &[EMULATOR, EMULATOR_URL, CONNECTION],
+    ..Family::PLAIN
 };
 
 /// The account and the key that Azurite is delivered with, which Microsoft publishes.

@@ -33,6 +33,7 @@ pub(in super::super) const FAMILY: Family = Family {
     decisive: &[KEY, KEY_FILE, CREDENTIALS, TOKEN, SKIP_SIGNATURE, METADATA, EMULATOR, BASE_URL],
     urls: &[EMULATOR, BASE_URL],
     ours: &[METADATA, EMULATOR],
+    ..Family::PLAIN
 };
 
 /// Who asks, and where.

@@ -26,6 +26,8 @@ pub(super) struct Family {
     aliases: &'static [(&'static str, &'static str)],
     /// Variables that only make sense together: all of them come with a role's prefix, or none.
     together: &'static [&'static [&'static str]],
+    /// A variable that replaces others if it comes with a role's prefix and they without.
+    replaces: &'static [(&'static str, &'static [&'static str])],
     /// What no message may show.
     secret: &'static [&'static str],
     /// Any of these names a store.
@@ -37,8 +39,17 @@ pub(super) struct Family {
 }
 
 impl Family {
-    const PLAIN: Self =
-        Self { name: "", foreign: "", aliases: &[], together: &[], secret: &[], decisive: &[], urls: &[], ours: &[] };
+    const PLAIN: Self = Self {
+        name: "",
+        foreign: "",
+        aliases: &[],
+        together: &[],
+        replaces: &[],
+        secret: &[],
+        decisive: &[],
+        urls: &[],
+        ours: &[],
+    };
 
     /// The variables of a kind of store.
     pub(super) fn of(cloud: Cloud) -> &'static Self {
@@ -161,6 +172,9 @@ pub(super) fn of_role(environment: &Environment, role: Role, family: &Family) ->
         if together.iter().any(|name| own.contains_key(*name)) {
             settings.retain(|name, _| !together.contains(&name.as_str()));
         }
+    }
+    for (_, replaced) in family.replaces.iter().filter(|(name, _)| own.contains_key(*name)) {
+        settings.retain(|name, _| !replaced.contains(&name.as_str()));
     }
     settings.extend(own);
     settings

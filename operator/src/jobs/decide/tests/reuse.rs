@@ -30,6 +30,10 @@ fn a_version_that_is_read_with_other_credentials_is_copied_too() {
     for output in [
         json!({"adapterName": "support", "uri": "s3://adapters", "secretRef": {"name": "other"}}),
         json!({"adapterName": "support", "uri": "s3://adapters"}),
+        json!({
+            "adapterName": "support", "uri": "s3://adapters", "secretRef": {"name": "s3"},
+            "roleArn": "arn:aws:iam::123456789012:role/write",
+        }),
         json!({"adapterName": "support", "uri": "s3://adapters", "secretRef": {"name": "s3"}, "serviceAccountName": "a"}),
     ] {
         let mut observed = observed_checked(job(json!({"output": output})), |_| {});
