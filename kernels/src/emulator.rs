@@ -1,0 +1,331 @@
+//! The CPU as a GPU: blocks run one after the other, and their threads are fibers.
+//!
+//! The checked build reports races, whatever order the threads ran in; memory that is read and was never written, or does not exist;
+//! addresses that are not aligned; lanes and threads that miss each other; copies that nobody waited for; and integers that
+//! overflow. A launch or a copy waits in a queue until the host synchronizes: a host that reads too early reads poison.
+
+use std::{
+    cell::{Cell, RefCell},
+    ffi::{CStr, CString, c_char, c_int, c_void},
+};
+
+use crate::{
+    device::{Address, Device, Error, Grid},
+    kernel::Launch,
+};
+
+/// What the host's memory holds until a copy from the device has been done.
+pub const POISON: u8 = 0xff;
+
+/// A kernel's build for the CPU, with the sizes of its arguments.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Entry {
+    name: *const c_char,
+    run: unsafe extern "C" fn(*mut *mut c_void),
+    arguments: u32,
+    sizes: [u32; 24],
+}
+
+// SAFETY: it is constant.
+unsafe impl Sync for Entry {}
+
+/// Both builds of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Builds {
+    /// Without checks.
+    pub fast: &'static Entry,
+    /// Reports every access.
+    pub checked: &'static Entry,
+}
+
+/// Which build runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Build {
+    Fast,
+    Checked,
+}
+
+/// Blocks of a grid, by their linear numbers.
+#[derive(Clone, Copy, Debug)]
+struct Blocks {
+    first: u64,
+    count: u64,
+}
+
+/// Shared memory that a card gives a block, in bytes.
+pub mod shared_limit {
+    /// A100.
+    pub const SM_80: u32 = 163 << 10;
+    /// RTX 3090, RTX 4090, L40S.
+    pub const SM_86: u32 = 99 << 10;
+    /// H100, H200.
+    pub const SM_90: u32 = 227 << 10;
+}
+
+/// Sums over launches.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Accesses of memory; 0 in the fast build.
+    pub accesses: u64,
+    /// Products of m16n8k16.
+    pub multiplications: u64,
+    /// 8×8 matrices that ldmatrix has read.
+    pub matrix_loads: u64,
+    /// Phases that took: as many as matrices, if no two rows lie in one bank.
+    pub matrix_load_phases: u64,
+}
+
+/// A device under emulation. It belongs to one thread of the host.
+pub struct Emulator {
+    build: Build,
+    seed: u64,
+    shared_limit: u32,
+    blocks: Cell<Option<Blocks>>,
+    queue: RefCell<Vec<Work>>,
+    buffers: RefCell<Vec<(Address, usize)>>,
+}
+
+/// What waits for the host to synchronize.
+enum Work {
+    Upload { to: Address, from: *const u8, bytes: usize },
+    Download { from: Address, to: *mut u8, bytes: usize },
+    Launch { entry: &'static Entry, config: LaunchConfig, arguments: Vec<Vec<u64>> },
+}
+
+impl Emulator {
+    /// Checks every access. Seed 0 runs all in order; any other shuffles blocks, warps and lanes, and when copies land.
+    pub fn checked(seed: u64) -> Self {
+        Self::new(Build::Checked, seed)
+    }
+
+    /// Checks nothing but the launch, and is about four times as fast.
+    pub fn fast() -> Self {
+        Self::new(Build::Fast, 0)
+    }
+
+    fn new(build: Build, seed: u64) -> Self {
+        let (blocks, queue, buffers) = Default::default();
+        Self { build, seed, shared_limit: shared_limit::SM_86, blocks, queue, buffers }
+    }
+
+    /// The same card with so much shared memory for a block; see [`shared_limit`].
+    #[must_use]
+    pub fn with_shared_limit(mut self, bytes: u32) -> Self {
+        self.shared_limit = bytes;
+        self
+    }
+
+    /// Of later launches, runs these blocks alone: where only a part of the memory exists.
+    pub fn only_blocks(&self, first: u64, count: u64) {
+        self.blocks.set(Some(Blocks { first, count }));
+    }
+
+    /// Memory of which only what is touched exists, for tests of addresses beyond 2³¹.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn allocate_sparse(&self, bytes: usize, name: &str) -> Result<Address, Error> {
+        self.allocate_as(bytes, name, true)
+    }
+
+    /// How many of these bytes nobody has written; 0 in the fast build.
+    ///
+    /// # Errors
+    /// What was asked for before has failed.
+    pub fn unwritten(&self, at: Address, bytes: usize) -> Result<usize, Error> {
+        self.synchronize()?;
+        // SAFETY: it looks into the shadow alone.
+        Ok(unsafe { (self.functions().unwritten)(pointer(at).cast_const(), bytes) })
+    }
+
+    /// Sums over the launches of this thread since the last call.
+    ///
+    /// # Errors
+    /// What was asked for before has failed.
+    pub fn take_statistics(&self) -> Result<Statistics, Error> {
+        self.synchronize()?;
+        // SAFETY: it reads numbers.
+        Ok(unsafe { (self.functions().take_statistics)() })
+    }
+
+    fn functions(&self) -> &'static Functions {
+        match self.build {
+            Build::Fast => &FAST,
+            Build::Checked => &CHECKED,
+        }
+    }
+
+    fn allocate_as(&self, bytes: usize, name: &str, sparse: bool) -> Result<Address, Error> {
+        let text = CString::new(name).unwrap_or_default();
+        // SAFETY: the name ends in a zero, and is copied.
+        let memory = unsafe { (self.functions().allocate)(bytes, text.as_ptr(), sparse) };
+        if memory.is_null() {
+            return Err(Error::Memory { bytes, name: name.to_owned() });
+        }
+        let address = Address(memory as u64);
+        self.buffers.borrow_mut().push((address, bytes));
+        Ok(address)
+    }
+
+    fn carry_out(&self, work: Work) -> Result<(), Error> {
+        let functions = self.functions();
+        match work {
+            Work::Upload { to, from, bytes } => {
+                // SAFETY: whoever asked for it has promised that both are there.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(from, pointer(to).cast(), bytes);
+                    (functions.written)(pointer(to), bytes);
+                }
+                Ok(())
+            }
+            Work::Download { from, to, bytes } => {
+                // SAFETY: as above.
+                unsafe { std::ptr::copy_nonoverlapping(pointer(from).cast(), to, bytes) };
+                Ok(())
+            }
+            Work::Launch { entry, config, mut arguments } => {
+                let mut pointers: Vec<*mut c_void> =
+                    arguments.iter_mut().map(|argument| argument.as_mut_ptr().cast()).collect();
+                // SAFETY: each pointer is that of an argument of the size that the kernel declares.
+                match unsafe { (functions.launch)(entry, &config, pointers.as_mut_ptr()) } {
+                    0 => Ok(()),
+                    // SAFETY: the message lies in this thread, and is copied at once.
+                    _ => Err(Error::Defect(
+                        unsafe { CStr::from_ptr((functions.error)()) }.to_string_lossy().into_owned(),
+                    )),
+                }
+            }
+        }
+    }
+}
+
+fn pointer(address: Address) -> *mut c_void {
+    address.0 as *mut c_void
+}
+
+impl Device for Emulator {
+    fn allocate(&self, bytes: usize, name: &str) -> Result<Address, Error> {
+        self.allocate_as(bytes, name, false)
+    }
+
+    fn release(&self, at: Address) -> Result<(), Error> {
+        self.synchronize()?;
+        self.buffers.borrow_mut().retain(|(address, _)| *address != at);
+        // SAFETY: memory that is not there is left alone.
+        unsafe { (self.functions().release)(pointer(at)) };
+        Ok(())
+    }
+
+    unsafe fn upload(&self, to: Address, from: *const u8, bytes: usize) -> Result<(), Error> {
+        self.queue.borrow_mut().push(Work::Upload { to, from, bytes });
+        Ok(())
+    }
+
+    unsafe fn download(&self, from: Address, to: *mut u8, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller promises that it can be written.
+        unsafe { std::ptr::write_bytes(to, POISON, bytes) };
+        self.queue.borrow_mut().push(Work::Download { from, to, bytes });
+        Ok(())
+    }
+
+    unsafe fn launch(&self, launch: &dyn Launch, grid: Grid) -> Result<(), Error> {
+        let kernel = launch.kernel();
+        let entry = match self.build {
+            Build::Fast => kernel.emulated.fast,
+            Build::Checked => kernel.emulated.checked,
+        };
+        let arguments = launch.arguments();
+        let sizes: Vec<usize> = arguments.iter().map(|(_, size)| *size).collect();
+        let declared: Vec<usize> = entry.sizes[..entry.arguments as usize].iter().map(|size| *size as usize).collect();
+        if sizes != declared {
+            let name = kernel.name;
+            return Err(Error::Defect(format!(
+                "{name}: arguments of {sizes:?} bytes; the kernel declares {declared:?}"
+            )));
+        }
+        // Copied now, as a driver does.
+        let copy = |(from, size): (*const c_void, usize)| {
+            let mut words = vec![0u64; size.div_ceil(8)];
+            // SAFETY: the argument is of this size, and the words have room for it.
+            unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), words.as_mut_ptr().cast::<u8>(), size) };
+            words
+        };
+        let blocks = self.blocks.get().unwrap_or(Blocks { first: 0, count: u64::MAX });
+        let config = LaunchConfig {
+            grid: grid.blocks,
+            block: [grid.threads, 1, 1],
+            shared_bytes: grid.shared_bytes,
+            shared_limit: self.shared_limit,
+            seed: self.seed,
+            first_block: blocks.first,
+            blocks: blocks.count,
+        };
+        let arguments = arguments.into_iter().map(copy).collect();
+        self.queue.borrow_mut().push(Work::Launch { entry, config, arguments });
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        let work = self.queue.take();
+        work.into_iter().try_for_each(|work| self.carry_out(work))
+    }
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        for (address, _) in self.buffers.take() {
+            // SAFETY: nothing runs any more.
+            unsafe { (self.functions().release)(pointer(address)) };
+        }
+    }
+}
+
+#[repr(C)]
+struct LaunchConfig {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    shared_limit: u32,
+    seed: u64,
+    first_block: u64,
+    blocks: u64,
+}
+
+/// The functions of a build, as `emu/host.h` has them.
+struct Functions {
+    launch: unsafe extern "C" fn(*const Entry, *const LaunchConfig, *mut *mut c_void) -> c_int,
+    error: unsafe extern "C" fn() -> *const c_char,
+    allocate: unsafe extern "C" fn(usize, *const c_char, bool) -> *mut c_void,
+    release: unsafe extern "C" fn(*mut c_void),
+    written: unsafe extern "C" fn(*mut c_void, usize),
+    unwritten: unsafe extern "C" fn(*const c_void, usize) -> usize,
+    take_statistics: unsafe extern "C" fn() -> Statistics,
+}
+
+macro_rules! functions {
+    ($constant:ident, $prefix:literal) => {
+        static $constant: Functions = {
+            unsafe extern "C" {
+                #[link_name = concat!($prefix, "launch")]
+                fn launch(entry: *const Entry, config: *const LaunchConfig, arguments: *mut *mut c_void) -> c_int;
+                #[link_name = concat!($prefix, "error")]
+                fn error() -> *const c_char;
+                #[link_name = concat!($prefix, "allocate")]
+                fn allocate(bytes: usize, name: *const c_char, sparse: bool) -> *mut c_void;
+                #[link_name = concat!($prefix, "release")]
+                fn release(memory: *mut c_void);
+                #[link_name = concat!($prefix, "written")]
+                fn written(at: *mut c_void, bytes: usize);
+                #[link_name = concat!($prefix, "unwritten")]
+                fn unwritten(at: *const c_void, bytes: usize) -> usize;
+                #[link_name = concat!($prefix, "take_statistics")]
+                fn take_statistics() -> Statistics;
+            }
+            Functions { launch, error, allocate, release, written, unwritten, take_statistics }
+        };
+    };
+}
+functions!(FAST, "emu_fast_");
+functions!(CHECKED, "emu_checked_");
