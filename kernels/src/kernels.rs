@@ -101,6 +101,25 @@ pub struct Sgd {
 // SAFETY: three floats.
 unsafe impl Argument for Sgd {}
 
+/// `Rope` of `rope.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Rope {
+    /// f32 [tokens, half].
+    pub cos: Address,
+    /// f32 [tokens, half].
+    pub sin: Address,
+    /// Heads of a token.
+    pub heads: i32,
+    /// Elements of a head: at most 512.
+    pub head_dim: i32,
+    /// Half of the elements that are rotated.
+    pub half: i32,
+}
+
+// SAFETY: two pointers and three integers, padded to the pointers' alignment on either side.
+unsafe impl Argument for Rope {}
+
 kernels! { "norm":
     /// y = x · s · (offset + w), after a residual if there is one.
     RmsNorm = rms_norm {
@@ -193,5 +212,40 @@ kernels! { "optimizer":
     SgdBf16 = sgd_bf16 {
         parameters: Address, compute: Address, gradient: Address, momentum: Address, state: Address,
         step: Sgd, count: i64,
+    }
+}
+
+kernels! { "rope":
+    /// Turns queries or keys, normalised first if there is a weight.
+    NormRope = norm_rope {
+        y: Address, scales: Address, x: Address, weight: Address, rope: Rope, tokens: i64, y_stride: i64,
+        x_stride: i64, eps: f32, offset: f32,
+    }
+    /// The gradient by queries or keys.
+    NormRopeBackward = norm_rope_backward {
+        dx: Address, dy: Address, x: Address, weight: Address, scales: Address, rope: Rope, tokens: i64,
+        dx_stride: i64, dy_stride: i64, x_stride: i64, offset: f32,
+    }
+}
+
+kernels! { "cross_entropy":
+    /// Losses, and the gradient in place of the logits.
+    CrossEntropyF32 = cross_entropy_f32 {
+        logits: Address, losses: Address, targets: Address, vocabulary: i32, stride: i64, scale: f32, cap: f32,
+        wants_gradient: i32,
+    }
+    /// Losses, and the gradient in place of the logits.
+    CrossEntropyBf16 = cross_entropy_bf16 {
+        logits: Address, losses: Address, targets: Address, vocabulary: i32, stride: i64, scale: f32, cap: f32,
+        wants_gradient: i32,
+    }
+}
+
+kernels! { "embedding":
+    /// Rows of a table.
+    Embedding = embedding { y: Address, table: Address, tokens: Address, width: i32, scale: f32, }
+    /// Adds to the gradient of the words that occur.
+    EmbeddingBackward = embedding_backward {
+        d_table: Address, dy: Address, words: Address, starts: Address, order: Address, width: i32, scale: f32,
     }
 }
