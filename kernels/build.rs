@@ -1,6 +1,9 @@
 //! Builds the kernels for the CPU, where the emulation is wanted.
 
-use std::{env, fs, path::Path};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
 
 /// What the checked build has the compiler report.
 const SANITIZERS: &str = "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow";
@@ -9,17 +12,21 @@ fn main() {
     for folder in ["cuda", "emu", "tests/defects"] {
         println!("cargo::rerun-if-changed={folder}");
     }
+    // Another folder of sources, for `make kernel-mutants`.
+    println!("cargo::rerun-if-env-changed=TUNESMITH_KERNELS");
+    let sources = env::var_os("TUNESMITH_KERNELS").map_or_else(|| PathBuf::from("cuda"), PathBuf::from);
+    println!("cargo::rerun-if-changed={}", sources.display());
     if env::var_os("CARGO_FEATURE_EMULATION").is_some() {
-        emulate("fast");
-        emulate("checked");
+        emulate("fast", &sources);
+        emulate("checked", &sources);
     }
 }
 
 /// The kernels and the runtime of the emulation; the checked ones report each access of memory.
-fn emulate(build: &str) {
+fn emulate(build: &str, cuda: &Path) {
     let common = || {
         let mut compiler = cc::Build::new();
-        compiler.cpp(true).std("c++17").include("cuda").include("emu").debug(true).warnings(true).extra_warnings(true);
+        compiler.cpp(true).std("c++17").include(cuda).include("emu").debug(true).warnings(true).extra_warnings(true);
         if build == "checked" {
             compiler.define("EMU_CHECKED", None);
         }
@@ -38,15 +45,15 @@ fn emulate(build: &str) {
         "checked" => kernels.opt_level(1).flag(SANITIZERS),
         _ => kernels.opt_level(2),
     };
-    for folder in ["cuda", "tests/defects"] {
-        kernels.files(sources(Path::new(folder), "cu"));
+    for folder in [cuda, Path::new("tests/defects")] {
+        kernels.files(sources(folder, "cu"));
     }
     kernels.compile(&format!("tunesmith_kernels_{build}"));
     // The runtime reports nothing of itself. It comes behind the kernels, which need it.
     common().opt_level(3).files(sources(Path::new("emu"), "cc")).compile(&format!("tunesmith_emulation_{build}"));
 }
 
-fn sources(folder: &Path, extension: &str) -> Vec<std::path::PathBuf> {
+fn sources(folder: &Path, extension: &str) -> Vec<PathBuf> {
     let files = fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
     let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|found| found == extension)).collect();
     files.sort();

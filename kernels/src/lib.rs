@@ -5,6 +5,7 @@
 
 #[macro_use]
 mod kernel;
+pub mod attention;
 mod device;
 #[cfg(feature = "emulation")]
 pub mod emulator;
