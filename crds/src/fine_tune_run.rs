@@ -35,6 +35,7 @@ pub const KEPT_ATTEMPTS: usize = 20;
     printcolumn(name = "Job", type_ = "string", json_path = ".spec.job.name"),
     printcolumn(name = "Trigger", type_ = "string", json_path = ".spec.trigger"),
     printcolumn(name = "Stage", type_ = "string", json_path = ".status.stage"),
+    printcolumn(name = "Result", type_ = "string", json_path = ".status.reason"),
     printcolumn(name = "Attempt", type_ = "integer", json_path = ".status.lastAttempt"),
     printcolumn(name = "Class", type_ = "string", json_path = ".status.plan.gpuClass"),
     printcolumn(name = "Version", type_ = "string", json_path = ".status.adapterVersion"),
@@ -49,7 +50,8 @@ pub struct FineTuneRunSpec {
     /// Number of the run, from 1.
     #[schemars(range(min = 1))]
     pub number: u32,
-    /// Why it was started.
+    /// Why it was started: Generation (the job is new, or its spec has changed) or Retry (its annotation
+    /// tunesmith.dev/retry-at asked for another run).
     pub trigger: Trigger,
     /// Image of the trainer, for all its pods: an operator that was upgraded changes no run that has begun.
     #[schemars(length(min = 1, max = 1024))]
@@ -67,7 +69,7 @@ pub struct RunOf {
     pub name: String,
     /// UID of the FineTuneJob.
     pub uid: String,
-    /// Generation of its spec.
+    /// Generation of its spec that the run serves.
     pub generation: i64,
 }
 
@@ -85,25 +87,26 @@ pub enum Trigger {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FineTuneRunStatus {
-    /// One word for what comes next.
+    /// How far it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stage: Option<RunStage>,
-    /// Why it ended without a version, or why it was tried again.
+    /// How it ended, in one sentence; until then, why the last try or attempt failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// Reason of the Ready condition, once the run is over.
+    /// How it ended, in one word: Published, Reused, or why there is no version that may be served, such as PreflightFailed
+    /// or GateFailed. It is the reason of the conditions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Ready, Reconciling, Stalled (kstatus).
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
-    /// The tries to check model and data; the last one counts.
+    /// The last try to check model and data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub check: Option<Attempt>,
-    /// Tries to check model and data that failed.
+    /// How many tries to check model and data have failed.
     #[serde(skip_serializing_if = "is_zero_u32")]
     pub check_failures: u32,
-    /// What was found of model and data.
+    /// What the check found of model and data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preflight: Option<PreflightReport>,
     /// What the run is trained with, once that is settled: it decides the result.
@@ -119,10 +122,10 @@ pub struct FineTuneRunStatus {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 20))]
     pub attempts: Vec<Attempt>,
-    /// Attempts that failed and count against backoffLimit.
+    /// How many attempts have failed, and count against backoffLimit.
     #[serde(skip_serializing_if = "is_zero_u32")]
     pub failures: u32,
-    /// Attempts in a row that were ended from outside within a minute.
+    /// How many attempts in a row were ended from outside within a minute: the next one waits longer after each.
     #[serde(skip_serializing_if = "is_zero_u32")]
     pub short_disruptions: u32,
     /// Seconds for which the pods of attempts that are over have run.
@@ -142,15 +145,16 @@ pub struct FineTuneRunStatus {
     pub completion_time: Option<Time>,
 }
 
-/// What comes next in a run.
+/// How far a run is: Checking (a pod checks model and data), Admitting (the next attempt waits for a GpuClass, or for its
+/// time), Training (an attempt is under way, or waits for quota or a node), Publishing (the AdapterVersion is to be recorded), Recorded (its files are verified) or Done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum RunStage {
     /// A pod checks model and data.
     #[default]
     Checking,
-    /// The next attempt waits for a plan, for quota or for its time.
+    /// The next attempt waits for a GpuClass, or for its time.
     Admitting,
-    /// An attempt is under way.
+    /// An attempt is under way, or waits for quota or a node.
     Training,
     /// The version is published and is to be recorded.
     Publishing,
@@ -186,10 +190,10 @@ pub struct Settled {
 pub struct Attempt {
     /// Its number, from 1.
     pub number: u32,
-    /// UID of its Job; none before that is known to exist.
+    /// UID of its Kubernetes Job, once that is known to exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job_uid: Option<String>,
-    /// When it was decided on.
+    /// When the operator decided on it, just before it created the Job.
     pub decided: Time,
     /// When its first container started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -200,18 +204,20 @@ pub struct Attempt {
     /// How it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
-    /// Why, if it ended without a result.
+    /// Why it ended without a result, if so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// GPUs of all its pods.
+    /// How many GPUs its pods hold together.
     #[serde(default, skip_serializing_if = "is_zero_u32")]
     pub gpus: u32,
-    /// Digest of the image that its container ran.
+    /// Digest of the trainer's image that it ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_id: Option<String>,
 }
 
-/// How an attempt ended.
+/// How a try or attempt ended: Done, Disrupted (preempted, evicted or suspended), StoreUnavailable, Failed (tried again up
+/// to backoffLimit), InputsChanged or VersionTaken (checked again), Final (an error that would come again) or
+/// DeadlineExceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Cause {
     /// With a report of what it did.

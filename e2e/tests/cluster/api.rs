@@ -1,9 +1,11 @@
 //! What the API server refuses, in which words.
 
-use anyhow::Result;
-use kube::api::PostParams;
+use anyhow::{Context, Result};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::{Api, CustomResourceExt, api::PostParams};
 use serde_json::{Value, json};
-use tunesmith_crds::FineTuneJob;
+use tunesmith_crds::{AdapterVersion, FineTuneJob, FineTuneRun, GpuClass};
+use tunesmith_e2e::run;
 
 use crate::tenant::Tenant;
 
@@ -61,5 +63,49 @@ async fn a_minimal_manifest_gets_every_default() -> Result<()> {
     let created = team.api::<FineTuneJob>().create(&dry_run, &minimal).await?;
     // What the server filled in is what the types fill in.
     assert_eq!(created.spec, minimal.spec);
+    Ok(())
+}
+
+/// The fields below `schema` that say nothing of themselves.
+fn undescribed(path: &str, schema: &Value, found: &mut Vec<String>) {
+    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        let path = format!("{path}.{name}");
+        if field["description"].as_str().is_none_or(|words| words.trim().is_empty()) {
+            found.push(path.clone());
+        }
+        for within in [field, &field["items"], &field["additionalProperties"]] {
+            undescribed(&path, within, found);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_field_of_every_kind_explains_itself() -> Result<()> {
+    let team = Tenant::new("explain").await?;
+    let definitions = Api::<CustomResourceDefinition>::all(team.client.clone());
+    let names = [FineTuneJob::crd_name(), FineTuneRun::crd_name(), AdapterVersion::crd_name(), GpuClass::crd_name()];
+    let mut found = Vec::new();
+    for name in names {
+        let definition = serde_json::to_value(definitions.get(name).await?)?;
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        assert!(schema["properties"]["spec"]["properties"].is_object(), "{name} has no schema");
+        for part in ["spec", "status"] {
+            undescribed(&format!("{name} {part}"), &schema["properties"][part], &mut found);
+        }
+    }
+    assert!(found.is_empty(), "without a description: {found:#?}");
+
+    let explain = |field: &str| run(team.cluster.kubectl().args(["explain", field]));
+    for (field, words) in [
+        ("finetunerun.spec.trigger", "asked for another run"),
+        ("finetunerun.status.stage", "Recorded (its files are verified)"),
+        ("finetunerun.status.reason", "GateFailed"),
+        ("finetunerun.status.attempts.cause", "up to backoffLimit"),
+    ] {
+        let text = explain(field).context("kubectl explain")?;
+        // kubectl wraps lines.
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(text.contains(words), "{field}: {text}");
+    }
     Ok(())
 }

@@ -1,10 +1,11 @@
 //! Input that cannot be used: a Failed phase that names it, and nothing published.
 
-use anyhow::Result;
-use k8s_openapi::api::core::v1::Secret;
-use kube::api::PostParams;
+use anyhow::{Context, Result};
+use k8s_openapi::{api::core::v1::Secret, jiff::Timestamp};
+use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
-use tunesmith_crds::{FineTuneJob, FineTuneJobPhase, conditions};
+use tunesmith_crds::{FineTuneJob, FineTuneJobPhase, FineTuneRun, conditions, names::RETRY_ANNOTATION};
+use tunesmith_e2e::run;
 
 use crate::tenant::{Tenant, condition, message, phase_of, rows};
 
@@ -82,5 +83,40 @@ async fn full_fine_tuning_asks_for_four_a100s_and_says_that_no_node_has_them() -
     let job = team.until("large", "waiting for a node", waits).await?;
     let plan = job.status.and_then(|status| status.plan).expect("a plan");
     assert_eq!((plan.gpu_class.as_str(), plan.pods, plan.gpus_per_pod), ("a100-80gb", 1, 4));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_data_came_late_runs_again_when_asked() -> Result<()> {
+    let team = Tenant::new("late").await?;
+    let late = json!({"dataset": {"train": {"uri": format!("s3://datasets/{}/late.jsonl", team.namespace)}}});
+    let text = failure(&team, late).await?;
+    assert!(text.contains("late.jsonl"), "{text}");
+
+    team.write("datasets", "late.jsonl", &rows(40).join("\n")).await?;
+    let ask = json!({"metadata": {"annotations": {RETRY_ANNOTATION: Timestamp::now().to_string()}}});
+    team.api::<FineTuneJob>().patch("doomed", &PatchParams::default(), &Patch::Merge(ask)).await?;
+    let runs_again = |job: &FineTuneJob| {
+        let number = job.status.as_ref().and_then(|status| status.run.as_ref()).map(|run| run.number);
+        number == Some(2) && phase_of(job) != Some(FineTuneJobPhase::Failed)
+    };
+    team.until("doomed", "running again", runs_again).await?;
+    team.until_phase("doomed", FineTuneJobPhase::Succeeded).await?;
+    assert_eq!(team.versions().await?, ["doomed-v1"]);
+
+    // Both runs are on record, in words that need no code beside them.
+    for (name, reason) in
+        [("doomed-1", conditions::reason::PREFLIGHT_FAILED), ("doomed-2", conditions::reason::PUBLISHED)]
+    {
+        let status = team.api::<FineTuneRun>().get(name).await?.status.context("a status")?;
+        let ready = status.conditions.iter().find(|condition| condition.type_ == conditions::READY).context("Ready")?;
+        assert_eq!((status.reason.as_deref(), ready.reason.as_str()), (Some(reason), reason));
+    }
+    let table = run(team.cluster.kubectl().args(["get", "ftr", "-n", &team.namespace]))?;
+    let table: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    let columns = ["NAME", "JOB", "TRIGGER", "STAGE", "RESULT", "ATTEMPT", "CLASS", "VERSION", "AGE"];
+    assert_eq!(table[0], columns);
+    assert_eq!(table[1][..5], ["doomed-1", "doomed", "Generation", "Done", "PreflightFailed"]);
+    assert_eq!(table[2][..8], ["doomed-2", "doomed", "Retry", "Done", "Published", "1", "cpu", "doomed-v1"]);
     Ok(())
 }
