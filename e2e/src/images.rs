@@ -14,7 +14,7 @@ use crate::steps::Step;
 use crate::toolchain::Toolchain;
 
 /// The image that holds each pod's namespaces.
-pub(crate) const PAUSE: &str = "localhost/tunesmith-pause:1";
+pub const PAUSE: &str = "localhost/tunesmith-pause:1";
 
 const BASE: &str = "localhost/tunesmith-base:bookworm";
 const BASE_PACKAGES: &str = "libc6,libgcc-s1,ca-certificates,base-files,netbase,tzdata";

@@ -25,7 +25,7 @@ mod toolchain;
 
 pub use cluster::{Cluster, DEFAULT_NAME, client_of};
 pub use command::{run, run_with_input, succeeds};
-pub use images::{Image, Images, programs_folder};
+pub use images::{Image, Images, PAUSE, programs_folder};
 pub use paths::{cache, repository};
 pub use s3::{BUCKETS, S3};
 pub use steps::{Step, human};

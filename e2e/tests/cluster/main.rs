@@ -13,6 +13,7 @@ mod interruptions;
 mod methods;
 mod policy;
 mod queueing;
+mod sidecars;
 mod tenant;
 mod testbed;
 mod versions;
