@@ -3,14 +3,20 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::{
+    api::core::v1::{Pod, Secret},
+    jiff::Timestamp,
+};
 use kube::{
-    api::{Patch, PatchParams},
+    api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams},
     runtime::wait::await_condition,
 };
 use serde_json::json;
 use tokio::time::timeout;
-use tunesmith_crds::{AdapterVersion, AdapterVersionPhase, FineTuneJobPhase, conditions, names::VERIFY_ANNOTATION};
+use tunesmith_crds::{
+    AdapterVersion, AdapterVersionPhase, FineTuneJobPhase, conditions, fine_tune_job::SecretRef,
+    names::VERIFY_ANNOTATION,
+};
 
 use crate::tenant::{Tenant, condition, merge};
 
@@ -118,11 +124,43 @@ async fn a_version_outlives_its_job_and_never_changes() -> Result<()> {
     team.write("adapters", "gone/v1/README.md", "another").await?;
     let ask = json!({"metadata": {"annotations": {VERIFY_ANNOTATION: Timestamp::now().to_string()}}});
     team.api::<AdapterVersion>().patch("gone-v1", &PatchParams::default(), &Patch::Merge(ask)).await?;
-    let is_rejected = |version: Option<&AdapterVersion>| {
-        let phase = version.and_then(|version| version.status.as_ref()?.phase);
-        phase == Some(AdapterVersionPhase::Rejected)
-    };
-    let rejected = await_condition(team.api::<AdapterVersion>(), "gone-v1", is_rejected);
-    timeout(Duration::from_secs(120), rejected).await.context("the version is not verified again")??;
+    until_verdict(&team, "gone-v1", AdapterVersionPhase::Rejected).await
+}
+
+/// Waits until a version has this verdict.
+async fn until_verdict(team: &Tenant, name: &str, phase: AdapterVersionPhase) -> Result<()> {
+    let has_it =
+        |version: Option<&AdapterVersion>| version.and_then(|version| version.status.as_ref()?.phase) == Some(phase);
+    let verdict = timeout(Duration::from_secs(120), await_condition(team.api::<AdapterVersion>(), name, has_it));
+    verdict.await.with_context(|| format!("{name} is not {phase:?}"))??;
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_admin_verifies_a_copy_of_a_tenants_version_in_a_namespace_of_their_own() -> Result<()> {
+    let (team, admin) = tokio::try_join!(Tenant::new("untrusted"), Tenant::new("serving"))?;
+    team.apply(&team.job("bot", json!({}))).await?;
+    team.until_phase("bot", FineTuneJobPhase::Succeeded).await?;
+    let original: AdapterVersion = team.api().get("bot-v1").await?;
+    // The tenant's Secret is not there: the admin's own one reads the bucket.
+    let mut secret: Secret = admin.api().get("s3-credentials").await?;
+    secret.metadata = ObjectMeta { name: Some("reader".into()), ..ObjectMeta::default() };
+    admin.api().create(&PostParams::default(), &secret).await?;
+    admin.api::<Secret>().delete("s3-credentials", &DeleteParams::default()).await?;
+    let mut spec = original.spec;
+    spec.artifact.secret_ref = Some(SecretRef { name: "reader".into() });
+    let copy = async |name: &str| {
+        let copy = AdapterVersion::new(name, spec.clone());
+        admin.api().create(&PostParams::default(), &copy).await
+    };
+    copy("bot-v1").await?;
+    until_verdict(&admin, "bot-v1", AdapterVersionPhase::Available).await?;
+    let verifying = ListParams::default().labels("app.kubernetes.io/instance=bot-v1,tunesmith.dev/stage=verify");
+    assert_eq!(admin.api::<Pod>().list(&verifying).await?.items.len(), 1, "a pod of the admin's reads the files");
+
+    // The tenant's own record still says what it said.
+    team.write("adapters", "bot/v1/README.md", "another").await?;
+    copy("bot-v1-again").await?;
+    until_verdict(&admin, "bot-v1-again", AdapterVersionPhase::Rejected).await?;
+    until_verdict(&team, "bot-v1", AdapterVersionPhase::Available).await
 }
