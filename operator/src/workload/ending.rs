@@ -221,7 +221,8 @@ fn failure(report: Result<RunReport, ReportError>, container: &ContainerStateTer
 
 fn out_of_memory(pod: &Pod) -> String {
     let limit = pod.spec.as_ref().and_then(|spec| {
-        let limits = spec.containers.first()?.resources.as_ref()?.limits.as_ref()?;
+        let trainer = spec.containers.iter().find(|container| container.name == CONTAINER)?;
+        let limits = trainer.resources.as_ref()?.limits.as_ref()?;
         limits.get("memory").map(|quantity| quantity.0.clone())
     });
     let limit = limit.map(|limit| format!(" (its limit is {limit})")).unwrap_or_default();
@@ -332,6 +333,10 @@ mod tests {
     fn out_of_memory_is_named_with_the_limit_and_what_to_raise() {
         let Some(Cause::Failed { message }) = pod_cause(&exited(137, "OOMKilled", "")) else { panic!() };
         assert!(message.contains("2Gi") && message.contains("spec.resources.memory"), "{message}");
+        let mut beside = exited(137, "OOMKilled", "");
+        let proxy = serde_json::from_value(json!({"name": "proxy", "resources": {"limits": {"memory": "64Mi"}}}));
+        beside.spec.as_mut().unwrap().containers.insert(0, proxy.unwrap());
+        assert!(matches!(pod_cause(&beside), Some(Cause::Failed { message }) if message.contains("2Gi")));
         let mut check = exited(137, "OOMKilled", "");
         check.metadata.labels = Some([(STAGE_LABEL.to_owned(), "preflight".to_owned())].into());
         let Some(Cause::Failed { message }) = pod_cause(&check) else { panic!() };
