@@ -5,6 +5,7 @@
 
 mod api;
 mod bad_input;
+mod chart_upgrade;
 mod fields;
 mod gates;
 mod happy_path;

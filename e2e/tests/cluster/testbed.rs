@@ -16,6 +16,13 @@ pub const OPERATOR_NAMESPACE: &str = "tunesmith-system";
 /// A random model of two small blocks, with a tokenizer and a chat template.
 pub const TINY_MODEL: &str = "s3://models/tiny";
 
+/// GpuClasses of the first release, for the test that upgrades it. Their names sort last, so that no other test is given one.
+const UPGRADE_CLASSES: &[&str] = &[
+    r#"gpuClasses.zz-upgrade-used={"methods": [{"method": "LoRA", "gpus": 0}]}"#,
+    r#"gpuClasses.zz-upgrade-unused={"methods": [{"method": "LoRA", "gpus": 0}]}"#,
+    r#"gpuClasses.zz-upgrade-changed={"methods": [{"method": "LoRA", "gpus": 0}]}"#,
+];
+
 /// The shared cluster. The first caller brings it up, the others wait.
 pub fn cluster() -> Result<Cluster> {
     static UP: Mutex<bool> = Mutex::new(false);
@@ -35,6 +42,19 @@ fn bring_up(cluster: &Cluster) -> Result<()> {
     cluster.load(&[&images.operator, &images.trainer])?;
 
     let step = Step::start("tunesmith, by its chart");
+    release(cluster, UPGRADE_CLASSES)?;
+    step.done();
+
+    let step = Step::start("a tiny model in S3");
+    let folder = tiny_model()?;
+    upload_blocking(&cluster.s3()?, "models", "tiny", &folder)?;
+    step.done();
+    Ok(())
+}
+
+/// Installs the chart, or upgrades its release, with these values beside those that all tests need.
+pub fn release(cluster: &Cluster, values: &[&str]) -> Result<()> {
+    let images = Images::last_built()?.context("no images: they are built before the cluster comes up")?;
     run(cluster
         .helm()
         .args(["upgrade", "--install", "tunesmith"])
@@ -43,13 +63,8 @@ fn bring_up(cluster: &Cluster) -> Result<()> {
         .args(["--set", &format!("operator.image={}", images.operator.reference)])
         .args(["--set", &format!("trainer.image={}", images.trainer.reference)])
         // Extended resources play the part of GPUs: what waits for them is real, what computes is a CPU.
-        .args(["--set", "trainer.devices={cpu,cuda}"]))?;
-    step.done();
-
-    let step = Step::start("a tiny model in S3");
-    let folder = tiny_model()?;
-    upload_blocking(&cluster.s3()?, "models", "tiny", &folder)?;
-    step.done();
+        .args(["--set", "trainer.devices={cpu,cuda}"])
+        .args(values.iter().flat_map(|value| ["--set-json", value])))?;
     Ok(())
 }
 
