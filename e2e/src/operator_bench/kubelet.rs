@@ -17,7 +17,7 @@ use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::time::{interval, sleep};
-use tunesmith_crds::names::{JOB_LABEL, RUN_SPEC_ANNOTATION, STAGE_LABEL};
+use tunesmith_crds::names::{ATTEMPT_LABEL, JOB_LABEL, RUN_SPEC_ANNOTATION, STAGE_LABEL};
 
 use super::population::Fate;
 use super::reports;
@@ -112,18 +112,19 @@ impl Kubelets {
             self.write(pod, &running(address, begun)).await?;
             begun
         };
+        let fails = fate.fails_first && label(ATTEMPT_LABEL) == "1";
         let words = match (stage.as_str(), fate.training) {
             ("train", None) => return Ok(()),
             ("train", Some(length)) => {
                 sleep(length).await;
-                reports::trained(&task(pod)?)
+                if fails { reports::failed() } else { reports::trained(&task(pod)?) }
             }
             (stage, _) => {
                 sleep(SHORT).await;
                 if stage == "verify" { reports::verified() } else { reports::preflight() }
             }
         };
-        self.write(pod, &succeeded(address, begun, &words)).await
+        self.write(pod, &ended(address, begun, &words, fails)).await
     }
 
     async fn bind(&self, pod: &Pod) -> Result<()> {
@@ -213,13 +214,14 @@ fn running(address: IpAddr, begun: Timestamp) -> Value {
     })
 }
 
-fn succeeded(address: IpAddr, begun: Timestamp, words: &Value) -> Value {
+fn ended(address: IpAddr, begun: Timestamp, words: &Value, failed: bool) -> Value {
+    let (phase, code, reason) = if failed { ("Failed", 1, "Error") } else { ("Succeeded", 0, "Completed") };
     let state = json!({"terminated": {
-        "exitCode": 0, "reason": "Completed", "message": words.to_string(),
+        "exitCode": code, "reason": reason, "message": words.to_string(),
         "startedAt": seconds(begun), "finishedAt": seconds(Timestamp::now()),
     }, "running": null});
     json!({
-        "phase": "Succeeded", "podIP": address, "podIPs": [{"ip": address}],
+        "phase": phase, "podIP": address, "podIPs": [{"ip": address}],
         "conditions": [condition("False")],
         "containerStatuses": container(state, false),
     })

@@ -36,16 +36,19 @@ const IMAGES: usize = 50;
 pub(crate) struct Fate {
     /// How long it trains; None for good.
     pub(crate) training: Option<Duration>,
+    /// Whether its first attempt fails.
+    pub(crate) fails_first: bool,
 }
 
 impl Fate {
     pub(crate) fn of(job: &str) -> Self {
-        let seconds = match job.split('-').next() {
-            Some("active") => return Self { training: None },
-            Some("life") => 40,
-            _ => 6,
+        let kind = job.split('-').next();
+        let seconds = match kind {
+            Some("active") => None,
+            Some("life") => Some(40),
+            _ => Some(6),
         };
-        Self { training: Some(Duration::from_secs(seconds)) }
+        Self { training: seconds.map(Duration::from_secs), fails_first: kind == Some("killed") }
     }
 }
 

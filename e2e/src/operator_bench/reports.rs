@@ -1,4 +1,4 @@
-//! The termination messages of trainer pods that did what they were asked.
+//! The termination messages of trainer pods.
 
 use serde_json::{Value, json};
 
@@ -49,6 +49,11 @@ pub(crate) fn trained(spec: &Value) -> Value {
     }))
 }
 
+/// What an attempt reports after which another may do better.
+pub(crate) fn failed() -> Value {
+    report(json!({"kind": "Failed", "message": "the loss is NaN"}))
+}
+
 /// What a verification reports.
 pub(crate) fn verified() -> Value {
     report(json!({"kind": "Verified", "verdict": "Intact", "message": ""}))
@@ -91,6 +96,7 @@ mod tests {
         assert_eq!((trained.version, trained.uri.to_string().as_str()), (2, "s3://adapters/a/v2"));
         assert!(matches!(read(preflight()), Outcome::Preflight(_)));
         assert!(matches!(read(verified()), Outcome::Verified(_)));
+        assert!(matches!(read(failed()), Outcome::Failed { .. }));
         assert!(serde_json::from_value::<LiveProgress>(progress("Training", 3)).is_ok());
     }
 }
