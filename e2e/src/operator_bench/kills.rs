@@ -16,7 +16,7 @@ use tunesmith_crds::{AdapterVersion, FineTuneJob, FineTuneRun};
 use super::population::{namespace, submit};
 use super::proxy::Proxy;
 pub use super::proxy::Write;
-use super::{Bench, Options};
+use super::{Bench, NAME, Options, SUBNET};
 
 const PORT: u16 = 18_079;
 const JOB: &str = "killed-000";
@@ -50,7 +50,7 @@ pub struct Killed {
 /// If the cluster can't be brought up, or the job does not end.
 pub async fn killed_behind_each_write(operator: PathBuf, chart: PathBuf) -> Result<Killed> {
     let options = Options { operator, chart, finished: 0, active: 0, nodes: 2, idle: Duration::ZERO, keep: false };
-    let mut bench = Bench::empty(options).await?;
+    let mut bench = Bench::empty(NAME, SUBNET, options).await?;
     let killed = bench.killed_behind_each_write().await;
     bench.cluster.down()?;
     killed

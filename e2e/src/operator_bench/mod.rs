@@ -14,6 +14,7 @@ mod population;
 mod proxy;
 mod replica;
 mod reports;
+mod stage;
 mod trainer;
 mod watch;
 
@@ -33,6 +34,7 @@ pub use self::kills::{Killed, Write, killed_behind_each_write};
 use self::kubelet::Kubelets;
 use self::population::Originals;
 use self::replica::Launcher;
+pub use self::stage::Stage;
 use self::trainer::Trainers;
 use self::watch::Jobs;
 use crate::cluster::Cluster;
@@ -104,15 +106,15 @@ pub async fn measure(options: Options, target: &Path) -> Result<Figures> {
 
 impl Bench {
     async fn set_up(options: Options) -> Result<Self> {
-        let mut bench = Self::empty(options).await?;
+        let mut bench = Self::empty(NAME, SUBNET, options).await?;
         let originals = bench.originals().await?;
         bench.fill(&originals).await?;
         Ok(bench)
     }
 
-    /// A cluster with nodes, and no jobs.
-    async fn empty(options: Options) -> Result<Self> {
-        let cluster = Cluster::new(NAME, SUBNET)?;
+    /// A cluster of this name and subnet, with nodes, and no jobs.
+    async fn empty(name: &str, subnet: u8, options: Options) -> Result<Self> {
+        let cluster = Cluster::new(name, subnet)?;
         cluster.up_without_nodes(flags)?;
         let site = cluster.site().clone();
         site.network.take_pod_addresses()?;
