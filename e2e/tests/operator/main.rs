@@ -2,6 +2,7 @@
 
 mod kills;
 mod scopes;
+mod unreadable;
 
 use anyhow::Result;
 use tunesmith_e2e::{operator_bench::Stage, programs_folder, repository};
