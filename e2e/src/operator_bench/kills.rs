@@ -76,6 +76,7 @@ impl Bench {
             }
             // What it wrote is to reach the watch of this bench.
             sleep(Duration::from_millis(200)).await;
+            proxy.forget();
         }
         anyhow::bail!("after {MOST_KILLS} kills: {:?}; {:#?}", self.jobs.seen(&key), proxy.writes())
     }

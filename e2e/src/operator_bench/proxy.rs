@@ -1,6 +1,7 @@
 //! A way to the API server that counts the operator's writes, and holds back the answer to each: whoever is killed then never
 //! learns that it was heard.
 
+use std::future::pending;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
@@ -48,18 +49,26 @@ impl Proxy {
     pub(crate) fn start(network: &Network, port: u16, client: Client) -> Result<Self> {
         let socket = network.listen(port)?;
         socket.set_nonblocking(true)?;
+        Ok(Self::serve(TcpListener::from_std(socket)?, client))
+    }
+
+    fn serve(listener: TcpListener, client: Client) -> Self {
         let (sender, heard) = unbounded_channel();
         let writes = Arc::<Mutex<Vec<Write>>>::default();
         let way = Way { client, writes: writes.clone(), heard: sender };
-        let listener = TcpListener::from_std(socket)?;
         tokio::spawn(async move { axum::serve(listener, Router::new().fallback(forward).with_state(way)).await });
-        Ok(Self { writes, heard })
+        Self { writes, heard }
     }
 
     /// Resolves when the API server has taken another write, whose author waits for the answer in vain.
     pub(crate) async fn written(&mut self) {
         // The server holds a sender.
         let _ = self.heard.recv().await;
+    }
+
+    /// Forgets that something was written: its author is gone.
+    pub(crate) fn forget(&mut self) {
+        while self.heard.try_recv().is_ok() {}
     }
 
     /// All writes, in their order.
@@ -69,10 +78,24 @@ impl Proxy {
 }
 
 async fn forward(State(way): State<Way>, request: Request) -> Response {
-    answer(&way, request).await.unwrap_or_else(|error| (StatusCode::BAD_GATEWAY, format!("{error:#}")).into_response())
+    // In a task of its own: two controllers may write at once, and the API server takes what one of them has sent before the
+    // operator is killed for the other's.
+    let answered = tokio::spawn(async move { answer(&way, request).await }).await;
+    match answered.map_err(Into::into).flatten() {
+        Ok(Answer::Read(response)) => response,
+        Ok(Answer::Written) => pending().await,
+        Err(error) => (StatusCode::BAD_GATEWAY, format!("{error:#}")).into_response(),
+    }
 }
 
-async fn answer(way: &Way, request: Request) -> Result<Response> {
+/// What the API server said.
+enum Answer {
+    Read(Response),
+    /// It has taken a write: nobody is to hear of that.
+    Written,
+}
+
+async fn answer(way: &Way, request: Request) -> Result<Answer> {
     let (mut head, body) = request.into_parts();
     head.headers.remove(HOST);
     head.headers.remove(AUTHORIZATION);
@@ -86,7 +109,38 @@ async fn answer(way: &Way, request: Request) -> Result<Response> {
     if let Some(write) = write.filter(|_| answer.status().is_success()) {
         way.writes.lock().unwrap_or_else(PoisonError::into_inner).push(write);
         way.heard.send(())?;
-        std::future::pending::<()>().await;
+        return Ok(Answer::Written);
     }
-    Ok(answer.map(Body::new))
+    Ok(Answer::Read(answer.map(Body::new)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpStream;
+    use tokio::time::{sleep, timeout};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_write_counts_whose_author_was_killed_before_the_api_server_answered() {
+        let slow = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}", slow.local_addr().unwrap()).parse().unwrap();
+        let answers = Router::new().fallback(async || sleep(Duration::from_millis(300)).await);
+        tokio::spawn(async move { axum::serve(slow, answers).await });
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = Client::try_from(kube::Config::new(uri)).unwrap();
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut proxy = Proxy::serve(listener, client);
+        let mut author = TcpStream::connect(address).await.unwrap();
+        author.write_all(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}").await.unwrap();
+        sleep(Duration::from_millis(100)).await;
+        drop(author);
+        timeout(Duration::from_secs(5), proxy.written()).await.unwrap();
+        assert_eq!(proxy.writes()[0].path, "/jobs");
+    }
 }
