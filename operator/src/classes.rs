@@ -1,6 +1,6 @@
 //! The GpuClasses of the chart's values. Helm can't install objects of a kind whose definition comes with the same chart, so
 //! it hands them over as a file, and the operator applies them. A class of its own that the file names no more goes as soon
-//! as nobody uses it; classes that others made are left alone.
+//! as nobody uses it; classes that others made, another release of the chart among them, are left alone.
 
 use std::{
     collections::BTreeMap,
@@ -47,24 +47,31 @@ pub enum ClassesError {
     },
 }
 
+/// Annotation: the release of the chart whose values name a class, as namespace/name of its lease.
+const RELEASE: &str = "tunesmith.dev/release";
+
 /// The classes of the chart's values.
 #[derive(Clone, Debug, Default)]
-pub struct Classes(BTreeMap<String, GpuClassSpec>);
+pub struct Classes {
+    specs: BTreeMap<String, GpuClassSpec>,
+    /// Whose they are.
+    release: String,
+}
 
 impl Classes {
-    /// Reads them from a file: specs by their names.
+    /// Reads them from a file: specs by their names. They are this release's.
     ///
     /// # Errors
     /// The file can't be read, or holds something else.
-    pub fn read(path: &Path) -> Result<Self, ClassesError> {
+    pub fn read(path: &Path, release: String) -> Result<Self, ClassesError> {
         let text = fs::read_to_string(path).map_err(|source| ClassesError::File { path: path.into(), source })?;
         if text.trim().is_empty() {
-            return Ok(Self::default());
+            return Ok(Self { release, ..Self::default() });
         }
         let classes = serde_saphyr::from_str(&text);
         let problem =
             |error: serde_saphyr::Error| ClassesError::Content { path: path.into(), problem: error.to_string() };
-        classes.map(Self).map_err(problem)
+        classes.map(|specs| Self { specs, release }).map_err(problem)
     }
 
     /// Applies them once; resolves when the API server has taken each of them, or will never do so.
@@ -93,13 +100,24 @@ impl Classes {
     async fn apply_once(&self, client: &Client, cluster: &Cluster) -> Result<(), kube::Error> {
         let api = Api::<Guarded<GpuClass>>::all(client.clone());
         let there = cluster.all_classes();
-        for (name, spec) in &self.0 {
-            if there.iter().any(|class| class.name_any() == *name && is_own(class) && class.spec == *spec) {
+        for (name, spec) in &self.specs {
+            let found = there.iter().find(|class| class.name_any() == *name);
+            if found.is_some_and(|class| self.is_own(class) && class.spec == *spec) {
+                continue;
+            }
+            if let Some(release) = found.and_then(|class| release_of(class)).filter(|release| *release != self.release)
+            {
+                tracing::warn!(
+                    class = name,
+                    release,
+                    "a GpuClass of the chart's values is another release's, and stays"
+                );
                 continue;
             }
             let labels = [(MANAGED_BY.to_owned(), OPERATOR.to_owned())].into();
+            let annotations = [(RELEASE.to_owned(), self.release.clone())].into();
             let mut class = GpuClass::new(name, spec.clone());
-            class.metadata = ObjectMeta { labels: Some(labels), ..class.metadata };
+            class.metadata = ObjectMeta { labels: Some(labels), annotations: Some(annotations), ..class.metadata };
             let params = PatchParams::apply(OPERATOR).force();
             match api.patch(name, &params, &Patch::Apply(&class)).await {
                 Ok(_) => tracing::info!(class = name, "applied a GpuClass of the chart's"),
@@ -121,8 +139,8 @@ impl Classes {
     ) -> Result<(), kube::Error> {
         let api = Api::<Guarded<GpuClass>>::all(client.clone());
         let there = cluster.all_classes();
-        let surplus = there.iter().filter(|class| is_own(class)).map(|class| class.name_any());
-        for name in surplus.filter(|name| !self.0.contains_key(name) && !is_used(name)) {
+        let surplus = there.iter().filter(|class| self.is_own(class)).map(|class| class.name_any());
+        for name in surplus.filter(|name| !self.specs.contains_key(name) && !is_used(name)) {
             tracing::info!(class = name, "deletes a GpuClass that the chart names no more");
             match api.delete(&name, &DeleteParams::default()).await {
                 Err(kube::Error::Api(status)) if status.is_not_found() => {}
@@ -131,11 +149,17 @@ impl Classes {
         }
         Ok(())
     }
+
+    /// Whether this release has applied a class.
+    fn is_own(&self, class: &GpuClass) -> bool {
+        release_of(class) == Some(self.release.as_str())
+    }
 }
 
-/// Whether the operator has applied a class.
-fn is_own(class: &GpuClass) -> bool {
-    class.labels().get(MANAGED_BY).is_some_and(|manager| manager == OPERATOR)
+/// The release that has applied a class.
+fn release_of(class: &GpuClass) -> Option<&str> {
+    let is_ours = class.labels().get(MANAGED_BY).is_some_and(|manager| manager == OPERATOR);
+    class.annotations().get(RELEASE).map(String::as_str).filter(|_| is_ours)
 }
 
 #[cfg(test)]
@@ -151,13 +175,15 @@ mod tests {
     fn classes(text: &str) -> Result<Classes, ClassesError> {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), text).unwrap();
-        Classes::read(file.path())
+        Classes::read(file.path(), "system/a".into())
     }
 
-    fn class(name: &str, manager: Option<&str>) -> Value {
-        let labels = manager.map(|manager| json!({MANAGED_BY: manager}));
+    fn class(name: &str, release: Option<&str>) -> Value {
+        let labels = release.map(|_| json!({MANAGED_BY: OPERATOR}));
+        let annotations = release.map(|release| json!({RELEASE: release}));
         let spec = json!({"methods": [{"method": "LoRA", "gpus": 0}]});
-        json!({"apiVersion": "tunesmith.dev/v1alpha1", "kind": "GpuClass", "metadata": {"name": name, "labels": labels}, "spec": spec})
+        json!({"apiVersion": "tunesmith.dev/v1alpha1", "kind": "GpuClass", 
+            "metadata": {"name": name, "labels": labels, "annotations": annotations}, "spec": spec})
     }
 
     fn cluster(classes: &[Value]) -> Cluster {
@@ -170,25 +196,32 @@ mod tests {
 
     #[test]
     fn an_empty_file_has_no_classes_and_a_wrong_one_says_what_is_wrong() {
-        assert!(classes("\n").unwrap().0.is_empty());
-        assert_eq!(classes(FILE).unwrap().0.keys().collect::<Vec<_>>(), ["cpu"]);
+        assert!(classes("\n").unwrap().specs.is_empty());
+        assert_eq!(classes(FILE).unwrap().specs.keys().collect::<Vec<_>>(), ["cpu"]);
         let error = classes("cpu: {methods: [{method: LoRa, gpus: 0}]}").unwrap_err().to_string();
         assert!(error.contains("LoRa"), "{error}");
     }
 
     #[tokio::test]
     async fn classes_are_applied_unless_they_are_there_already() {
-        for (there, calls) in [(vec![class("cpu", Some(OPERATOR))], 0), (vec![class("cpu", None)], 1), (vec![], 1)] {
+        for (there, calls) in [
+            (vec![class("cpu", Some("system/a"))], 0),
+            (vec![class("cpu", None)], 1),
+            (vec![], 1),
+            // It would be applied back and forth.
+            (vec![class("cpu", Some("system/b"))], 0),
+        ] {
             let (client, mut server) = api_server();
             let server = tokio::spawn(async move {
                 for _ in 0..calls {
-                    let call = server.answer(200, class("cpu", Some(OPERATOR))).await;
+                    let call = server.answer(200, class("cpu", Some("system/a"))).await;
                     assert!(
                         call.line.starts_with("PATCH /apis/tunesmith.dev/v1alpha1/gpuclasses/cpu?"),
                         "{}",
                         call.line
                     );
                     assert_eq!(call.body["metadata"]["labels"][MANAGED_BY], OPERATOR);
+                    assert_eq!(call.body["metadata"]["annotations"][RELEASE], "system/a");
                 }
             });
             classes(FILE).unwrap().apply_once(&client, &cluster(&there)).await.unwrap();
@@ -200,11 +233,12 @@ mod tests {
     async fn a_class_that_is_in_use_or_anothers_stays() {
         let (client, mut server) = api_server();
         let server = tokio::spawn(async move {
-            let call = server.answer(200, class("unused", Some(OPERATOR))).await;
+            let call = server.answer(200, class("unused", Some("system/a"))).await;
             assert!(call.line.starts_with("DELETE /apis/tunesmith.dev/v1alpha1/gpuclasses/unused"), "{}", call.line);
         });
-        let own = ["used", "unused", "cpu"].map(|name| class(name, Some(OPERATOR)));
-        let cluster = cluster(&[&own[..], &[class("anothers", None)]].concat());
+        let own = ["used", "unused", "cpu"].map(|name| class(name, Some("system/a")));
+        let cluster =
+            cluster(&[&own[..], &[class("anothers", None), class("another-releases", Some("system/b"))]].concat());
         classes(FILE).unwrap().delete_unused(&client, &cluster, |name| name == "used").await.unwrap();
         server.await.unwrap();
     }

@@ -82,7 +82,12 @@ pub enum Error {
 /// # Errors
 /// If it can't start, or may not hold a lease.
 pub async fn run(options: Options) -> Result<(), Error> {
-    let classes = options.gpu_classes.as_deref().map(Classes::read).transpose()?.unwrap_or_default();
+    let classes = options
+        .gpu_classes
+        .as_deref()
+        .map(|file| Classes::read(file, options.release()))
+        .transpose()?
+        .unwrap_or_default();
     let client = Client::try_default().await?;
     let (metrics, readiness, cluster) = (Metrics::default(), Readiness::default(), Cluster::default());
     let served = server::serve(options.listen_address, metrics.clone(), readiness.clone());

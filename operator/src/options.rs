@@ -92,6 +92,11 @@ impl Options {
         }
     }
 
+    /// The release of the chart, by its lease.
+    pub fn release(&self) -> String {
+        format!("{}/{}", self.lease_namespace.as_deref().unwrap_or_default(), self.lease_name)
+    }
+
     /// What the trainer's image computes on.
     pub fn devices(&self) -> Devices {
         Devices { cuda: self.trainer_devices.iter().any(|device| device == "cuda") }
