@@ -7,33 +7,9 @@
 // next is on its way while one is used. Rows in shared memory are 16 bytes apart from a multiple of 128, so that the eight rows of a
 // matrix lie in eight bank groups. FLOPs: 4 · D for each pair of a query and a key that it sees; bytes: q and y once, k and v once a
 // tile of queries, mostly from L2.
-#include "block.cuh"
+#include "attention.cuh"
 
 namespace {
-
-constexpr int WARPS = 4;
-constexpr int THREADS = WARPS * 32;
-constexpr int QUERIES = 16 * WARPS;
-constexpr float LOG2_E = 1.4426950408889634f;
-
-// Where a row's tokens lie; prefix_length is 0 without a prefix.
-struct Row {
-  int start, length, prefix_start, prefix_length;
-};
-
-// 64 queries of a row, from its own token `first` on.
-struct Tile {
-  int row, first;
-};
-
-struct Attention {
-  const Row* rows;
-  const Tile* tiles;
-  long long q_stride, kv_stride, y_stride, tokens;
-  int group;  // query heads of a key-value head
-  int window;
-  float scale, cap;
-};
 
 // Keys that are taken at a time.
 template <int D>
@@ -41,63 +17,44 @@ constexpr int KEYS_OF = D > 128 ? 32 : 64;
 
 template <int D>
 struct Memory {
-  static constexpr int KEYS = KEYS_OF<D>, STRIDE = D + 8;
-  bf16 q[QUERIES * STRIDE];
-  bf16 k[2][KEYS * STRIDE], v[2][KEYS * STRIDE];
+  static constexpr int KEYS = KEYS_OF<D>;
+  bf16 q[QUERIES * STRIDE<D>];
+  bf16 k[2][KEYS * STRIDE<D>], v[2][KEYS * STRIDE<D>];
 };
-
-// Copies `Rows` rows of one head to shared memory: token_of(i) tells where row i lies; below 0 it is zero.
-template <int D, int Rows, class TokenOf>
-__device__ __forceinline__ void copy_rows(bf16* to, const bf16* from, long long stride, TokenOf token_of) {
-  constexpr int CHUNKS = D / 8;
-  for (int i = threadIdx.x; i < Rows * CHUNKS; i += THREADS) {
-    const int row = i / CHUNKS, chunk = i % CHUNKS;
-    const long long token = token_of(row);
-    copy_async16(to + row * Memory<D>::STRIDE + chunk * 8, from + max(token, 0ll) * stride + chunk * 8, token >= 0);
-  }
-}
 
 template <int D>
 __device__ __forceinline__ void forward(bf16* y, float* log_sums, const bf16* q, const bf16* k, const bf16* v,
                                         const Attention& a) {
-  constexpr int KEYS = KEYS_OF<D>, STRIDE = Memory<D>::STRIDE;
+  constexpr int KEYS = KEYS_OF<D>;
   Memory<D>& block = shared<Memory<D>>();
   const Tile tile = a.tiles[blockIdx.x];
   const Row row = a.rows[tile.row];
-  const int head = blockIdx.y, kv_head = head / a.group, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int head = blockIdx.y, kv_head = head / a.group, warp = threadIdx.x / 32;
   q += size_t(head) * D, y += size_t(head) * D;
   k += size_t(kv_head) * D, v += size_t(kv_head) * D;
 
   // Positions: those of the prefix, then the row's own.
-  const int first_query = row.prefix_length + tile.first, keys = row.prefix_length + row.length;
-  const int last_query = min(first_query + QUERIES, keys) - 1;
+  const int first_query = row.prefix_length + tile.first;
+  const int last_query = min(first_query + QUERIES, row.prefix_length + row.length) - 1;
   const int first_seen = a.window ? max(0, first_query - a.window + 1) : 0;
   const int first_tile = first_seen / KEYS, last_tile = last_query / KEYS;
-
-  auto key_tile = [&](int number, int buffer) {
-    auto token_of = [&](int i) -> long long {
-      const int position = number * KEYS + i;
-      if (position >= keys) return -1;
-      return position < row.prefix_length ? row.prefix_start + position
-                                          : row.start + (position - row.prefix_length);
-    };
+  auto copy_keys = [&](int number, int buffer) {
+    auto token_of = [&](int i) { return token_at(row, number * KEYS + i); };
     copy_rows<D, KEYS>(block.k[buffer], k, a.kv_stride, token_of);
     copy_rows<D, KEYS>(block.v[buffer], v, a.kv_stride, token_of);
   };
-  copy_rows<D, QUERIES>(block.q, q, a.q_stride, [&](int i) -> long long {
-    return tile.first + i < row.length ? row.start + tile.first + i : -1;
-  });
-  key_tile(first_tile, 0);
+  auto query_of = [&](int i) { return token_at(row, first_query + i); };
+  copy_rows<D, QUERIES>(block.q, q, a.q_stride, query_of);
+  copy_keys(first_tile, 0);
   copy_async_commit();
 
-  // Of a warp's 16 queries, a lane has two: lane / 4, and 8 further on.
   float sums[1][D / 8][4] = {};
+  // Of a lane's two queries: the largest score so far, and the sum of powers.
   float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-  // Scores as powers of 2.
   const float factor = a.cap > 0 ? LOG2_E : a.scale * LOG2_E;
   for (int number = first_tile; number <= last_tile; number++) {
     const int buffer = (number - first_tile) % 2;
-    if (number < last_tile) key_tile(number + 1, buffer ^ 1);
+    if (number < last_tile) copy_keys(number + 1, buffer ^ 1);
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();
@@ -106,34 +63,20 @@ __device__ __forceinline__ void forward(bf16* y, float* log_sums, const bf16* q,
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
       uint32_t left[1][4], right[KEYS / 8][2];
-      load_matrix_x4(left[0], block.q + (warp * 16 + lane % 16) * STRIDE + step * 16 + lane / 16 * 8);
-#pragma unroll
-      for (int pair = 0; pair < KEYS / 16; pair++) {
-        uint32_t both[4];
-        const int key = pair * 16 + lane % 8 + lane / 16 * 8;
-        load_matrix_x4(both, block.k[buffer] + key * STRIDE + step * 16 + lane / 8 % 2 * 8);
-        right[2 * pair][0] = both[0], right[2 * pair][1] = both[1];
-        right[2 * pair + 1][0] = both[2], right[2 * pair + 1][1] = both[3];
-      }
+      left_fragment<D>(left, block.q + warp * 16 * STRIDE<D>, step);
+      right_of_rows<D, KEYS>(right, block.k[buffer], step);
       multiply_tile(scores, left, right);
     }
-    if (a.cap > 0) {
-#pragma unroll
-      for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) scores[0][j][e] = a.cap * tanhf(a.scale * scores[0][j][e] / a.cap);
-    }
     const int first_key = number * KEYS;
-    if (first_key + KEYS - 1 > first_query || (a.window && first_key < last_query - a.window + 1)) {
+    const bool is_cut = first_key + KEYS - 1 > first_query || (a.window && first_key < last_query - a.window + 1);
 #pragma unroll
-      for (int j = 0; j < KEYS / 8; j++)
+    for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int key = first_key + j * 8 + lane % 4 * 2 + e % 2;
-          const int query = first_query + warp * 16 + lane / 4 + e / 2 * 8;
-          if (key > query || (a.window && key <= query - a.window)) scores[0][j][e] = -INFINITY;
-        }
-    }
+      for (int e = 0; e < 4; e++) {
+        float& score = scores[0][j][e];
+        if (a.cap > 0) score = a.cap * tanhf(a.scale * score / a.cap);
+        if (is_cut && !is_seen(a, first_query + warp * 16 + row_of(e), first_key + column_of(j, e))) score = -INFINITY;
+      }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float most = largest[half];
@@ -157,45 +100,24 @@ __device__ __forceinline__ void forward(bf16* y, float* log_sums, const bf16* q,
 #pragma unroll
       for (int j = 0; j < D / 8; j++) sums[0][j][2 * half] *= shrink, sums[0][j][2 * half + 1] *= shrink;
     }
-    // The accumulators of 16 keys are the left fragment of their product with the values.
-#pragma unroll
-    for (int step = 0; step < KEYS / 16; step++) {
-      const auto& low = scores[0][2 * step];
-      const auto& high = scores[0][2 * step + 1];
-      const uint32_t left[1][4] = {{pack_bf16(low[0], low[1]), pack_bf16(low[2], low[3]), pack_bf16(high[0], high[1]),
-                                    pack_bf16(high[2], high[3])}};
-      uint32_t right[D / 8][2];
-#pragma unroll
-      for (int pair = 0; pair < D / 16; pair++) {
-        uint32_t both[4];
-        load_matrix_x4_transposed(
-            both, block.v[buffer] + (step * 16 + lane % 16) * STRIDE + pair * 16 + lane / 16 * 8);
-        right[2 * pair][0] = both[0], right[2 * pair][1] = both[1];
-        right[2 * pair + 1][0] = both[2], right[2 * pair + 1][1] = both[3];
-      }
-      multiply_tile(sums, left, right);
-    }
+    accumulate<D, KEYS>(sums, scores, block.v[buffer]);
     // The buffer is written again behind this.
     __syncthreads();
   }
   copy_async_wait<0>();
+  float inverses[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float sum = total[half];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const int own = tile.first + warp * 16 + lane / 4 + half * 8;
-    if (own >= row.length) continue;
-    const long long token = row.start + own;
-    const float inverse = 1.0f / sum;
-    bf16* to = y + token * a.y_stride + lane % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < D / 8; j++) {
-      *reinterpret_cast<uint32_t*>(to + j * 8) =
-          pack_bf16(sums[0][j][2 * half] * inverse, sums[0][j][2 * half + 1] * inverse);
+    inverses[half] = 1.0f / sum;
+    const long long token = query_of(warp * 16 + row_of(2 * half));
+    if (token >= 0 && threadIdx.x % 4 == 0) {
+      log_sums[head * a.tokens + token] = largest[half] * (factor / LOG2_E) + logf(sum);
     }
-    if (lane % 4 == 0) log_sums[head * a.tokens + token] = largest[half] * (factor / LOG2_E) + logf(sum);
   }
+  write_rows<D>(y, a.y_stride, sums, inverses, [&](int i) { return query_of(warp * 16 + i); });
 }
 
 #define ATTENTION(D)                                                                                               \

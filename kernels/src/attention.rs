@@ -19,6 +19,10 @@ pub struct Row {
     pub prefix_start: i32,
     /// The prefix's tokens; 0 without one.
     pub prefix_length: i32,
+    /// Number of the first row that goes on after this one; the others follow it.
+    pub first_follower: i32,
+    /// Rows that go on after this one.
+    pub followers: i32,
 }
 
 /// `Tile` of `attention.cu`: up to 64 queries of a row.
@@ -97,52 +101,195 @@ pub struct AttentionForward {
 /// The sizes of heads that have a kernel.
 pub const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 
+/// The products of `dy` and `y`, for the backward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionDelta {
+    /// f32 [heads, tokens].
+    pub delta: Address,
+    /// bf16 [tokens, heads, head_dim].
+    pub dy: Address,
+    /// The same.
+    pub y: Address,
+    /// Elements from a token's results to the next one's.
+    pub y_stride: i64,
+    /// All tokens.
+    pub tokens: i64,
+    /// Query heads.
+    pub heads: i32,
+    /// Elements of a head: one of [`HEAD_DIMS`].
+    pub head_dim: usize,
+}
+
+/// The gradient by the queries.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionQueries {
+    /// bf16, as `q` lies.
+    pub dq: Address,
+    /// bf16 [tokens, heads, head_dim].
+    pub dy: Address,
+    /// As in the forward pass.
+    pub q: Address,
+    /// As in the forward pass.
+    pub k: Address,
+    /// As in the forward pass.
+    pub v: Address,
+    /// Of the forward pass.
+    pub log_sums: Address,
+    /// Of [`AttentionDelta`].
+    pub delta: Address,
+    /// The rest.
+    pub attention: Attention,
+    /// Elements of a head: one of [`HEAD_DIMS`].
+    pub head_dim: usize,
+}
+
+/// The gradients by keys and values; for a head of 256 two launches, of which each computes one.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionKeys {
+    /// bf16, as `k` lies.
+    pub dk: Address,
+    /// bf16, as `v` lies.
+    pub dv: Address,
+    /// bf16 [tokens, heads, head_dim].
+    pub dy: Address,
+    /// As in the forward pass.
+    pub q: Address,
+    /// As in the forward pass.
+    pub k: Address,
+    /// As in the forward pass.
+    pub v: Address,
+    /// Of the forward pass.
+    pub log_sums: Address,
+    /// Of [`AttentionDelta`].
+    pub delta: Address,
+    /// The rest.
+    pub attention: Attention,
+    /// Elements of a head: one of [`HEAD_DIMS`].
+    pub head_dim: usize,
+    /// Of a head of 256, the values' launch.
+    pub values: bool,
+}
+
+/// Bytes of shared memory for 64 rows of each of so many tensors that stay, and twice `rows` of two that come in turn.
+fn shared_bytes(head_dim: usize, stay: usize, rows: usize) -> u32 {
+    (2 * (head_dim + 8) * (64 * stay + 4 * rows)) as u32
+}
+
+fn tile_grid(tiles: usize, heads: usize, shared_bytes: u32) -> Grid {
+    Grid { blocks: [tiles as u32, heads as u32, 1], threads: 32 * WARPS, shared_bytes }
+}
+
 impl AttentionForward {
-    /// The launch of so many tiles.
+    /// The launch over tiles of queries.
     pub fn grid(&self, tiles: usize, heads: usize) -> Grid {
-        let (keys, stride) = (if self.head_dim > 128 { 32 } else { 64 }, self.head_dim + 8);
-        Grid {
-            blocks: [tiles as u32, heads as u32, 1],
-            threads: 32 * WARPS,
-            shared_bytes: (2 * stride * (QUERIES + 4 * keys)) as u32,
-        }
+        tile_grid(tiles, heads, shared_bytes(self.head_dim, 1, if self.head_dim > 128 { 32 } else { 64 }))
     }
+}
+
+/// Rows that a backward pass takes at a time.
+fn backward_rows(head_dim: usize) -> usize {
+    match head_dim {
+        ..=96 => 64,
+        97..=128 => 32,
+        _ => 16,
+    }
+}
+
+impl AttentionDelta {
+    /// The launch over all heads of all tokens.
+    pub fn grid(&self) -> Grid {
+        let all = (self.tokens as u64 * self.heads as u64).div_ceil(u64::from(WARPS));
+        Grid::row(all as u32, 32 * WARPS)
+    }
+}
+
+impl AttentionQueries {
+    /// The launch over tiles of queries.
+    pub fn grid(&self, tiles: usize, heads: usize) -> Grid {
+        tile_grid(tiles, heads, shared_bytes(self.head_dim, 2, backward_rows(self.head_dim)))
+    }
+}
+
+impl AttentionKeys {
+    /// The launches: one, or one for the keys and one for the values.
+    pub fn passes(self) -> Vec<Self> {
+        let both = [false, true].map(|values| Self { values, ..self });
+        both[..if self.head_dim > 128 { 2 } else { 1 }].to_vec()
+    }
+
+    /// The launch over tiles of keys.
+    pub fn grid(&self, tiles: usize, kv_heads: usize) -> Grid {
+        tile_grid(tiles, kv_heads, shared_bytes(self.head_dim, 2, backward_rows(self.head_dim)))
+    }
+}
+
+/// The kernel of a head's size.
+macro_rules! kernel_of {
+    ($file:literal, $launch:expr, $($head_dim:pat => $name:ident),*) => {
+        match $launch {
+            $($head_dim => Kernel {
+                name: stringify!($name),
+                file: $file,
+                #[cfg(feature = "emulation")]
+                emulated: crate::emulated!($name),
+            },)*
+            other => panic!("no attention kernel for a head_dim of {other:?}"),
+        }
+    };
+}
+
+/// Where arguments lie, and their sizes.
+macro_rules! arguments {
+    ($($argument:expr),* $(,)?) => {{
+        fn argument<T: Argument>(value: &T) -> (*const c_void, usize) {
+            ((value as *const T).cast(), size_of::<T>())
+        }
+        vec![$(argument(&$argument)),*]
+    }};
 }
 
 impl Launch for AttentionForward {
     fn kernel(&self) -> Kernel {
-        macro_rules! kernel {
-            ($name:ident) => {
-                Kernel {
-                    name: stringify!($name),
-                    file: "attention",
-                    #[cfg(feature = "emulation")]
-                    emulated: crate::emulated!($name),
-                }
-            };
-        }
-        match self.head_dim {
-            64 => kernel!(attention_64),
-            80 => kernel!(attention_80),
-            96 => kernel!(attention_96),
-            128 => kernel!(attention_128),
-            256 => kernel!(attention_256),
-            other => panic!("no attention kernel for a head_dim of {other}"),
-        }
+        kernel_of!("attention", self.head_dim, 64 => attention_64, 80 => attention_80, 96 => attention_96,
+            128 => attention_128, 256 => attention_256)
     }
 
     fn arguments(&self) -> Vec<(*const c_void, usize)> {
-        fn argument<T: Argument>(value: &T) -> (*const c_void, usize) {
-            ((value as *const T).cast(), size_of::<T>())
-        }
-        vec![
-            argument(&self.y),
-            argument(&self.log_sums),
-            argument(&self.q),
-            argument(&self.k),
-            argument(&self.v),
-            argument(&self.attention),
-        ]
+        arguments![self.y, self.log_sums, self.q, self.k, self.v, self.attention]
+    }
+}
+
+impl Launch for AttentionDelta {
+    fn kernel(&self) -> Kernel {
+        kernel_of!("attention_backward", self.head_dim, 64 => attention_delta_64, 80 => attention_delta_80,
+            96 => attention_delta_96, 128 => attention_delta_128, 256 => attention_delta_256)
+    }
+
+    fn arguments(&self) -> Vec<(*const c_void, usize)> {
+        arguments![self.delta, self.dy, self.y, self.y_stride, self.tokens, self.heads]
+    }
+}
+
+impl Launch for AttentionQueries {
+    fn kernel(&self) -> Kernel {
+        kernel_of!("attention_backward", self.head_dim, 64 => attention_queries_64, 80 => attention_queries_80,
+            96 => attention_queries_96, 128 => attention_queries_128, 256 => attention_queries_256)
+    }
+
+    fn arguments(&self) -> Vec<(*const c_void, usize)> {
+        arguments![self.dq, self.dy, self.q, self.k, self.v, self.log_sums, self.delta, self.attention]
+    }
+}
+
+impl Launch for AttentionKeys {
+    fn kernel(&self) -> Kernel {
+        kernel_of!("attention_backward", (self.head_dim, self.values), (64, _) => attention_keys_64,
+            (80, _) => attention_keys_80, (96, _) => attention_keys_96, (128, _) => attention_keys_128,
+            (256, false) => attention_keys_256, (256, true) => attention_values_256)
+    }
+
+    fn arguments(&self) -> Vec<(*const c_void, usize)> {
+        arguments![self.dk, self.dv, self.dy, self.q, self.k, self.v, self.log_sums, self.delta, self.attention]
     }
 }
 
@@ -152,7 +299,7 @@ mod tests {
 
     #[test]
     fn tiles_cover_each_row_and_the_longest_come_first() {
-        let row = |length, prefix_length| Row { start: 0, length, prefix_start: 0, prefix_length };
+        let row = |length, prefix_length| Row { length, prefix_length, ..Row::default() };
         let found = tiles(&[row(65, 0), row(3, 200), row(64, 0)]);
         let expected = [(1, 0), (0, 64), (0, 0), (2, 0)].map(|(row, first)| Tile { row, first });
         assert_eq!(found, expected);

@@ -1,11 +1,13 @@
-//! Attention against f64: heads of each size, groups of query heads, rows of odd lengths, prefixes with several followers, windows and
+//! Attention and its gradients against f64: heads of each size, groups of query heads, rows of odd lengths, prefixes with several followers, windows and
 //! capped scores.
 
 mod support;
 
 use half::bf16;
 use support::{Bench, SEEDS, assert_close};
-use tunesmith_kernels::attention::{Attention, AttentionForward, HEAD_DIMS, Row, tiles};
+use tunesmith_kernels::attention::{
+    Attention, AttentionDelta, AttentionForward, AttentionKeys, AttentionQueries, HEAD_DIMS, Row, tiles,
+};
 
 /// Sizes of a problem.
 #[derive(Clone, Copy)]
@@ -22,52 +24,72 @@ fn rows(lengths: &[usize], shares: bool) -> Vec<Row> {
     let mut start = 0;
     let row = |(number, length): (usize, &usize)| {
         let prefix_length = if shares && number > 0 { lengths[0] as i32 } else { 0 };
-        let row = Row { start, length: *length as i32, prefix_start: 0, prefix_length };
+        let followers = if shares && number == 0 { lengths.len() as i32 - 1 } else { 0 };
+        let length32 = *length as i32;
+        let row = Row { start, length: length32, prefix_start: 0, prefix_length, first_follower: 1, followers };
         start += *length as i32;
         row
     };
     lengths.iter().enumerate().map(row).collect()
 }
 
-/// Results and sums, in f64.
-fn reference(case: Case, rows: &[Row], q: &[f32], k: &[f32], v: &[f32], tokens: usize) -> [Vec<f64>; 2] {
+/// What the passes should leave, in f64.
+struct Expected {
+    y: Vec<f64>,
+    log_sums: Vec<f64>,
+    dq: Vec<f64>,
+    dk: Vec<f64>,
+    dv: Vec<f64>,
+}
+
+fn reference(case: Case, rows: &[Row], [q, k, v, dy]: [&[f32]; 4], tokens: usize) -> Expected {
     let Case { heads, kv_heads, head_dim, window, cap } = case;
     let scale = 1.0 / (head_dim as f64).sqrt();
-    let (mut y, mut log_sums) = (vec![0.0; tokens * heads * head_dim], vec![0.0; heads * tokens]);
+    let zeros = |heads: usize| vec![0.0; tokens * heads * head_dim];
+    let (mut y, mut dq, mut dk, mut dv) = (zeros(heads), zeros(heads), zeros(kv_heads), zeros(kv_heads));
+    let mut log_sums = vec![0.0; heads * tokens];
+    let of = |x: &[f32], heads: usize, token: usize, head: usize| -> Vec<f64> {
+        let at = (token * heads + head) * head_dim;
+        x[at..at + head_dim].iter().map(|x| f64::from(*x)).collect()
+    };
+    let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
     for row in rows {
         let prefix = row.prefix_start..row.prefix_start + row.prefix_length;
         let keys: Vec<usize> = prefix.chain(row.start..row.start + row.length).map(|token| token as usize).collect();
-        for own in 0..row.length as usize {
+        for (own, head) in (0..row.length as usize).flat_map(|own| (0..heads).map(move |head| (own, head))) {
             let (position, token) = (row.prefix_length as usize + own, row.start as usize + own);
-            let first = if window > 0 { (position + 1).saturating_sub(window) } else { 0 };
-            for head in 0..heads {
-                let of = |x: &[f32], heads: usize, token: usize, head: usize| -> Vec<f64> {
-                    let at = (token * heads + head) * head_dim;
-                    x[at..at + head_dim].iter().map(|x| f64::from(*x)).collect()
-                };
-                let (query, kv_head) = (of(q, heads, token, head), head / (heads / kv_heads));
-                let scores: Vec<f64> = keys[first..=position]
-                    .iter()
-                    .map(|key| {
-                        let key = of(k, kv_heads, *key, kv_head);
-                        let score = scale * query.iter().zip(key).map(|(q, k)| q * k).sum::<f64>();
-                        if cap > 0.0 { cap * (score / cap).tanh() } else { score }
-                    })
-                    .collect();
-                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = scores.iter().map(|score| (score - most).exp()).sum();
-                log_sums[head * tokens + token] = most + sum.ln();
-                for (score, key) in scores.iter().zip(&keys[first..=position]) {
-                    let share = (score - most).exp() / sum;
-                    let at = (token * heads + head) * head_dim;
-                    for (y, v) in y[at..at + head_dim].iter_mut().zip(of(v, kv_heads, *key, kv_head)) {
-                        *y += share * v;
-                    }
+            let seen = &keys[if window > 0 { (position + 1).saturating_sub(window) } else { 0 }..=position];
+            let (query, kv_head) = (of(q, heads, token, head), head / (heads / kv_heads));
+            let scores: Vec<f64> = seen
+                .iter()
+                .map(|key| scale * dot(&query, &of(k, kv_heads, *key, kv_head)))
+                .map(|score| if cap > 0.0 { cap * (score / cap).tanh() } else { score })
+                .collect();
+            let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = scores.iter().map(|score| (score - most).exp()).sum();
+            log_sums[head * tokens + token] = most + sum.ln();
+            let shares: Vec<f64> = scores.iter().map(|score| (score - most).exp() / sum).collect();
+            let (at, d) = ((token * heads + head) * head_dim, of(dy, heads, token, head));
+            let by_share: Vec<f64> = seen.iter().map(|key| dot(&d, &of(v, kv_heads, *key, kv_head))).collect();
+            let delta = dot(&shares, &by_share);
+            for (i, key) in seen.iter().enumerate() {
+                let (key_at, value, key) = (
+                    (key * kv_heads + kv_head) * head_dim,
+                    of(v, kv_heads, *key, kv_head),
+                    of(k, kv_heads, *key, kv_head),
+                );
+                let slope = if cap > 0.0 { 1.0 - (scores[i] / cap).powi(2) } else { 1.0 };
+                let by_score = scale * shares[i] * (by_share[i] - delta) * slope;
+                for e in 0..head_dim {
+                    y[at + e] += shares[i] * value[e];
+                    dq[at + e] += by_score * key[e];
+                    dk[key_at + e] += by_score * query[e];
+                    dv[key_at + e] += shares[i] * d[e];
                 }
             }
         }
     }
-    [y, log_sums]
+    Expected { y, log_sums, dq, dk, dv }
 }
 
 fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
@@ -77,39 +99,76 @@ fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
     let mut results = Vec::new();
     for seed in seeds {
         let bench = Bench::new(*seed);
-        let q: Vec<f32> = bench.bf16s(tokens * heads * head_dim).iter().map(|x| 2.0 * x).collect();
-        let [k, v] = [0; 2].map(|_| bench.bf16s(tokens * kv_heads * head_dim));
-        let y = bench.empty::<bf16>("y", tokens * heads * head_dim);
-        let log_sums = bench.empty::<f32>("log_sums", heads * tokens);
+        let all = |heads: usize| tokens * heads * head_dim;
+        let q: Vec<f32> = bench.bf16s(all(heads)).iter().map(|x| 2.0 * x).collect();
+        let [k, v] = [0; 2].map(|_| bench.bf16s(all(kv_heads)));
+        let dy = bench.bf16s(all(heads));
+        let (y, log_sums) = (bench.empty::<bf16>("y", all(heads)), bench.empty::<f32>("log_sums", heads * tokens));
         let tiles = tiles(&rows);
-        let launch = AttentionForward {
+        let (q_stride, kv_stride) = ((heads * head_dim) as i64, (kv_heads * head_dim) as i64);
+        let attention = Attention {
+            rows: bench.put("rows", &rows).at,
+            tiles: bench.put("tiles", &tiles).at,
+            q_stride,
+            kv_stride,
+            y_stride: q_stride,
+            tokens: tokens as i64,
+            group: (heads / kv_heads) as i32,
+            window: window as i32,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            cap: cap as f32,
+        };
+        let (q_at, k_at) = (bench.put_bf16("q", &q).at, bench.put_bf16("k", &k).at);
+        let (v_at, dy_at) = (bench.put_bf16("v", &v).at, bench.put_bf16("dy", &dy).at);
+        let launch =
+            AttentionForward { y: y.at, log_sums: log_sums.at, q: q_at, k: k_at, v: v_at, attention, head_dim };
+        bench.run(&launch, launch.grid(tiles.len(), heads));
+        let expected = reference(case, &rows, [&q, &k, &v, &dy], tokens);
+        // Shares are rounded to bf16 before they meet the values, and the result is.
+        assert_close("y", &y.floats(), &expected.y, 1.0 / 128.0, 3e-3);
+        assert_close("log_sums", &log_sums.get(), &expected.log_sums, 1e-5, 1e-5);
+
+        let delta = bench.empty::<f32>("delta", heads * tokens);
+        let (tokens, heads32) = (tokens as i64, heads as i32);
+        let launch = AttentionDelta {
+            delta: delta.at,
+            dy: dy_at,
             y: y.at,
-            log_sums: log_sums.at,
-            q: bench.put_bf16("q", &q).at,
-            k: bench.put_bf16("k", &k).at,
-            v: bench.put_bf16("v", &v).at,
-            attention: Attention {
-                rows: bench.put("rows", &rows).at,
-                tiles: bench.put("tiles", &tiles).at,
-                q_stride: (heads * head_dim) as i64,
-                kv_stride: (kv_heads * head_dim) as i64,
-                y_stride: (heads * head_dim) as i64,
-                tokens: tokens as i64,
-                group: (heads / kv_heads) as i32,
-                window: window as i32,
-                scale: 1.0 / (head_dim as f32).sqrt(),
-                cap: cap as f32,
-            },
+            y_stride: q_stride,
+            tokens,
+            heads: heads32,
             head_dim,
         };
+        bench.run(&launch, launch.grid());
+        let [dq, dk, dv] = [("dq", heads), ("dk", kv_heads), ("dv", kv_heads)]
+            .map(|(name, heads)| bench.empty::<bf16>(name, all(heads)));
+        let (q, k, v, dy, log_sums_at, delta) = (q_at, k_at, v_at, dy_at, log_sums.at, delta.at);
+        let launch = AttentionQueries { dq: dq.at, dy, q, k, v, log_sums: log_sums_at, delta, attention, head_dim };
         bench.run(&launch, launch.grid(tiles.len(), heads));
-        let [expected, sums] = reference(case, &rows, &q, &k, &v, tokens);
-        // Shares are rounded to bf16 before they meet the values, and the result is.
-        assert_close("y", &y.floats(), &expected, 1.0 / 100.0, 4e-3);
-        assert_close("log_sums", &log_sums.get(), &sums, 1e-5, 1e-5);
+        let keys = AttentionKeys {
+            dk: dk.at,
+            dv: dv.at,
+            dy,
+            q,
+            k,
+            v,
+            log_sums: log_sums_at,
+            delta,
+            attention,
+            head_dim,
+            values: false,
+        };
+        for pass in keys.passes() {
+            bench.run(&pass, pass.grid(tiles.len(), kv_heads));
+        }
+        for (name, found, expected) in [("dq", &dq, &expected.dq), ("dk", &dk, &expected.dk), ("dv", &dv, &expected.dv)]
+        {
+            let largest = expected.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+            assert_close(name, &found.floats(), expected, 1.0 / 64.0, 0.01 * largest + 1e-6);
+        }
         let loads = bench.device.take_statistics().unwrap();
         assert_eq!(loads.matrix_load_phases, loads.matrix_loads, "rows of one matrix lie in one bank");
-        results.push(y.get());
+        results.push((y.get(), dq.get(), dk.get(), dv.get()));
     }
     assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "another order, other bits");
 }
