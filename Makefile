@@ -9,7 +9,7 @@ DEMO_FLAGS := --kubeconfig $(KUBECONFIG)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit e2e generate oracle bench bench-operator fuzz kernel-mutants down rust
+.PHONY: help demo test lint unit e2e generate oracle bench bench-operator fuzz kernels kernel-mutants down rust
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,9 @@ bench-operator: rust ## The operator with 10,000 jobs: memory, requests, latency
 	$(CARGO) build --release --package tunesmith-operator
 	$(CARGO) build --workspace --bins
 	$(PROGRAMS)/debug/bench_operator
+
+kernels: rust ## Compile the kernels by nvcc, and compare what it made of them (installs nvcc, 280 MB)
+	kernels/compile.sh
 
 kernel-mutants: rust ## Change each barrier, wait and bound of the kernels: a test must fail (an hour; KERNEL=norm for one file)
 	$(CARGO) run --quiet --package tunesmith-kernels --example mutants -- $(KERNEL)
