@@ -31,8 +31,8 @@ void EMU_EXPORT(release)(void* memory);
 // The host has written, or is to read. Checked: the number of bytes that nobody has written.
 void EMU_EXPORT(written)(void* at, size_t bytes);
 size_t EMU_EXPORT(unwritten)(const void* at, size_t bytes);
-// Forgets that anybody wrote these bytes, and fills them with 0xff.
-void EMU_EXPORT(poison)(void* at, size_t bytes);
+// Whether these bytes lie in one buffer.
+bool EMU_EXPORT(holds)(const void* at, size_t bytes);
 
 struct EMU_EXPORT(statistics) {
   uint64_t accesses, multiplications, matrix_loads, matrix_load_phases;

@@ -188,10 +188,7 @@ extern "C" size_t EMU_EXPORT(unwritten)(const void* at, size_t bytes) {
   return std::count(buffer->writes + first, buffer->writes + first + bytes, 0u);
 }
 
-extern "C" void EMU_EXPORT(poison)(void* at, size_t bytes) {
-  memset(at, POISON, bytes);
-  Buffer* buffer = CHECKED ? buffer_at(machine(), at) : nullptr;
-  if (!buffer) return;
-  const size_t first = static_cast<char*>(at) - buffer->base;
-  std::fill(buffer->writes + first, buffer->writes + first + bytes, 0u);
+extern "C" bool EMU_EXPORT(holds)(const void* at, size_t bytes) {
+  Buffer* buffer = buffer_at(machine(), at);
+  return buffer && size_t(static_cast<const char*>(at) - buffer->base) + bytes <= buffer->bytes;
 }

@@ -94,12 +94,14 @@ pub struct AttentionForward {
     pub v: Address,
     /// The rest.
     pub attention: Attention,
-    /// Elements of a head: one of [`HEAD_DIMS`].
-    pub head_dim: usize,
+    /// Elements of a head.
+    pub head_dim: i32,
 }
 
-/// The sizes of heads that have a kernel.
+/// The sizes of heads that have kernels for tensor cores; others, up to [`LARGEST_HEAD`], have plain ones.
 pub const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
+/// The most elements of a head.
+pub const LARGEST_HEAD: usize = 512;
 
 /// The products of `dy` and `y`, for the backward pass.
 #[derive(Clone, Copy, Debug)]
@@ -116,8 +118,8 @@ pub struct AttentionDelta {
     pub tokens: i64,
     /// Query heads.
     pub heads: i32,
-    /// Elements of a head: one of [`HEAD_DIMS`].
-    pub head_dim: usize,
+    /// Elements of a head.
+    pub head_dim: i32,
 }
 
 /// The gradient by the queries.
@@ -139,8 +141,8 @@ pub struct AttentionQueries {
     pub delta: Address,
     /// The rest.
     pub attention: Attention,
-    /// Elements of a head: one of [`HEAD_DIMS`].
-    pub head_dim: usize,
+    /// Elements of a head.
+    pub head_dim: i32,
 }
 
 /// The gradients by keys and values; for a head of 256 two launches, of which each computes one.
@@ -164,15 +166,18 @@ pub struct AttentionKeys {
     pub delta: Address,
     /// The rest.
     pub attention: Attention,
-    /// Elements of a head: one of [`HEAD_DIMS`].
-    pub head_dim: usize,
+    /// Elements of a head.
+    pub head_dim: i32,
     /// Of a head of 256, the values' launch.
     pub values: bool,
 }
 
 /// Bytes of shared memory for 64 rows of each of so many tensors that stay, and twice `rows` of two that come in turn.
-fn shared_bytes(head_dim: usize, stay: usize, rows: usize) -> u32 {
-    (2 * (head_dim + 8) * (64 * stay + 4 * rows)) as u32
+fn shared_bytes(head_dim: i32, stay: u32, rows: u32) -> u32 {
+    match usize::try_from(head_dim) {
+        Ok(known) if HEAD_DIMS.contains(&known) => 2 * (head_dim as u32 + 8) * (64 * stay + 4 * rows),
+        _ => 0,
+    }
 }
 
 fn tile_grid(tiles: usize, heads: usize, shared_bytes: u32) -> Grid {
@@ -187,7 +192,7 @@ impl AttentionForward {
 }
 
 /// Rows that a backward pass takes at a time.
-fn backward_rows(head_dim: usize) -> usize {
+fn backward_rows(head_dim: i32) -> u32 {
     match head_dim {
         ..=96 => 64,
         97..=128 => 32,
@@ -214,7 +219,7 @@ impl AttentionKeys {
     /// The launches: one, or one for the keys and one for the values.
     pub fn passes(self) -> Vec<Self> {
         let both = [false, true].map(|values| Self { values, ..self });
-        both[..if self.head_dim > 128 { 2 } else { 1 }].to_vec()
+        both[..if self.head_dim == 256 { 2 } else { 1 }].to_vec()
     }
 
     /// The launch over tiles of keys.
@@ -223,73 +228,81 @@ impl AttentionKeys {
     }
 }
 
-/// The kernel of a head's size.
+/// The kernel of a head's size, else the plain one.
 macro_rules! kernel_of {
-    ($file:literal, $launch:expr, $($head_dim:pat => $name:ident),*) => {
+    ($plain:ident, $file:literal, $launch:expr, $($head_dim:pat => $name:ident),*) => {
         match $launch {
-            $($head_dim => Kernel {
-                name: stringify!($name),
-                file: $file,
-                #[cfg(feature = "emulation")]
-                emulated: crate::emulated!($name),
-            },)*
-            other => panic!("no attention kernel for a head_dim of {other:?}"),
+            $($head_dim => kernel_of!($file, $name),)*
+            _ => kernel_of!("attention_plain", $plain),
+        }
+    };
+    ($file:literal, $name:ident) => {
+        Kernel {
+            name: stringify!($name),
+            file: $file,
+            #[cfg(feature = "emulation")]
+            emulated: crate::emulated!($name),
         }
     };
 }
 
-/// Where arguments lie, and their sizes.
+/// Where arguments lie, and their sizes; a plain kernel takes the head's size too.
 macro_rules! arguments {
-    ($($argument:expr),* $(,)?) => {{
+    ($head_dim:expr, $($argument:expr),* $(,)?) => {{
         fn argument<T: Argument>(value: &T) -> (*const c_void, usize) {
             ((value as *const T).cast(), size_of::<T>())
         }
-        vec![$(argument(&$argument)),*]
+        let is_plain = !HEAD_DIMS.iter().any(|known| *known as i32 == $head_dim);
+        let mut all = vec![$(argument(&$argument)),*];
+        all.extend(is_plain.then(|| argument(&$head_dim)));
+        all
     }};
 }
 
 impl Launch for AttentionForward {
     fn kernel(&self) -> Kernel {
-        kernel_of!("attention", self.head_dim, 64 => attention_64, 80 => attention_80, 96 => attention_96,
+        kernel_of!(attention_plain, "attention", self.head_dim, 64 => attention_64, 80 => attention_80, 96 => attention_96,
             128 => attention_128, 256 => attention_256)
     }
 
     fn arguments(&self) -> Vec<(*const c_void, usize)> {
-        arguments![self.y, self.log_sums, self.q, self.k, self.v, self.attention]
+        arguments![self.head_dim, self.y, self.log_sums, self.q, self.k, self.v, self.attention]
     }
 }
 
 impl Launch for AttentionDelta {
     fn kernel(&self) -> Kernel {
-        kernel_of!("attention_backward", self.head_dim, 64 => attention_delta_64, 80 => attention_delta_80,
+        kernel_of!(attention_plain_delta, "attention_backward", self.head_dim, 64 => attention_delta_64, 80 => attention_delta_80,
             96 => attention_delta_96, 128 => attention_delta_128, 256 => attention_delta_256)
     }
 
     fn arguments(&self) -> Vec<(*const c_void, usize)> {
-        arguments![self.delta, self.dy, self.y, self.y_stride, self.tokens, self.heads]
+        arguments![self.head_dim, self.delta, self.dy, self.y, self.y_stride, self.tokens, self.heads]
     }
 }
 
 impl Launch for AttentionQueries {
     fn kernel(&self) -> Kernel {
-        kernel_of!("attention_backward", self.head_dim, 64 => attention_queries_64, 80 => attention_queries_80,
+        kernel_of!(attention_plain_queries, "attention_backward", self.head_dim, 64 => attention_queries_64, 80 => attention_queries_80,
             96 => attention_queries_96, 128 => attention_queries_128, 256 => attention_queries_256)
     }
 
     fn arguments(&self) -> Vec<(*const c_void, usize)> {
-        arguments![self.dq, self.dy, self.q, self.k, self.v, self.log_sums, self.delta, self.attention]
+        let Self { dq, dy, q, k, v, log_sums, delta, attention, .. } = self;
+        arguments![self.head_dim, *dq, *dy, *q, *k, *v, *log_sums, *delta, *attention]
     }
 }
 
 impl Launch for AttentionKeys {
     fn kernel(&self) -> Kernel {
-        kernel_of!("attention_backward", (self.head_dim, self.values), (64, _) => attention_keys_64,
+        kernel_of!(attention_plain_keys, "attention_backward", (self.head_dim, self.values), (64, _) => attention_keys_64,
             (80, _) => attention_keys_80, (96, _) => attention_keys_96, (128, _) => attention_keys_128,
             (256, false) => attention_keys_256, (256, true) => attention_values_256)
     }
 
     fn arguments(&self) -> Vec<(*const c_void, usize)> {
-        arguments![self.dk, self.dv, self.dy, self.q, self.k, self.v, self.log_sums, self.delta, self.attention]
+        let Self { dk, dv, dy, q, k, v, log_sums, delta, attention, .. } = self;
+        arguments![self.head_dim, *dk, *dv, *dy, *q, *k, *v, *log_sums, *delta, *attention]
     }
 }
 

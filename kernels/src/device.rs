@@ -42,6 +42,93 @@ impl Grid {
     }
 }
 
+/// What a number of a matrix is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Number {
+    /// bfloat16.
+    Bf16,
+    /// 32 bits.
+    F32,
+}
+
+impl Number {
+    /// Its bytes.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// A matrix in row-major order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Matrix {
+    /// Its first number.
+    pub at: Address,
+    /// Rows as it is stored.
+    pub rows: usize,
+    /// Columns as it is stored.
+    pub columns: usize,
+    /// Numbers from a row to the next.
+    pub stride: usize,
+    /// What they are.
+    pub number: Number,
+    /// Whether its transpose is meant.
+    pub transposed: bool,
+}
+
+impl Matrix {
+    /// A matrix without gaps.
+    pub fn new(at: Address, rows: usize, columns: usize, number: Number) -> Self {
+        Self { at, rows, columns, stride: columns, number, transposed: false }
+    }
+
+    /// Its transpose.
+    #[must_use]
+    pub fn transpose(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+
+    /// Rows and columns as it is meant.
+    pub fn shape(self) -> [usize; 2] {
+        if self.transposed { [self.columns, self.rows] } else { [self.rows, self.columns] }
+    }
+}
+
+/// d = alpha · a·b + c: a and b of bf16, sums of f32, c and d of either. c may be absent, or lie where d does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gemm {
+    /// [m, k].
+    pub a: Matrix,
+    /// [k, n].
+    pub b: Matrix,
+    /// [m, n], of d's numbers.
+    pub c: Option<Matrix>,
+    /// [m, n], not transposed.
+    pub d: Matrix,
+    /// Of the product.
+    pub alpha: f32,
+}
+
+impl Gemm {
+    /// What is wrong with its shapes.
+    pub(crate) fn problem(&self) -> Option<String> {
+        let ([m, k], [of_b, n]) = (self.a.shape(), self.b.shape());
+        let is_like_d =
+            |matrix: &Matrix| matrix.shape() == [m, n] && matrix.number == self.d.number && !matrix.transposed;
+        match () {
+            () if k != of_b => Some(format!("a product of [{m}, {k}] and [{of_b}, {n}]")),
+            () if self.a.number != Number::Bf16 || self.b.number != Number::Bf16 => {
+                Some("factors that are not of bf16".into())
+            }
+            () if !is_like_d(&self.d) => Some(format!("d of {:?} for a product of [{m}, {n}]", self.d.shape())),
+            () if !self.c.iter().all(is_like_d) => Some("c is not as d is".into()),
+            () => None,
+        }
+    }
+}
+
 /// A device that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -99,6 +186,15 @@ pub trait Device {
     /// # Errors
     /// The launch is impossible, or something that was asked for before has failed.
     unsafe fn launch(&self, launch: &dyn Launch, grid: Grid) -> Result<(), Error>;
+
+    /// Multiplies matrices.
+    ///
+    /// # Safety
+    /// The addresses must reach as far as the matrices go.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or something that was asked for before has failed.
+    unsafe fn multiply(&self, gemm: &Gemm) -> Result<(), Error>;
 
     /// Waits until all that was asked for is done.
     ///

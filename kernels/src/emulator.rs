@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    device::{Address, Device, Error, Grid},
+    device::{Address, Device, Error, Gemm, Grid, Matrix, Number},
     kernel::Launch,
 };
 
@@ -92,6 +92,7 @@ enum Work {
     Upload { to: Address, from: *const u8, bytes: usize },
     Download { from: Address, to: *mut u8, bytes: usize },
     Launch { entry: &'static Entry, config: LaunchConfig, arguments: Vec<Vec<u64>> },
+    Multiply(Gemm),
 }
 
 impl Emulator {
@@ -185,6 +186,7 @@ impl Emulator {
                 unsafe { std::ptr::copy_nonoverlapping(pointer(from).cast(), to, bytes) };
                 Ok(())
             }
+            Work::Multiply(gemm) => self.carry_out_product(gemm),
             Work::Launch { entry, config, mut arguments } => {
                 let mut pointers: Vec<*mut c_void> =
                     arguments.iter_mut().map(|argument| argument.as_mut_ptr().cast()).collect();
@@ -198,6 +200,88 @@ impl Emulator {
                 }
             }
         }
+    }
+}
+
+impl Emulator {
+    /// A plain product: the library's own order of sums is nobody's business.
+    fn carry_out_product(&self, Gemm { a, b, c, d, alpha }: Gemm) -> Result<(), Error> {
+        let ([m, k], [_, n]) = (a.shape(), b.shape());
+        let (left, right) = (self.read_matrix("a", a)?, self.read_matrix("b", b)?);
+        let before = c.map(|c| self.read_matrix("c", c)).transpose()?;
+        self.check_rows("d", d, false)?;
+        let mut sums = vec![0f32; n];
+        for i in 0..m {
+            sums.fill(0.0);
+            for l in 0..k {
+                let factor = left[i * k + l];
+                for (sum, value) in sums.iter_mut().zip(&right[l * n..]) {
+                    *sum += factor * value;
+                }
+            }
+            for (j, sum) in sums.iter().enumerate() {
+                let value = alpha * sum + before.as_ref().map_or(0.0, |before| before[i * n + j]);
+                let at = d.at.plus(((i * d.stride + j) * d.number.bytes()) as u64);
+                // SAFETY: the row lies in one buffer.
+                unsafe {
+                    match d.number {
+                        Number::F32 => pointer(at).cast::<f32>().write_unaligned(value),
+                        Number::Bf16 => pointer(at).cast::<u16>().write_unaligned(bf16_of(value)),
+                    }
+                }
+            }
+        }
+        for i in 0..m {
+            let row = d.at.plus((i * d.stride * d.number.bytes()) as u64);
+            // SAFETY: it marks the row in the shadow.
+            unsafe { (self.functions().written)(pointer(row), n * d.number.bytes()) };
+        }
+        Ok(())
+    }
+
+    /// Whether each row of a matrix lies in one buffer, and was written if it is read.
+    fn check_rows(&self, name: &str, matrix: Matrix, is_read: bool) -> Result<(), Error> {
+        let bytes = matrix.columns * matrix.number.bytes();
+        for row in 0..matrix.rows {
+            let at = pointer(matrix.at.plus((row * matrix.stride * matrix.number.bytes()) as u64)).cast_const();
+            // SAFETY: both look into the emulation's own tables.
+            let (holds, unwritten) =
+                unsafe { ((self.functions().holds)(at, bytes), (self.functions().unwritten)(at, bytes)) };
+            if !holds {
+                return Err(Error::Defect(format!("gemm: row {row} of {name} lies outside of a buffer")));
+            }
+            if is_read && unwritten > 0 {
+                return Err(Error::Defect(format!("gemm: row {row} of {name} has bytes that nobody has written")));
+            }
+        }
+        Ok(())
+    }
+
+    /// A matrix as it is meant, in row-major order.
+    fn read_matrix(&self, name: &str, matrix: Matrix) -> Result<Vec<f32>, Error> {
+        self.check_rows(name, matrix, true)?;
+        let [rows, columns] = matrix.shape();
+        let number = |row: usize, column: usize| {
+            let (row, column) = if matrix.transposed { (column, row) } else { (row, column) };
+            let at = pointer(matrix.at.plus(((row * matrix.stride + column) * matrix.number.bytes()) as u64));
+            // SAFETY: the row lies in one buffer.
+            unsafe {
+                match matrix.number {
+                    Number::F32 => at.cast::<f32>().read_unaligned(),
+                    Number::Bf16 => f32::from_bits(u32::from(at.cast::<u16>().read_unaligned()) << 16),
+                }
+            }
+        };
+        Ok((0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))).map(|(r, c)| number(r, c)).collect())
+    }
+}
+
+/// To nearest, ties to even.
+fn bf16_of(value: f32) -> u16 {
+    let bits = value.to_bits();
+    match value.is_nan() {
+        true => 0x7fff,
+        false => (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16,
     }
 }
 
@@ -267,6 +351,14 @@ impl Device for Emulator {
         Ok(())
     }
 
+    unsafe fn multiply(&self, gemm: &Gemm) -> Result<(), Error> {
+        if let Some(problem) = gemm.problem() {
+            return Err(Error::Defect(format!("gemm: {problem}")));
+        }
+        self.queue.borrow_mut().push(Work::Multiply(*gemm));
+        Ok(())
+    }
+
     fn synchronize(&self) -> Result<(), Error> {
         let work = self.queue.take();
         work.into_iter().try_for_each(|work| self.carry_out(work))
@@ -301,6 +393,7 @@ struct Functions {
     release: unsafe extern "C" fn(*mut c_void),
     written: unsafe extern "C" fn(*mut c_void, usize),
     unwritten: unsafe extern "C" fn(*const c_void, usize) -> usize,
+    holds: unsafe extern "C" fn(*const c_void, usize) -> bool,
     take_statistics: unsafe extern "C" fn() -> Statistics,
 }
 
@@ -320,10 +413,12 @@ macro_rules! functions {
                 fn written(at: *mut c_void, bytes: usize);
                 #[link_name = concat!($prefix, "unwritten")]
                 fn unwritten(at: *const c_void, bytes: usize) -> usize;
+                #[link_name = concat!($prefix, "holds")]
+                fn holds(at: *const c_void, bytes: usize) -> bool;
                 #[link_name = concat!($prefix, "take_statistics")]
                 fn take_statistics() -> Statistics;
             }
-            Functions { launch, error, allocate, release, written, unwritten, take_statistics }
+            Functions { launch, error, allocate, release, written, unwritten, holds, take_statistics }
         };
     };
 }

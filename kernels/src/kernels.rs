@@ -101,6 +101,27 @@ pub struct Sgd {
 // SAFETY: three floats.
 unsafe impl Argument for Sgd {}
 
+/// `Adafactor` of `adafactor.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Adafactor {
+    /// Share of the running means that stays.
+    pub kept: f32,
+    /// Share of what is new.
+    pub fresh: f32,
+    /// Added to squares.
+    pub eps: f32,
+    /// 1 − lr · weight decay.
+    pub decay: f32,
+    /// Learning rate.
+    pub lr: f64,
+    /// The largest root mean square of an update that is not scaled down.
+    pub clip_threshold: f64,
+}
+
+// SAFETY: four floats and two of 64 bits.
+unsafe impl Argument for Adafactor {}
+
 /// `Rope` of `rope.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -247,5 +268,58 @@ kernels! { "embedding":
     /// Adds to the gradient of the words that occur.
     EmbeddingBackward = embedding_backward {
         d_table: Address, dy: Address, words: Address, starts: Address, order: Address, width: i32, scale: f32,
+    }
+}
+
+kernels! { "adafactor":
+    /// The running means of columns.
+    AdafactorColumns = adafactor_columns {
+        column_means: Address, parts: Address, state: Address, step: Adafactor, count: i32, rows: i32, width: i32,
+    }
+    /// The mean of the rows' means.
+    AdafactorMean = adafactor_mean { mean: Address, row_means: Address, rows: i32, }
+    /// The size of a tensor's step.
+    AdafactorStepSize = adafactor_step_size {
+        step_size: Address, parts: Address, step: Adafactor, rows: i32, count: i64,
+    }
+    /// The running means of rows.
+    AdafactorRowsF32 = adafactor_rows_f32 { row: Address, gradient: Address, state: Address, step: Adafactor, width: i32, }
+    /// Parts of the sums of columns.
+    AdafactorColumnPartsF32 = adafactor_column_parts_f32 {
+        parts: Address, gradient: Address, state: Address, step: Adafactor, rows: i32, width: i32, rows_a_block: i32,
+    }
+    /// The running means of a vector's elements.
+    AdafactorElementsF32 = adafactor_elements_f32 {
+        means: Address, gradient: Address, state: Address, step: Adafactor, count: i32,
+    }
+    /// Parts of the squares of the update.
+    AdafactorSquaresF32 = adafactor_squares_f32 {
+        parts: Address, gradient: Address, row_means: Address, mean: Address, column_means: Address, state: Address,
+        width: i32,
+    }
+    /// The update.
+    AdafactorMatrixF32 = adafactor_matrix_f32 {
+        parameters: Address, compute: Address, gradient: Address, row_means: Address, mean: Address,
+        column_means: Address, step_size: Address, state: Address, step: Adafactor, width: i32,
+    }
+    /// The running means of rows.
+    AdafactorRowsBf16 = adafactor_rows_bf16 { row: Address, gradient: Address, state: Address, step: Adafactor, width: i32, }
+    /// Parts of the sums of columns.
+    AdafactorColumnPartsBf16 = adafactor_column_parts_bf16 {
+        parts: Address, gradient: Address, state: Address, step: Adafactor, rows: i32, width: i32, rows_a_block: i32,
+    }
+    /// The running means of a vector's elements.
+    AdafactorElementsBf16 = adafactor_elements_bf16 {
+        means: Address, gradient: Address, state: Address, step: Adafactor, count: i32,
+    }
+    /// Parts of the squares of the update.
+    AdafactorSquaresBf16 = adafactor_squares_bf16 {
+        parts: Address, gradient: Address, row_means: Address, mean: Address, column_means: Address, state: Address,
+        width: i32,
+    }
+    /// The update.
+    AdafactorMatrixBf16 = adafactor_matrix_bf16 {
+        parameters: Address, compute: Address, gradient: Address, row_means: Address, mean: Address,
+        column_means: Address, step_size: Address, state: Address, step: Adafactor, width: i32,
     }
 }

@@ -11,5 +11,5 @@ mod device;
 pub mod emulator;
 pub mod kernels;
 
-pub use device::{Address, Device, Error, Grid};
+pub use device::{Address, Device, Error, Gemm, Grid, Matrix, Number};
 pub use kernel::{Argument, Kernel, Launch};

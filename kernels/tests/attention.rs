@@ -97,6 +97,7 @@ fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
     let rows = rows(lengths, shares);
     let tokens: usize = lengths.iter().sum();
     let mut results = Vec::new();
+    let size = head_dim as i32;
     for seed in seeds {
         let bench = Bench::new(*seed);
         let all = |heads: usize| tokens * heads * head_dim;
@@ -121,7 +122,7 @@ fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
         let (q_at, k_at) = (bench.put_bf16("q", &q).at, bench.put_bf16("k", &k).at);
         let (v_at, dy_at) = (bench.put_bf16("v", &v).at, bench.put_bf16("dy", &dy).at);
         let launch =
-            AttentionForward { y: y.at, log_sums: log_sums.at, q: q_at, k: k_at, v: v_at, attention, head_dim };
+            AttentionForward { y: y.at, log_sums: log_sums.at, q: q_at, k: k_at, v: v_at, attention, head_dim: size };
         bench.run(&launch, launch.grid(tiles.len(), heads));
         let expected = reference(case, &rows, [&q, &k, &v, &dy], tokens);
         // Shares are rounded to bf16 before they meet the values, and the result is.
@@ -137,13 +138,14 @@ fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
             y_stride: q_stride,
             tokens,
             heads: heads32,
-            head_dim,
+            head_dim: size,
         };
         bench.run(&launch, launch.grid());
         let [dq, dk, dv] = [("dq", heads), ("dk", kv_heads), ("dv", kv_heads)]
             .map(|(name, heads)| bench.empty::<bf16>(name, all(heads)));
         let (q, k, v, dy, log_sums_at, delta) = (q_at, k_at, v_at, dy_at, log_sums.at, delta.at);
-        let launch = AttentionQueries { dq: dq.at, dy, q, k, v, log_sums: log_sums_at, delta, attention, head_dim };
+        let launch =
+            AttentionQueries { dq: dq.at, dy, q, k, v, log_sums: log_sums_at, delta, attention, head_dim: size };
         bench.run(&launch, launch.grid(tiles.len(), heads));
         let keys = AttentionKeys {
             dk: dk.at,
@@ -155,7 +157,7 @@ fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
             log_sums: log_sums_at,
             delta,
             attention,
-            head_dim,
+            head_dim: size,
             values: false,
         };
         for pass in keys.passes() {
@@ -202,5 +204,13 @@ fn scores_may_be_capped() {
     for window in [0, 40] {
         let case = Case { heads: 2, kv_heads: 2, head_dim: 128, window, cap: 1.5 };
         run(case, &[100, 9], true, &[1]);
+    }
+}
+
+#[test]
+fn heads_of_other_sizes_have_plain_kernels() {
+    for (head_dim, window, cap, shares) in [(1, 0, 0.0, false), (72, 5, 0.0, true), (200, 0, 1.5, true)] {
+        let case = Case { heads: 4, kv_heads: 2, head_dim, window, cap };
+        run(case, &[11, 1, 20], shares, &[1]);
     }
 }
