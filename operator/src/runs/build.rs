@@ -1,6 +1,6 @@
 //! The objects that a run asks for: pure, and the same for the same record.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::{
@@ -29,10 +29,7 @@ use crate::{
     apply::Change,
     labels,
     plan::Planned,
-    workload::{
-        Stage, TrainerDefaults, TrainerPod,
-        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT},
-    },
+    workload::{Stage, TrainerDefaults, TrainerPod},
 };
 
 /// CPU of a training pod, if the user doesn't say.
@@ -170,22 +167,13 @@ fn task_spec(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus, trainer: 
 fn check_job(job: &FineTuneJob, run: &Run, number: u32, trainer: &TrainerDefaults) -> Job {
     let labels = labels_of(run, Stage::Preflight);
     let spec = &run.spec.job_spec;
+    let task = json!(check_spec(run, job)).to_string();
     let pod = TrainerPod {
-        stage: Stage::Preflight,
-        trainer,
-        labels: labels.clone(),
-        task: json!(check_spec(run, job)).to_string(),
         secrets: secrets(spec),
         roles: roles(spec),
         claims: spec.claims(),
         service_account_name: spec.output.service_account_name.as_deref(),
-        resources: trainer.checks.requirements(),
-        work_limit: CHECK_WORK_LIMIT.into(),
-        affinity: None,
-        tolerations: Vec::new(),
-        runtime_class_name: None,
-        grace_seconds: CHECK_GRACE_SECONDS,
-        deadline: None,
+        ..TrainerPod::small(Stage::Preflight, trainer, labels.clone(), task)
     };
     Job {
         metadata: metadata(run, &check_name(run, number), labels),
@@ -240,22 +228,12 @@ fn copying_pod<'a>(
     let secrets = [(env_prefix::OUTPUT, &output.secret_ref), (env_prefix::COPIED, &copied.secret_ref)];
     let roles = [(env_prefix::OUTPUT, &output.role_arn), (env_prefix::COPIED, &copied.role_arn)];
     let accounts = [&output.service_account_name, &copied.service_account_name];
+    let labels = attempt_labels(run, Stage::Copy, number);
     TrainerPod {
-        stage: Stage::Copy,
-        trainer,
-        labels: attempt_labels(run, Stage::Copy, number),
-        task: json!(task).to_string(),
         secrets: secrets.into_iter().filter_map(|(prefix, secret)| Some((prefix, secret.as_ref()?))).collect(),
         roles: roles.into_iter().filter_map(|(prefix, role)| Some((prefix, role.as_deref()?))).collect(),
-        claims: BTreeSet::new(),
         service_account_name: accounts.into_iter().flatten().next().map(String::as_str),
-        resources: trainer.checks.requirements(),
-        work_limit: CHECK_WORK_LIMIT.into(),
-        affinity: None,
-        tolerations: Vec::new(),
-        runtime_class_name: None,
-        grace_seconds: CHECK_GRACE_SECONDS,
-        deadline: None,
+        ..TrainerPod::small(Stage::Copy, trainer, labels, json!(task).to_string())
     }
 }
 

@@ -1,7 +1,5 @@
 //! The objects that verify a version.
 
-use std::collections::BTreeSet;
-
 use k8s_openapi::{
     api::batch::v1::{Job, JobSpec},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
@@ -18,10 +16,7 @@ use super::decide::Step;
 use crate::{
     apply::Change,
     labels,
-    workload::{
-        Stage, TrainerDefaults, TrainerPod,
-        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, retry_policy},
-    },
+    workload::{Stage, TrainerDefaults, TrainerPod, pod::retry_policy},
 };
 
 /// Failed pods that are followed by another one before the Job fails.
@@ -47,22 +42,12 @@ fn verify_job(version: &AdapterVersion, trainer: &TrainerDefaults) -> Job {
     let artifact = &version.spec.artifact;
     let metadata = metadata(version);
     let task = VerifySpec { schema_version: SCHEMA_VERSION, artifact: artifact.clone() };
+    let labels = metadata.labels.clone().unwrap_or_default();
     let pod = TrainerPod {
-        stage: Stage::Verify,
-        trainer,
-        labels: metadata.labels.clone().unwrap_or_default(),
-        task: json!(task).to_string(),
         secrets: artifact.secret_ref.iter().map(|secret| (env_prefix::OUTPUT, secret)).collect(),
         roles: artifact.role_arn.iter().map(|role| (env_prefix::OUTPUT, role.as_str())).collect(),
-        claims: BTreeSet::new(),
         service_account_name: artifact.service_account_name.as_deref(),
-        resources: trainer.checks.requirements(),
-        work_limit: CHECK_WORK_LIMIT.into(),
-        affinity: None,
-        tolerations: Vec::new(),
-        runtime_class_name: None,
-        grace_seconds: CHECK_GRACE_SECONDS,
-        deadline: None,
+        ..TrainerPod::small(Stage::Verify, trainer, labels, json!(task).to_string())
     };
     Job {
         metadata,

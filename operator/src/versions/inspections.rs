@@ -5,7 +5,7 @@
 //! only for the process that made it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -33,12 +33,7 @@ use crate::{
     cache::{Caches, VersionNote},
     context::Context,
     labels,
-    workload::{
-        Stage, TrainerDefaults, TrainerJob, TrainerPod,
-        ending::finished,
-        job::fresh_pods,
-        pod::{CHECK_GRACE_SECONDS, CHECK_WORK_LIMIT, retry_policy},
-    },
+    workload::{Stage, TrainerDefaults, TrainerJob, TrainerPod, ending::finished, job::fresh_pods, pod::retry_policy},
 };
 
 /// Versions that are due are looked for this often.
@@ -308,21 +303,10 @@ fn inspect_job(group: &Group, versions: &[Inspected], trainer: &TrainerDefaults)
     let artifact: Option<&Artifact> = versions.first().map(|version| &version.artifact);
     let secret = artifact.and_then(|artifact| artifact.secret_ref.as_ref());
     let pod = TrainerPod {
-        stage: Stage::Inspect,
-        trainer,
-        labels: labels.clone(),
-        task: json!(task).to_string(),
         secrets: secret.into_iter().map(|secret| (env_prefix::OUTPUT, secret)).collect(),
         roles: group.role.iter().map(|role| (env_prefix::OUTPUT, role.as_str())).collect(),
-        claims: BTreeSet::new(),
         service_account_name: group.service_account.as_deref(),
-        resources: trainer.checks.requirements(),
-        work_limit: CHECK_WORK_LIMIT.into(),
-        affinity: None,
-        tolerations: Vec::new(),
-        runtime_class_name: None,
-        grace_seconds: CHECK_GRACE_SECONDS,
-        deadline: None,
+        ..TrainerPod::small(Stage::Inspect, trainer, labels.clone(), json!(task).to_string())
     };
     Job {
         metadata: ObjectMeta {

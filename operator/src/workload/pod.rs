@@ -27,11 +27,11 @@ use tunesmith_crds::{
 use super::Stage;
 
 /// What a pod that only checks may write to its working folder.
-pub const CHECK_WORK_LIMIT: &str = "64Gi";
+const CHECK_WORK_LIMIT: &str = "64Gi";
 /// Name of the trainer's container: sidecars may stand beside it.
 pub const CONTAINER: &str = "trainer";
 /// Time to end after SIGTERM for a pod that has nothing to save, in seconds.
-pub const CHECK_GRACE_SECONDS: i64 = 30;
+const CHECK_GRACE_SECONDS: i64 = 30;
 /// User and group of the image.
 const NON_ROOT: i64 = 65532;
 /// CPU of a pod that only checks.
@@ -96,6 +96,29 @@ pub struct TrainerPod<'a> {
     pub grace_seconds: i64,
     /// Seconds that it may run once a node has it.
     pub deadline: Option<i64>,
+}
+
+impl<'a> TrainerPod<'a> {
+    /// A small pod that runs anywhere, without credentials yet: it checks, verifies or copies.
+    pub fn small(stage: Stage, trainer: &'a TrainerDefaults, labels: BTreeMap<String, String>, task: String) -> Self {
+        Self {
+            stage,
+            trainer,
+            labels,
+            task,
+            secrets: Vec::new(),
+            roles: Vec::new(),
+            claims: BTreeSet::new(),
+            service_account_name: None,
+            resources: trainer.checks.requirements(),
+            work_limit: CHECK_WORK_LIMIT.into(),
+            affinity: None,
+            tolerations: Vec::new(),
+            runtime_class_name: None,
+            grace_seconds: CHECK_GRACE_SECONDS,
+            deadline: None,
+        }
+    }
 }
 
 impl TrainerPod<'_> {
