@@ -44,6 +44,8 @@ const AT_ONCE: usize = 4;
 const MOST_VERSIONS: usize = 200;
 /// Bytes of a Job's annotation that it may take to name them.
 const MOST_BYTES: usize = 150_000;
+/// An inspection that has taken so long fails: one that a namespace has no place for must not keep others waiting.
+const LONGEST_SECONDS: i64 = 1800;
 /// A Job that was created and is not seen after so long will not come.
 const PATIENCE: SignedDuration = SignedDuration::from_mins(5);
 /// Begins the name of each Job.
@@ -316,6 +318,7 @@ fn inspect_job(group: &Group, versions: &[Inspected], trainer: &TrainerDefaults)
             ..Default::default()
         },
         spec: Some(JobSpec {
+            active_deadline_seconds: Some(LONGEST_SECONDS),
             backoff_limit: Some(RETRIES),
             ttl_seconds_after_finished: Some(KEPT_SECONDS),
             pod_failure_policy: Some(retry_policy()),
@@ -405,6 +408,7 @@ mod tests {
         let secret = json!([{"prefix": "TUNESMITH_OUTPUT_", "secretRef": {"name": "s3"}}]);
         assert_eq!((&pod["containers"][0]["envFrom"], &job["metadata"]["namespace"]), (&secret, &json!("team")));
         assert!(job["metadata"]["name"].as_str().unwrap().len() <= 63);
+        assert_eq!(job["spec"]["activeDeadlineSeconds"], LONGEST_SECONDS, "without a pod it would never end");
         let (mut other, versions) = groups[0].clone();
         other.secret = None;
         assert_ne!(other.job_name(), group.job_name());
