@@ -1,11 +1,8 @@
 //! Quantization against the bytes that bitsandbytes' CPU library makes of the same weights (`engine/tests/fixtures/quantized`, by
 //! `e2e/oracle/quantized.py`), and what it reads from them.
 
-mod support;
-
 use half::bf16;
 use safetensors::SafeTensors;
-use support::{BF16, Bench, SEEDS, assert_close, blocks};
 use tunesmith_kernels::{
     Address, Grid,
     kernels::{
@@ -13,6 +10,15 @@ use tunesmith_kernels::{
         Quantize8BitBf16, Quantize8BitF32, Scales,
     },
 };
+
+use crate::bench::{BF16, Bench, SEEDS, assert_close, blocks};
+
+listed![
+    four_bits_and_nested_scales_are_the_bytes_of_bitsandbytes,
+    eight_bits_are_the_bytes_of_bitsandbytes,
+    weights_in_bf16_give_the_codes_of_the_same_numbers_in_f32,
+    weights_of_a_tensor_beyond_two_to_the_31_are_found,
+];
 
 const THREADS: u32 = 256;
 /// Of a block that holds a code, or a map and more.
@@ -60,16 +66,15 @@ const FP4: [f32; 16] = [
 ];
 
 /// What bitsandbytes made of three weights: of whole blocks, of an odd number, and of values that are hard to round.
-struct Reference(Vec<u8>);
+struct Reference(&'static [u8]);
 
 impl Reference {
     fn load() -> Self {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/quantized");
-        Self(std::fs::read(format!("{folder}/codes.safetensors")).unwrap())
+        Self(include_bytes!("../../../engine/tests/fixtures/quantized/codes.safetensors"))
     }
 
     fn bytes(&self, name: &str) -> Vec<u8> {
-        SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap_or_else(|_| panic!("{name}")).data().to_vec()
+        SafeTensors::deserialize(self.0).unwrap().tensor(name).unwrap_or_else(|_| panic!("{name}")).data().to_vec()
     }
 
     fn floats(&self, name: &str) -> Vec<f32> {
@@ -77,7 +82,7 @@ impl Reference {
     }
 
     fn shape(&self, name: &str) -> [usize; 2] {
-        SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().shape().try_into().unwrap()
+        SafeTensors::deserialize(self.0).unwrap().tensor(name).unwrap().shape().try_into().unwrap()
     }
 }
 
@@ -85,7 +90,6 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-#[test]
 fn four_bits_and_nested_scales_are_the_bytes_of_bitsandbytes() {
     let reference = Reference::load();
     for (name, seed) in ["even", "odd", "special"].into_iter().flat_map(|name| SEEDS.map(|seed| (name, seed))) {
@@ -148,7 +152,6 @@ fn four_bits_and_nested_scales_are_the_bytes_of_bitsandbytes() {
     }
 }
 
-#[test]
 fn eight_bits_are_the_bytes_of_bitsandbytes() {
     let reference = Reference::load();
     for name in ["even", "odd"] {
@@ -181,7 +184,6 @@ fn eight_bits_are_the_bytes_of_bitsandbytes() {
     }
 }
 
-#[test]
 fn weights_in_bf16_give_the_codes_of_the_same_numbers_in_f32() {
     for count in [64, 777, 4096, 5000] {
         let bench = Bench::new(1);
@@ -205,42 +207,27 @@ fn weights_in_bf16_give_the_codes_of_the_same_numbers_in_f32() {
     }
 }
 
-#[test]
 fn weights_of_a_tensor_beyond_two_to_the_31_are_found() {
-    // The last blocks of 3 · 2³⁰ weights: of the memory, what they touch exists.
+    // The last blocks of 3 · 2³⁰ weights. A device that is no emulation runs all of them, in 15 GB.
     let bench = Bench::new(1);
     let count: usize = 3 << 30;
-    let sparse = |name: &str, bytes: usize| bench.device.allocate_sparse(bytes, name).unwrap();
-    let (weights, codes) = (sparse("weights", 2 * count), sparse("codes", count / 2));
-    let absmax = sparse("absmax", 4 * (count / 64));
+    let (weights, codes) = (bench.sparse("weights", 2 * count), bench.sparse("codes", count / 2));
+    let absmax = bench.sparse("absmax", 4 * (count / 64));
     let code = bench.put("code", &[Code::new(NF4)]).at;
     let tail = bench.bf16s(4096);
     let rounded: Vec<bf16> = tail.iter().map(|x| bf16::from_f32(*x)).collect();
-    let at = |address: Address, bytes: usize| address.plus(bytes as u64);
-    {
-        use tunesmith_kernels::Device;
-        // SAFETY: the numbers outlive the synchronization, and the memory is there when it is touched.
-        unsafe {
-            bench.device.upload(at(weights, 2 * (count - 4096)), rounded.as_ptr().cast(), 2 * 4096).unwrap();
-        }
-        bench.device.synchronize().unwrap();
-    }
+    let tail_of = |address: Address| address.plus(2 * (count as u64 - 4096));
+    bench.upload(tail_of(weights), &rounded);
     let grid = Grid::row(blocks(count, 8 * 256), THREADS).with_shared(CODE_BYTES);
-    bench.device.only_blocks(u64::from(grid.blocks[0]) - 2, 2);
+    bench.only_blocks(u64::from(grid.blocks[0]) - 2, 2);
     bench.run(&Quantize4BitBf16 { codes, absmax, weights, code, count: count as i64 }, grid);
 
-    let out = sparse("out", 2 * count);
+    let out = bench.sparse("out", 2 * count);
     let scales = Scales { absmax, nested: Address::NONE, map: Address::NONE, mean: Address::NONE };
     let grid = Grid::row(blocks(count, 16 * 256), THREADS).with_shared(TABLES_BYTES);
-    bench.device.only_blocks(u64::from(grid.blocks[0]) - 1, 1);
+    bench.only_blocks(u64::from(grid.blocks[0]) - 1, 1);
     bench.run(&Dequantize4Bit { weights: out, codes, scales, code, count: count as i64 }, grid);
-    let mut found = vec![bf16::ZERO; 4096];
-    {
-        use tunesmith_kernels::Device;
-        // SAFETY: the vector outlives the synchronization.
-        unsafe { bench.device.download(at(out, 2 * (count - 4096)), found.as_mut_ptr().cast(), 2 * 4096) }.unwrap();
-        bench.device.synchronize().unwrap();
-    }
+    let found: Vec<bf16> = bench.download(tail_of(out), 4096);
     let off = tail.iter().zip(&found).map(|(a, b)| (a - b.to_f32()).abs()).fold(0.0, f32::max);
     assert!(off > 0.0 && off < 0.2, "{off}");
 }

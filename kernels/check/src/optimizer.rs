@@ -1,11 +1,8 @@
 //! Optimizers against torch's formulas in f64, against what bitsandbytes made of three steps in 8 bits, and with gradients that are
 //! clipped or not finite.
 
-mod support;
-
 use half::bf16;
 use safetensors::SafeTensors;
-use support::{Bench, SEEDS, assert_close, blocks};
 use tunesmith_kernels::{
     Address, Grid,
     kernels::{
@@ -13,6 +10,18 @@ use tunesmith_kernels::{
         SquaresF32, StepState,
     },
 };
+
+use crate::bench::{Bench, SEEDS, assert_close, blocks};
+
+listed![
+    the_norm_decides_the_factor_and_whether_there_is_an_update,
+    squares_of_bf16_are_those_of_the_same_numbers,
+    three_steps_of_adamw_are_those_of_f64_and_leave_a_copy_in_bf16,
+    three_steps_in_8_bits_are_those_of_bitsandbytes,
+    gradients_in_bf16_make_the_same_step_in_8_bits,
+    sgd_is_torchs_with_momentum_and_without,
+    nothing_changes_where_the_gradient_is_not_finite,
+];
 
 const THREADS: u32 = 256;
 const TOTALS_BYTES: u32 = 8 * 8;
@@ -42,7 +51,6 @@ fn f64s(values: &[f32]) -> Vec<f64> {
     values.iter().map(|value| f64::from(*value)).collect()
 }
 
-#[test]
 fn the_norm_decides_the_factor_and_whether_there_is_an_update() {
     let step = |gradient: &[f32], max_norm: f64| -> Vec<StepState> {
         let of = |seed: u64| {
@@ -79,7 +87,6 @@ fn the_norm_decides_the_factor_and_whether_there_is_an_update() {
     }
 }
 
-#[test]
 fn squares_of_bf16_are_those_of_the_same_numbers() {
     let bench = Bench::new(1);
     let gradient = bench.bf16s(COUNT);
@@ -92,7 +99,6 @@ fn squares_of_bf16_are_those_of_the_same_numbers() {
     assert_eq!(parts[0].get(), parts[1].get());
 }
 
-#[test]
 fn three_steps_of_adamw_are_those_of_f64_and_leave_a_copy_in_bf16() {
     for seed in SEEDS {
         let bench = Bench::new(seed);
@@ -132,30 +138,28 @@ fn three_steps_of_adamw_are_those_of_f64_and_leave_a_copy_in_bf16() {
     }
 }
 
-#[test]
 fn three_steps_in_8_bits_are_those_of_bitsandbytes() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/quantized");
-    let file = std::fs::read(format!("{folder}/optimizer.safetensors")).unwrap();
-    let codes = std::fs::read(format!("{folder}/codes.safetensors")).unwrap();
+    let file = include_bytes!("../../../engine/tests/fixtures/quantized/optimizer.safetensors");
+    let codes = include_bytes!("../../../engine/tests/fixtures/quantized/codes.safetensors");
     let bytes = |file: &[u8], name: &str| SafeTensors::deserialize(file).unwrap().tensor(name).unwrap().data().to_vec();
     let floats = |file: &[u8], name: &str| -> Vec<f32> {
         bytes(file, name).chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
     };
-    let maps = [floats(&codes, "even.nf4.nested.map"), floats(&file, "map")].concat();
-    let start = floats(&file, "param");
+    let maps = [floats(codes, "even.nf4.nested.map"), floats(file, "map")].concat();
+    let start = floats(file, "param");
     let count = start.len();
     for seed in SEEDS {
         let bench = Bench::new(seed);
         let maps = bench.put("maps", &maps).at;
         let parameters = bench.put("parameters", &start);
-        let zero = (floats(&codes, "even.nf4.nested.map").iter().position(|value| *value == 0.0).unwrap()) as u8;
+        let zero = (floats(codes, "even.nf4.nested.map").iter().position(|value| *value == 0.0).unwrap()) as u8;
         let (m, v) = (bench.put("m", &vec![zero; count]), bench.put("v", &vec![0u8; count]));
         let scales = ["m_absmax", "v_absmax"].map(|name| bench.put(name, &vec![0.0f32; count.div_ceil(256)]));
         for number in 1..=3 {
             let launch = AdamW8BitF32 {
                 parameters: parameters.at,
                 compute: Address::NONE,
-                gradient: bench.put("gradient", &floats(&file, &format!("grad{}", number - 1))).at,
+                gradient: bench.put("gradient", &floats(file, &format!("grad{}", number - 1))).at,
                 m: m.at,
                 m_absmax: scales[0].at,
                 v: v.at,
@@ -169,21 +173,20 @@ fn three_steps_in_8_bits_are_those_of_bitsandbytes() {
         }
         for (state, part) in [(m.get(), "1"), (v.get(), "2")] {
             // torch fuses other operations than we do: what lies between two codes may fall to either side.
-            let expected = bytes(&file, &format!("state{part}"));
+            let expected = bytes(file, &format!("state{part}"));
             let apart: Vec<u8> = state.iter().zip(&expected).map(|(a, b)| a.abs_diff(*b)).collect();
             assert!(apart.iter().all(|apart| *apart <= 1), "{part}");
             assert!(apart.iter().filter(|apart| **apart > 0).count() < 10, "{part}");
         }
         for (scales, part) in scales.iter().zip(["1", "2"]) {
-            assert_close(part, &scales.get(), &f64s(&floats(&file, &format!("absmax{part}"))), 1e-6, 0.0);
+            assert_close(part, &scales.get(), &f64s(&floats(file, &format!("absmax{part}"))), 1e-6, 0.0);
         }
-        let (after, expected) = (parameters.get(), floats(&file, "after"));
+        let (after, expected) = (parameters.get(), floats(file, "after"));
         let far = after.iter().zip(expected).filter(|(a, b)| (*a - b).abs() > 1e-6 * b.abs().max(1.0)).count();
         assert!(far < 10, "{far} values differ");
     }
 }
 
-#[test]
 fn gradients_in_bf16_make_the_same_step_in_8_bits() {
     let bench = Bench::new(1);
     let (start, gradient) = (bench.randoms(COUNT), bench.bf16s(COUNT));
@@ -215,7 +218,6 @@ fn gradients_in_bf16_make_the_same_step_in_8_bits() {
     assert_eq!(results[0], results[1]);
 }
 
-#[test]
 fn sgd_is_torchs_with_momentum_and_without() {
     for kept in [0.0f32, 0.9] {
         let bench = Bench::new(2);
@@ -247,7 +249,6 @@ fn sgd_is_torchs_with_momentum_and_without() {
     }
 }
 
-#[test]
 fn nothing_changes_where_the_gradient_is_not_finite() {
     let bench = Bench::new(1);
     let (start, gradient) = (bench.randoms(COUNT), bench.put("gradient", &[f32::NAN; COUNT]).at);

@@ -1,15 +1,15 @@
 //! Embedding, and its gradient where words repeat.
 
-mod support;
-
 use half::bf16;
-use support::{Bench, SEEDS, assert_close, blocks};
 use tunesmith_kernels::{
     Grid,
     kernels::{Embedding, EmbeddingBackward},
 };
 
-#[test]
+use crate::bench::{Bench, SEEDS, assert_close, blocks};
+
+listed![rows_are_taken_and_their_gradients_added_in_one_order,];
+
 fn rows_are_taken_and_their_gradients_added_in_one_order() {
     let (words, tokens) = (11usize, [3, 0, 3, 10, 3, 7, 0]);
     for width in [8, 136, 2056] {

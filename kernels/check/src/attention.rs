@@ -1,13 +1,20 @@
 //! Attention and its gradients against f64: heads of each size, groups of query heads, rows of odd lengths, prefixes with several followers, windows and
 //! capped scores.
 
-mod support;
-
 use half::bf16;
-use support::{Bench, SEEDS, assert_close};
 use tunesmith_kernels::attention::{
     Attention, AttentionDelta, AttentionForward, AttentionKeys, AttentionQueries, HEAD_DIMS, Row, tiles,
 };
+
+use crate::bench::{Bench, SEEDS, assert_close};
+
+listed![
+    heads_of_each_size_are_those_of_f64,
+    rows_go_on_after_a_prefix_that_they_share,
+    a_token_sees_no_more_than_its_window,
+    scores_may_be_capped,
+    heads_of_other_sizes_have_plain_kernels,
+];
 
 /// Sizes of a problem.
 #[derive(Clone, Copy)]
@@ -168,14 +175,15 @@ fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
             let largest = expected.iter().fold(0.0f64, |most, x| most.max(x.abs()));
             assert_close(name, &found.floats(), expected, 1.0 / 64.0, 0.01 * largest + 1e-6);
         }
-        let loads = bench.device.take_statistics().unwrap();
-        assert_eq!(loads.matrix_load_phases, loads.matrix_loads, "rows of one matrix lie in one bank");
+        if let Some(emulator) = bench.emulator() {
+            let loads = emulator.take_statistics().unwrap();
+            assert_eq!(loads.matrix_load_phases, loads.matrix_loads, "rows of one matrix lie in one bank");
+        }
         results.push((y.get(), dq.get(), dk.get(), dv.get()));
     }
     assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "another order, other bits");
 }
 
-#[test]
 fn heads_of_each_size_are_those_of_f64() {
     for head_dim in HEAD_DIMS {
         let case = Case { heads: 2, kv_heads: 1, head_dim, window: 0, cap: 0.0 };
@@ -183,7 +191,6 @@ fn heads_of_each_size_are_those_of_f64() {
     }
 }
 
-#[test]
 fn rows_go_on_after_a_prefix_that_they_share() {
     for head_dim in [64, 256] {
         let case = Case { heads: 4, kv_heads: 2, head_dim, window: 0, cap: 0.0 };
@@ -191,7 +198,6 @@ fn rows_go_on_after_a_prefix_that_they_share() {
     }
 }
 
-#[test]
 fn a_token_sees_no_more_than_its_window() {
     for (window, shares) in [(1, false), (16, true), (65, true), (500, false)] {
         let case = Case { heads: 1, kv_heads: 1, head_dim: 64, window, cap: 0.0 };
@@ -199,7 +205,6 @@ fn a_token_sees_no_more_than_its_window() {
     }
 }
 
-#[test]
 fn scores_may_be_capped() {
     for window in [0, 40] {
         let case = Case { heads: 2, kv_heads: 2, head_dim: 128, window, cap: 1.5 };
@@ -207,7 +212,6 @@ fn scores_may_be_capped() {
     }
 }
 
-#[test]
 fn heads_of_other_sizes_have_plain_kernels() {
     for (head_dim, window, cap, shares) in [(1, 0, 0.0, false), (72, 5, 0.0, true), (200, 0, 1.5, true)] {
         let case = Case { heads: 4, kv_heads: 2, head_dim, window, cap };

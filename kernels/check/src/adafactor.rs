@@ -1,10 +1,7 @@
 //! Three steps of Adafactor against what transformers made of them (`engine/tests/fixtures/quantized`), of a matrix and of a vector.
 
-mod support;
-
 use half::bf16;
 use safetensors::SafeTensors;
-use support::{Bench, SEEDS, assert_close, blocks};
 use tunesmith_kernels::{
     Address, Grid, Launch,
     kernels::{
@@ -13,6 +10,14 @@ use tunesmith_kernels::{
         AdafactorRowsF32, AdafactorSquaresBf16, AdafactorSquaresF32, AdafactorStepSize, StepState,
     },
 };
+
+use crate::bench::{Bench, Buffer, SEEDS, assert_close, blocks};
+
+listed![
+    three_steps_are_those_of_transformers,
+    gradients_in_bf16_make_the_same_step,
+    nothing_changes_where_the_gradient_is_not_finite,
+];
 
 const THREADS: u32 = 256;
 const TOTALS_BYTES: u32 = 8 * 8;
@@ -23,12 +28,12 @@ const ROWS_A_BLOCK: usize = 10;
 struct Tensor<'a> {
     bench: &'a Bench,
     rows: usize,
-    parameters: support::Buffer<'a, f32>,
-    compute: support::Buffer<'a, bf16>,
+    parameters: Buffer<'a, f32>,
+    compute: Buffer<'a, bf16>,
     /// Of a matrix.
-    row_means: Option<support::Buffer<'a, f32>>,
+    row_means: Option<Buffer<'a, f32>>,
     /// Of columns, or of a vector's elements.
-    column_means: support::Buffer<'a, f32>,
+    column_means: Buffer<'a, f32>,
 }
 
 impl<'a> Tensor<'a> {
@@ -137,12 +142,10 @@ fn state(bench: &Bench, factor: f32, finite: u32) -> Address {
     bench.put("state", &[StepState { norm: 1.0, factor, finite }]).at
 }
 
-#[test]
 fn three_steps_are_those_of_transformers() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/quantized");
-    let file = std::fs::read(format!("{folder}/adafactor.safetensors")).unwrap();
+    let file = include_bytes!("../../../engine/tests/fixtures/quantized/adafactor.safetensors");
     let floats = |name: &str| -> Vec<f32> {
-        let file = SafeTensors::deserialize(&file).unwrap();
+        let file = SafeTensors::deserialize(file).unwrap();
         let bytes = file.tensor(name).unwrap().data().to_vec();
         bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
     };
@@ -165,7 +168,6 @@ fn three_steps_are_those_of_transformers() {
     }
 }
 
-#[test]
 fn gradients_in_bf16_make_the_same_step() {
     for rows in [1, 23] {
         let bench = Bench::new(1);
@@ -181,7 +183,6 @@ fn gradients_in_bf16_make_the_same_step() {
     }
 }
 
-#[test]
 fn nothing_changes_where_the_gradient_is_not_finite() {
     let bench = Bench::new(1);
     let start = bench.randoms(WIDTH);

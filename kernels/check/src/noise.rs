@@ -1,13 +1,18 @@
 //! Dropout and NEFTune: the random bits are those of the CPU backend, whose known answers stand here too.
 
-mod support;
-
 use half::bf16;
-use support::{Bench, SEEDS, blocks};
 use tunesmith_kernels::{
     Grid,
     kernels::{DropOut, Neftune},
 };
+
+use crate::bench::{Bench, SEEDS, blocks};
+
+listed![
+    the_random_words_are_the_published_ones,
+    dropout_keeps_what_its_bits_say,
+    noise_on_embeddings_is_bounded_by_the_length_of_a_tokens_row,
+];
 
 /// Philox4x32 with 7 rounds (Salmon et al., 2011), as `engine/src/random.rs` has it.
 fn philox(counter: u64, key: u64) -> [u32; 4] {
@@ -26,12 +31,10 @@ fn word(index: usize, key: u64) -> u32 {
     philox(index as u64 / 4, key)[index % 4]
 }
 
-#[test]
 fn the_random_words_are_the_published_ones() {
     assert_eq!(philox(0, 0), [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]);
 }
 
-#[test]
 fn dropout_keeps_what_its_bits_say() {
     let (count, p, key) = (5000, 0.25f32, 0xfeed_beef_0123_4567);
     let threshold = (f64::from(p) * 2f64.powi(32)) as u32;
@@ -51,7 +54,6 @@ fn dropout_keeps_what_its_bits_say() {
     }
 }
 
-#[test]
 fn noise_on_embeddings_is_bounded_by_the_length_of_a_tokens_row() {
     for width in [7, 64, 1030] {
         let (bench, key, alpha) = (Bench::new(1), 77, 5.0f32);

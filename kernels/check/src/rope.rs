@@ -1,14 +1,15 @@
 //! Rotation of queries and keys, with and without their norm, against f64: heads of all sizes, in part rotated, columns of a wider
 //! product.
 
-mod support;
-
 use half::bf16;
-use support::{BF16, Bench, SEEDS, assert_close, blocks};
 use tunesmith_kernels::{
     Address, Grid,
     kernels::{NormRope, NormRopeBackward, Rope},
 };
+
+use crate::bench::{BF16, Bench, Buffer, SEEDS, assert_close, blocks};
+
+listed![forward_and_backward_are_those_of_f64_in_any_order,];
 
 const WARPS: usize = 8;
 const EPS: f32 = 1e-6;
@@ -28,7 +29,6 @@ fn rotated(head: &[f64], cos: &[f32], sin: &[f32], direction: f64) -> Vec<f64> {
     turned
 }
 
-#[test]
 fn forward_and_backward_are_those_of_f64_in_any_order() {
     for (tokens, heads, head_dim, half, beside) in SHAPES {
         for (has_norm, seed) in [(false, SEEDS[0]), (false, SEEDS[1]), (true, SEEDS[1]), (true, SEEDS[2])] {
@@ -127,8 +127,8 @@ fn forward_and_backward_are_those_of_f64_in_any_order() {
 }
 
 fn forward(
-    x: &support::Buffer<'_, bf16>,
-    scales: &support::Buffer<'_, f32>,
+    x: &Buffer<'_, bf16>,
+    scales: &Buffer<'_, f32>,
     weight: Address,
     rope: Rope,
     tokens: usize,

@@ -1,13 +1,14 @@
 //! The gated product against f64, where exp and tanh are flat too.
 
-mod support;
-
 use half::bf16;
-use support::{BF16, Bench, assert_close, blocks};
 use tunesmith_kernels::{
     Grid,
     kernels::{Activation, Gated, GatedBackward},
 };
+
+use crate::bench::{BF16, Bench, assert_close, blocks};
+
+listed![forward_and_backward_are_those_of_f64,];
 
 /// An activation's value and derivative.
 fn reference(activation: Activation, x: f64) -> [f64; 2] {
@@ -25,7 +26,6 @@ fn reference(activation: Activation, x: f64) -> [f64; 2] {
     }
 }
 
-#[test]
 fn forward_and_backward_are_those_of_f64() {
     for activation in [Activation::Silu, Activation::GeluTanh] {
         for count in [8, 2048, 2056, 5000] {

@@ -1,13 +1,14 @@
 //! RMSNorm against f64: odd numbers of rows, widths that fill a block in part or several times, with and without a residual.
 
-mod support;
-
 use half::bf16;
-use support::{BF16, Bench, SEEDS, assert_close, blocks};
 use tunesmith_kernels::{
     Address, Grid,
     kernels::{AddParts, RmsNorm, RmsNormBackward, RmsNormWeightBackward},
 };
+
+use crate::bench::{BF16, Bench, SEEDS, assert_close, blocks};
+
+listed![forward_is_that_of_f64_and_the_same_in_any_order, backward_is_that_of_f64,];
 
 const SHARED: u32 = 4 * 8;
 const EPS: f32 = 1e-5;
@@ -21,7 +22,6 @@ fn scale(row: &[f64]) -> f64 {
     1.0 / (row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64 + f64::from(EPS)).sqrt()
 }
 
-#[test]
 fn forward_is_that_of_f64_and_the_same_in_any_order() {
     for (count, width) in SHAPES {
         for (has_residual, offset) in [(false, 0.0), (true, 1.0)] {
@@ -69,7 +69,6 @@ fn forward_is_that_of_f64_and_the_same_in_any_order() {
     }
 }
 
-#[test]
 fn backward_is_that_of_f64() {
     for (count, width) in SHAPES {
         for (has_residual, offset) in [(false, 0.0f32), (true, 1.0)] {
