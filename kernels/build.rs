@@ -1,4 +1,7 @@
-//! Builds the kernels for the CPU, where the emulation is wanted.
+//! Builds the kernels: for the CPU where the emulation is wanted, and for GPUs.
+
+#[path = "build/nvcc.rs"]
+mod nvcc;
 
 use std::{
     env, fs,
@@ -9,7 +12,7 @@ use std::{
 const SANITIZERS: &str = "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow";
 
 fn main() {
-    for folder in ["cuda", "emu", "tests/defects"] {
+    for folder in ["build", "cuda", "emu", "tests/defects"] {
         println!("cargo::rerun-if-changed={folder}");
     }
     // Another folder of sources, for `make kernel-mutants`.
@@ -19,6 +22,9 @@ fn main() {
     if env::var_os("CARGO_FEATURE_EMULATION").is_some() {
         emulate("fast", &sources);
         emulate("checked", &sources);
+    }
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        nvcc::compile(&sources);
     }
 }
 

@@ -1,4 +1,4 @@
-//! What runs kernels: memory, copies and launches on one stream.
+//! What runs kernels: memory, and streams of copies, launches and products.
 
 use crate::kernel::Launch;
 
@@ -112,71 +112,207 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// What is wrong with its shapes.
-    pub(crate) fn problem(&self) -> Option<String> {
+    /// Whether its matrices fit each other.
+    pub(crate) fn check(&self) -> Result<(), Error> {
         let ([m, k], [of_b, n]) = (self.a.shape(), self.b.shape());
         let is_like_d =
             |matrix: &Matrix| matrix.shape() == [m, n] && matrix.number == self.d.number && !matrix.transposed;
-        match () {
-            () if k != of_b => Some(format!("a product of [{m}, {k}] and [{of_b}, {n}]")),
+        Err(Error::Shapes(match () {
+            () if k != of_b => format!("[{m}, {k}] by [{of_b}, {n}]"),
             () if self.a.number != Number::Bf16 || self.b.number != Number::Bf16 => {
-                Some("factors that are not of bf16".into())
+                "factors that are not of bf16".into()
             }
-            () if !is_like_d(&self.d) => Some(format!("d of {:?} for a product of [{m}, {n}]", self.d.shape())),
-            () if !self.c.iter().all(is_like_d) => Some("c is not as d is".into()),
-            () => None,
-        }
+            () if !is_like_d(&self.d) => format!("d of {:?} instead of [{m}, {n}]", self.d.shape()),
+            () if !self.c.iter().all(is_like_d) => "c is not as d is".into(),
+            () => return Ok(()),
+        }))
     }
 }
 
+/// A queue of a device. What is asked for on one is done in its order; two know nothing of each other but by [`Device::wait`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stream {
+    /// Computes.
+    Main,
+    /// Copies beside it.
+    Copies,
+}
+
+impl Stream {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Main, Self::Copies];
+}
+
+/// Memory of a device, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// The device's.
+    pub total: usize,
+    /// Of it, what nobody holds; others may share the device.
+    pub free: usize,
+    /// What is allocated now.
+    pub used: usize,
+    /// The most that has been allocated at once.
+    pub peak: usize,
+}
+
 /// A device that failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
+    /// No program can reach a GPU here.
+    #[error(
+        "no CUDA driver: libcuda.so.1 is not there. Install NVIDIA's driver (in a container: its container toolkit, \
+         and a GPU for the pod), or compute on the CPU"
+    )]
+    NoDriver,
+    /// The driver can't load our kernels.
+    #[error(
+        "the driver is too old: it supports CUDA {}.{}, and the kernels need {}.{}. Install a driver of branch 580 or later",
+        found / 1000, found % 1000 / 10, needed / 1000, needed % 1000 / 10
+    )]
+    DriverTooOld {
+        /// The CUDA version of the driver, as 1000 · major + 10 · minor.
+        found: i32,
+        /// That of the kernels.
+        needed: i32,
+    },
+    /// There is no such GPU.
+    #[error(
+        "no GPU {ordinal}: the driver sees {count}. Ask for one (nvidia.com/gpu), and look at CUDA_VISIBLE_DEVICES and \
+         NVIDIA_VISIBLE_DEVICES"
+    )]
+    NoGpu {
+        /// The GPU that was asked for.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The GPU is older than the kernels.
+    #[error(
+        "GPU {name} (sm_{capability}) has no bf16 tensor cores: sm_80 (Ampere) or later is needed, or compute on the CPU"
+    )]
+    UnsupportedGpu {
+        /// The card.
+        name: String,
+        /// Its compute capability: 10 · major + minor.
+        capability: i32,
+    },
     /// There is no room.
-    #[error("out of memory: {bytes} bytes for {name}")]
+    #[error("out of memory: {bytes} bytes for {name}; {} bytes are in use by this program, {} of {} are free", memory.used, memory.free, memory.total)]
     Memory {
         /// Bytes that were asked for.
         bytes: usize,
         /// What they are for.
         name: String,
+        /// The device's memory then.
+        memory: Memory,
+    },
+    /// A library of CUDA's can't be used.
+    #[error("{name} can't be used: {reason}. Install CUDA's libraries, or name their folder in TUNESMITH_CUDA_LIBS")]
+    Library {
+        /// The library.
+        name: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// Arguments that are not what the kernel declares.
+    #[error("{kernel}: arguments of {ours:?} bytes; the kernel declares {declared:?}")]
+    Arguments {
+        /// The kernel.
+        kernel: &'static str,
+        /// Sizes of what was given.
+        ours: Vec<usize>,
+        /// Sizes in the kernel.
+        declared: Vec<usize>,
+    },
+    /// A launch that the device can't do.
+    #[error("{kernel} wants {wanted} bytes of shared memory for a block; this GPU gives {limit}")]
+    SharedMemory {
+        /// The kernel.
+        kernel: &'static str,
+        /// Of a block.
+        wanted: u32,
+        /// Of a block.
+        limit: u32,
+    },
+    /// A product whose matrices do not fit each other.
+    #[error("product: {0}")]
+    Shapes(String),
+    /// The driver refused, or what was asked for before has failed; then each later call says so again.
+    #[error("{during}: {code} ({text})")]
+    Driver {
+        /// What was asked for when it showed. Work of the device may have failed before that.
+        during: String,
+        /// The driver's name for it.
+        code: String,
+        /// Its explanation.
+        text: String,
     },
     /// The emulation has found a defect of a kernel, or of its launch.
     #[error("{0}")]
     Defect(String),
 }
 
-/// A GPU, or its emulation. Copies and launches are done in their order, at the latest when the host synchronizes; the host's
-/// buffers must stay as they are until then.
+/// A GPU, or its emulation. Copies, launches and products are done in the order of their stream, at the latest when the host waits
+/// for it; the host's buffers must stay as they are until then. A device that has failed once fails from then on.
 pub trait Device {
-    /// Memory of the device; it is not cleared.
+    /// Memory of the device, for what is asked for later on the main stream; it is not cleared. Another stream waits for the main one
+    /// before it uses it.
     ///
     /// # Errors
     /// There is no room.
     fn allocate(&self, bytes: usize, name: &str) -> Result<Address, Error>;
 
-    /// Gives memory back, once all that was asked for is done.
+    /// Gives memory back, once all that was asked for on the main stream before is done.
     ///
     /// # Errors
     /// Something that was asked for before has failed.
     fn release(&self, at: Address) -> Result<(), Error>;
 
-    /// Copies to the device.
-    ///
-    /// # Safety
-    /// `from` must stay readable until the host has synchronized, and the device's memory must have room.
+    /// How much memory there is.
     ///
     /// # Errors
     /// Something that was asked for before has failed.
-    unsafe fn upload(&self, to: Address, from: *const u8, bytes: usize) -> Result<(), Error>;
+    fn memory(&self) -> Result<Memory, Error>;
+
+    /// Memory of the host that is copied without a detour (page-locked).
+    ///
+    /// # Errors
+    /// There is no room.
+    fn allocate_host(&self, bytes: usize) -> Result<*mut u8, Error>;
+
+    /// Gives the host's memory back.
+    ///
+    /// # Safety
+    /// It is of [`Device::allocate_host`], and no copy waits for it.
+    unsafe fn release_host(&self, at: *mut u8, bytes: usize);
+
+    /// Copies to the device.
+    ///
+    /// # Safety
+    /// `from` must stay readable until the host has waited for the stream, and the device's memory must have room.
+    ///
+    /// # Errors
+    /// Something that was asked for before has failed.
+    unsafe fn upload(&self, on: Stream, to: Address, from: *const u8, bytes: usize) -> Result<(), Error>;
 
     /// Copies from the device.
     ///
     /// # Safety
-    /// `to` must stay writable until the host has synchronized, and the device's memory must hold so many bytes.
+    /// `to` must stay writable until the host has waited for the stream, and the device's memory must hold so many bytes.
     ///
     /// # Errors
     /// Something that was asked for before has failed.
-    unsafe fn download(&self, from: Address, to: *mut u8, bytes: usize) -> Result<(), Error>;
+    unsafe fn download(&self, on: Stream, from: Address, to: *mut u8, bytes: usize) -> Result<(), Error>;
+
+    /// Fills memory with a byte.
+    ///
+    /// # Safety
+    /// The device's memory must hold so many bytes.
+    ///
+    /// # Errors
+    /// Something that was asked for before has failed.
+    unsafe fn fill(&self, on: Stream, at: Address, byte: u8, bytes: usize) -> Result<(), Error>;
 
     /// Launches a kernel.
     ///
@@ -185,9 +321,9 @@ pub trait Device {
     ///
     /// # Errors
     /// The launch is impossible, or something that was asked for before has failed.
-    unsafe fn launch(&self, launch: &dyn Launch, grid: Grid) -> Result<(), Error>;
+    unsafe fn launch(&self, on: Stream, launch: &dyn Launch, grid: Grid) -> Result<(), Error>;
 
-    /// Multiplies matrices.
+    /// Multiplies matrices, on the main stream.
     ///
     /// # Safety
     /// The addresses must reach as far as the matrices go.
@@ -196,9 +332,23 @@ pub trait Device {
     /// Shapes that do not fit, or something that was asked for before has failed.
     unsafe fn multiply(&self, gemm: &Gemm) -> Result<(), Error>;
 
-    /// Waits until all that was asked for is done.
+    /// What is asked for on a stream from now on comes after all that was asked for on the other.
+    ///
+    /// # Errors
+    /// Something that was asked for before has failed.
+    fn wait(&self, on: Stream, other: Stream) -> Result<(), Error>;
+
+    /// Lets the host wait until all that was asked for on a stream is done.
     ///
     /// # Errors
     /// Something has failed.
-    fn synchronize(&self) -> Result<(), Error>;
+    fn finish(&self, stream: Stream) -> Result<(), Error>;
+
+    /// Lets the host wait until all that was asked for is done.
+    ///
+    /// # Errors
+    /// Something has failed.
+    fn synchronize(&self) -> Result<(), Error> {
+        Stream::ALL.into_iter().try_for_each(|stream| self.finish(stream))
+    }
 }

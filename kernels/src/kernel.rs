@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use crate::device::Address;
+use crate::device::{Address, Error};
 
 /// What a kernel takes by value.
 ///
@@ -44,6 +44,18 @@ pub trait Launch {
 
     /// Where each argument lies, and its size, in the kernel's order.
     fn arguments(&self) -> Vec<(*const c_void, usize)>;
+}
+
+/// Holds the sizes of arguments against those that a build of the kernel declares.
+#[cfg(any(feature = "emulation", feature = "cuda"))]
+pub(crate) fn check_arguments(
+    kernel: &'static str,
+    arguments: &[(*const c_void, usize)],
+    declared: impl Iterator<Item = usize>,
+) -> Result<(), Error> {
+    let (ours, declared): (Vec<usize>, Vec<usize>) =
+        (arguments.iter().map(|argument| argument.1).collect(), declared.collect());
+    if ours == declared { Ok(()) } else { Err(Error::Arguments { kernel, ours, declared }) }
 }
 
 /// Declares kernels: each is a struct of its arguments, in the order of the source.

@@ -6,10 +6,17 @@
 #[macro_use]
 mod kernel;
 pub mod attention;
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub mod compiled;
 mod device;
+#[cfg(feature = "cuda")]
+mod driver;
 #[cfg(feature = "emulation")]
 pub mod emulator;
 pub mod kernels;
 
-pub use device::{Address, Device, Error, Gemm, Grid, Matrix, Number};
+pub use device::{Address, Device, Error, Gemm, Grid, Matrix, Memory, Number, Stream};
+#[cfg(feature = "cuda")]
+pub use driver::{Chosen, Gpu};
 pub use kernel::{Argument, Kernel, Launch};

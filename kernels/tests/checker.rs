@@ -1,7 +1,7 @@
 //! The checker on kernels with one defect each, and on sound ones.
 
 use tunesmith_kernels::{
-    Address, Argument, Device, Error, Grid, Kernel, Launch, emulated,
+    Address, Argument, Device, Error, Grid, Kernel, Launch, Stream, emulated,
     emulator::{Builds, Emulator, POISON},
 };
 
@@ -36,10 +36,10 @@ fn run(device: &Emulator, name: &'static str, builds: Builds, blocks: u32) -> Re
     let data = device.allocate(4 * COUNT, "data")?;
     // SAFETY: both vectors outlive the synchronization, and the memory is as large.
     unsafe {
-        device.upload(data, numbers.as_ptr().cast(), 4 * COUNT)?;
+        device.upload(Stream::Main, data, numbers.as_ptr().cast(), 4 * COUNT)?;
         let defect = Defect { builds, name, data, count: COUNT as i32 };
-        device.launch(&defect, Grid::row(blocks, 64).with_shared(512))?;
-        device.download(data, result.as_mut_ptr().cast(), 4 * COUNT)?;
+        device.launch(Stream::Main, &defect, Grid::row(blocks, 64).with_shared(512))?;
+        device.download(Stream::Main, data, result.as_mut_ptr().cast(), 4 * COUNT)?;
     }
     device.synchronize()?;
     Ok(result)
@@ -130,8 +130,8 @@ fn a_host_that_does_not_synchronize_reads_poison_and_one_that_writes_too_early_i
     let (mut staged, mut read) = ([1u8; 4], [0u8; 4]);
     // SAFETY: both arrays outlive the synchronization.
     unsafe {
-        device.upload(data, staged.as_ptr(), 4).unwrap();
-        device.download(data, read.as_mut_ptr(), 4).unwrap();
+        device.upload(Stream::Main, data, staged.as_ptr(), 4).unwrap();
+        device.download(Stream::Main, data, read.as_mut_ptr(), 4).unwrap();
     }
     assert_eq!(read, [POISON; 4], "before it is done");
     staged.fill(2);
@@ -149,8 +149,8 @@ fn impossible_launches_are_refused() {
         let numbers = [0u8; 4 * COUNT];
         // SAFETY: the memory is as large as the kernel takes it to be, and the numbers outlive the synchronization.
         unsafe {
-            device.upload(data, numbers.as_ptr(), numbers.len()).unwrap();
-            device.launch(&defect, grid).unwrap();
+            device.upload(Stream::Main, data, numbers.as_ptr(), numbers.len()).unwrap();
+            device.launch(Stream::Main, &defect, grid).unwrap();
         }
         device.synchronize().unwrap_err().to_string()
     };
@@ -180,6 +180,7 @@ fn arguments_of_other_sizes_are_refused() {
     }
     let device = Emulator::checked(0);
     // SAFETY: it is not launched.
-    let error = unsafe { device.launch(&Short(emulated!(sound_exchange)), Grid::row(1, 64)) }.unwrap_err();
+    let error =
+        unsafe { device.launch(Stream::Main, &Short(emulated!(sound_exchange)), Grid::row(1, 64)) }.unwrap_err();
     assert!(error.to_string().contains("arguments of [8] bytes; the kernel declares [8, 4]"), "{error}");
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use half::bf16;
-use tunesmith_kernels::{Address, Device, Error, Gemm, Grid, Launch, emulator::Emulator};
+use tunesmith_kernels::{Address, Device, Error, Gemm, Grid, Launch, Stream, emulator::Emulator};
 
 /// Two orders of blocks, warps and lanes, and the one without any disorder: each result must be the same in all.
 pub const SEEDS: [u64; 3] = [0, 1, 4];
@@ -25,7 +25,7 @@ pub fn stand_on(make: Make) {
 
 /// What a bench stands on.
 enum Ground {
-    Emulation(Emulator),
+    Emulation(Box<Emulator>),
     Device(Box<dyn Device>),
 }
 
@@ -40,14 +40,14 @@ impl Bench {
     pub fn new(seed: u64) -> Self {
         let ground = match ELSEWHERE.get() {
             Some(make) => Ground::Device(make(seed).unwrap_or_else(|error| panic!("{error}"))),
-            None => Ground::Emulation(Emulator::checked(seed)),
+            None => Ground::Emulation(Box::new(Emulator::checked(seed))),
         };
         Self { ground, addresses: RefCell::default(), random: Cell::new(0x9e37_79b9_7f4a_7c15) }
     }
 
     fn device(&self) -> &dyn Device {
         match &self.ground {
-            Ground::Emulation(emulator) => emulator,
+            Ground::Emulation(emulator) => emulator.as_ref(),
             Ground::Device(device) => device.as_ref(),
         }
     }
@@ -84,7 +84,8 @@ impl Bench {
         let bytes = count * size_of::<T>();
         let at = self.keep(self.device().allocate(bytes, name));
         if self.emulator().is_none() {
-            self.upload(at, &vec![0xffu8; bytes]);
+            // SAFETY: it has just been allocated with so many bytes.
+            unsafe { self.device().fill(Stream::Main, at, 0xff, bytes) }.unwrap();
         }
         Buffer { bench: self, at, count, kind: std::marker::PhantomData }
     }
@@ -126,7 +127,7 @@ impl Bench {
     /// Copies to the device, and waits for it.
     pub fn upload<T: Copy>(&self, to: Address, values: &[T]) {
         // SAFETY: the values outlive the synchronization.
-        unsafe { self.device().upload(to, values.as_ptr().cast(), size_of_val(values)) }.unwrap();
+        unsafe { self.device().upload(Stream::Main, to, values.as_ptr().cast(), size_of_val(values)) }.unwrap();
         self.device().synchronize().unwrap();
     }
 
@@ -134,7 +135,8 @@ impl Bench {
     pub fn download<T: Copy + Default>(&self, from: Address, count: usize) -> Vec<T> {
         let mut values = vec![T::default(); count];
         // SAFETY: the vector outlives the synchronization.
-        unsafe { self.device().download(from, values.as_mut_ptr().cast(), count * size_of::<T>()) }.unwrap();
+        unsafe { self.device().download(Stream::Main, from, values.as_mut_ptr().cast(), count * size_of::<T>()) }
+            .unwrap();
         self.device().synchronize().unwrap();
         values
     }
@@ -142,7 +144,7 @@ impl Bench {
     /// Launches, and waits for it.
     pub fn run(&self, launch: &dyn Launch, grid: Grid) {
         // SAFETY: the buffers are as large as the checks say; the emulation looks at every access.
-        unsafe { self.device().launch(launch, grid) }.unwrap();
+        unsafe { self.device().launch(Stream::Main, launch, grid) }.unwrap();
         self.device().synchronize().unwrap_or_else(|error| panic!("{error}"));
     }
 

@@ -84,8 +84,8 @@ fn what_does_not_fit_is_refused() {
         alpha: 1.0,
     };
     for (gemm, words) in [
-        (Gemm { a: sound.a.transpose(), ..sound }, "a product of"),
-        (Gemm { d: Matrix { rows: M + 1, ..sound.d }, ..sound }, "for a product of"),
+        (Gemm { a: sound.a.transpose(), ..sound }, "[19, 5] by"),
+        (Gemm { d: Matrix { rows: M + 1, ..sound.d }, ..sound }, "instead of [5, 33]"),
         (Gemm { c: Some(Matrix { number: Number::Bf16, ..sound.d }), ..sound }, "c is not as d is"),
         (Gemm { a: Matrix { number: Number::F32, ..sound.a }, ..sound }, "not of bf16"),
     ] {
