@@ -9,10 +9,12 @@ DEMO_FLAGS := --kubeconfig $(KUBECONFIG)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit e2e generate oracle bench bench-operator fuzz kernels kernel-mutants down rust
+.PHONY: help demo test lint unit kernels e2e generate oracle bench bench-operator fuzz gpu-check kernel-mutants down rust
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+CUDA := --package tunesmith-kernels --package tunesmith-kernel-checks --features tunesmith-kernels/cuda,tunesmith-kernel-checks/cuda
 
 # Every cargo command selects the whole workspace, so that features are resolved and dependencies built once.
 # The demo and the tests share one build, of the dev profile: it optimises what computes, and nothing else.
@@ -20,7 +22,7 @@ demo: rust ## From kubectl apply to a tuned adapter, on a local cluster or on KU
 	$(CARGO) build --workspace --bins
 	$(PROGRAMS)/debug/demo $(DEMO_FLAGS)
 
-test: lint unit e2e ## Everything that must pass before a commit lands
+test: lint unit kernels e2e ## Everything that must pass before a commit lands
 
 lint: rust ## Formatting and clippy
 	$(CARGO) fmt --all --check
@@ -28,6 +30,13 @@ lint: rust ## Formatting and clippy
 
 unit: rust ## Unit, property and fixture tests
 	$(CARGO) test --workspace
+
+# Without nvcc the kernels run under the emulation alone, as in `unit`. Here they are compiled for each card as well; the driver's side
+# runs on a driver without a GPU.
+kernels: rust ## Compile the kernels for GPUs, and compare what became of them (installs nvcc, 330 MB; WRITE=1 writes the table)
+	kernels/with-nvcc.sh $(CARGO) run --quiet --package tunesmith-kernels --features cuda --example resources -- $(if $(WRITE),--write)
+	kernels/with-nvcc.sh $(CARGO) clippy $(CUDA) --all-targets --quiet -- -D warnings
+	kernels/with-nvcc.sh $(CARGO) test $(CUDA) --test emulated --test gpu_check
 
 e2e: rust ## The chart, object stores of each kind, and the tests on a real cluster (KEEP=1 leaves it up)
 	$(CARGO) build --workspace --bins --examples
@@ -49,11 +58,12 @@ bench-operator: rust ## The operator with 10,000 jobs: memory, requests, latency
 	$(CARGO) build --workspace --bins
 	$(PROGRAMS)/debug/bench_operator
 
-kernels: rust ## Compile the kernels by nvcc, and compare what it made of them (installs nvcc, 280 MB)
-	kernels/compile.sh
-
 kernel-mutants: rust ## Change each barrier, wait and bound of the kernels: a test must fail (an hour; KERNEL=norm for one file)
 	$(CARGO) run --quiet --package tunesmith-kernels --example mutants -- $(KERNEL)
+
+# One folder of less than 64 MB, with all that a machine with a driver and a GPU needs.
+gpu-check: rust ## Check the kernels on a GPU; without one, make target/gpu-check to carry to a machine that has one
+	kernels/with-nvcc.sh kernels/gpu-check.sh
 
 FUZZ_SECONDS ?= 60
 fuzz: rust ## Feed damaged files to all that reads files (installs cargo-fuzz; FUZZ_SECONDS=60 a target)

@@ -1,38 +1,32 @@
-//! Compiles the kernels by nvcc, and compares what became of each with `kernels/resources.tsv`: registers, spills, and which instructions
-//! of the machine there are. `make kernels` runs it; with `--write` it writes the table.
+//! Compares what nvcc made of each kernel with `kernels/resources.tsv`: registers, spills, and which instructions of the machine there
+//! are. `make kernels` runs it; with `--write` it writes the table.
 
 use std::{
     collections::BTreeMap,
     env, fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, ExitCode},
 };
 
-/// A100; RTX 4090 and L40S; H100 and H200. An RTX 3090 runs what is made for the A100.
-const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_89", "sm_90"];
-const HEADER: &str = "# What nvcc makes of each kernel: `make kernels` compares, `kernels/compile.sh --write` writes it.\n\
-                      # kernel\tarchitecture\tregisters\tspilled bytes\ttensor-core products\tldmatrix\tlocal memory\n";
+use tunesmith_kernels::compiled::{FATBINS, Fatbin};
+
+const HEADER: &str = "# What nvcc makes of each kernel: `make kernels` compares, `make kernels WRITE=1` writes it.\n\
+                      # kernel\tarchitecture\tregisters\tspilled bytes\ttensor-core products\tldmatrix\tcp.async\tlocal memory\n";
 
 /// What became of a kernel.
 #[derive(Clone, Debug, Default)]
 struct Resources {
     registers: u32,
     spilled: u32,
-    /// Instructions: HMMA, LDSM, and LDL or STL.
+    /// Instructions: HMMA, LDSM, LDGSTS, and LDL or STL.
     products: u32,
     matrix_loads: u32,
+    async_copies: u32,
     local: u32,
 }
 
-/// Runs a program of the toolkit; what it said, or why it failed.
-fn tool(name: &str, arguments: &[&str]) -> Result<String, String> {
-    let home = env::var_os("CUDA_HOME").ok_or("CUDA_HOME is not set: run kernels/compile.sh")?;
-    let program = Path::new(&home).join("bin").join(name);
-    let output = Command::new(&program).args(arguments).output();
-    let output = output.map_err(|error| format!("{}: {error}", program.display()))?;
-    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    if output.status.success() { Ok(said.into_owned()) } else { Err(said.into_owned()) }
-}
+/// By kernel and architecture.
+type Table = BTreeMap<(String, String), Resources>;
 
 /// The number before a word of a line.
 fn before(line: &str, words: &str) -> u32 {
@@ -40,22 +34,16 @@ fn before(line: &str, words: &str) -> u32 {
     number.and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
-/// Compiles a source for an architecture.
-fn compile(source: &Path, architecture: &str, cubin: &Path) -> Result<BTreeMap<String, Resources>, String> {
-    let folder = source.parent().unwrap_or(Path::new(".")).to_string_lossy();
-    let (include, arch) = (format!("-I{folder}"), format!("-arch={architecture}"));
-    let (from, to) = (source.to_string_lossy(), cubin.to_string_lossy());
-    let log = tool(
-        "nvcc",
-        &["-std=c++17", "-O3", "-fmad=false", "-cubin", &arch, "-Xptxas", "-v", &include, "-o", &to, &from],
-    )?;
-    let mut kernels: BTreeMap<String, Resources> = BTreeMap::new();
-    let mut current = String::new();
+/// What ptxas said: `Compiling entry function 'name' for 'sm_80'`, then the numbers.
+fn add_log(log: &str, table: &mut Table) {
+    let mut current = None;
     for line in log.lines() {
-        if let Some(name) = line.split('\'').nth(1).filter(|_| line.contains("Compiling entry function")) {
-            current = name.to_owned();
+        if line.contains("Compiling entry function") {
+            let mut quoted = line.split('\'').skip(1).step_by(2).map(str::to_owned);
+            current = quoted.next().zip(quoted.next());
         }
-        let kernel = kernels.entry(current.clone()).or_default();
+        let Some(key) = &current else { continue };
+        let kernel = table.entry(key.clone()).or_default();
         if line.contains("spill stores") {
             kernel.spilled = before(line, " bytes spill stores") + before(line, " bytes spill loads");
         }
@@ -63,46 +51,63 @@ fn compile(source: &Path, architecture: &str, cubin: &Path) -> Result<BTreeMap<S
             kernel.registers = before(line, " registers");
         }
     }
-    kernels.remove("");
-    for line in tool("cuobjdump", &["-sass", &to])?.lines() {
-        if let Some((_, name)) = line.split_once("Function : ") {
-            current = name.trim().to_owned();
+}
+
+/// The machine's instructions: `arch = sm_80`, then `Function : name`, then its code.
+fn add_code(code: &str, table: &mut Table) {
+    let (mut architecture, mut name) = (String::new(), String::new());
+    for line in code.lines() {
+        if let Some(found) = line.strip_prefix("arch = ") {
+            architecture = found.trim().to_owned();
         }
-        let Some(kernel) = kernels.get_mut(&current) else { continue };
+        if let Some((_, found)) = line.split_once("Function : ") {
+            name = found.trim().to_owned();
+        }
+        let Some(kernel) = table.get_mut(&(name.clone(), architecture.clone())) else { continue };
         let has = |instruction: &str| u32::from(line.contains(instruction));
         kernel.products += has("HMMA.");
         kernel.matrix_loads += has("LDSM");
+        kernel.async_copies += has("LDGSTS");
         kernel.local += has("LDL") + has("STL");
     }
-    Ok(kernels)
 }
 
-fn table(folder: &Path) -> Result<String, String> {
-    let files = fs::read_dir(folder).map_err(|error| error.to_string())?.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut files: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|end| end == "cu")).collect();
-    files.sort();
-    let cubin = env::temp_dir().join(format!("tunesmith-{}.cubin", std::process::id()));
-    let mut table = HEADER.to_owned();
-    for (file, architecture) in files.iter().flat_map(|file| ARCHITECTURES.map(|architecture| (file, architecture))) {
-        println!("{} for {architecture}", file.display());
-        for (name, Resources { registers, spilled, products, matrix_loads, local }) in
-            compile(file, architecture, &cubin)?
-        {
+fn disassembled(fatbin: &Fatbin) -> Result<String, String> {
+    let home = env::var_os("CUDA_HOME").ok_or("CUDA_HOME is not set: run it by kernels/with-nvcc.sh")?;
+    let file = env::temp_dir().join(format!("tunesmith-{}.fatbin", std::process::id()));
+    fs::write(&file, fatbin.image).map_err(|error| format!("{}: {error}", file.display()))?;
+    let output = Command::new(Path::new(&home).join("bin/cuobjdump")).arg("-sass").arg(&file).output();
+    // It is temporary.
+    let _ = fs::remove_file(file);
+    let output = output.map_err(|error| format!("cuobjdump: {error}"))?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+    }
+}
+
+fn table() -> Result<String, String> {
+    let mut text = HEADER.to_owned();
+    for fatbin in FATBINS {
+        let mut table = Table::new();
+        add_log(fatbin.log, &mut table);
+        add_code(&disassembled(fatbin)?, &mut table);
+        for ((name, architecture), resources) in table {
+            let Resources { registers, spilled, products, matrix_loads, async_copies, local } = resources;
             if spilled + local > 0 {
                 return Err(format!("{name} spills on {architecture}"));
             }
-            table += &format!("{name}\t{architecture}\t{registers}\t{spilled}\t{products}\t{matrix_loads}\t{local}\n");
+            text += &format!(
+                "{name}\t{architecture}\t{registers}\t{spilled}\t{products}\t{matrix_loads}\t{async_copies}\t{local}\n"
+            );
         }
     }
-    // It is temporary.
-    let _ = fs::remove_file(cubin);
-    Ok(table)
+    Ok(text)
 }
 
 fn main() -> ExitCode {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let kept = folder.join("resources.tsv");
-    let found = match table(&folder.join("cuda")) {
+    let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("resources.tsv");
+    let found = match table() {
         Ok(found) => found,
         Err(problem) => {
             eprintln!("{problem}");
@@ -119,14 +124,11 @@ fn main() -> ExitCode {
         };
     }
     let expected = fs::read_to_string(&kept).unwrap_or_default();
-    let mut differs = false;
-    for line in found.lines().filter(|line| !expected.lines().any(|kept| kept == *line)) {
-        println!("not in resources.tsv: {line}");
-        differs = true;
-    }
-    for line in expected.lines().filter(|line| !found.lines().any(|found| found == *line)) {
-        println!("only in resources.tsv: {line}");
-        differs = true;
-    }
-    if differs { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    let missing = |text: &str, other: &str| -> Vec<String> {
+        text.lines().filter(|line| !other.lines().any(|found| found == *line)).map(str::to_owned).collect()
+    };
+    let (new, gone) = (missing(&found, &expected), missing(&expected, &found));
+    new.iter().for_each(|line| println!("not in resources.tsv: {line}"));
+    gone.iter().for_each(|line| println!("only in resources.tsv: {line}"));
+    if new.is_empty() && gone.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -1,5 +1,8 @@
 //! What nvcc made of the kernels.
 
+/// Where the builds lie, those for the CPU too: for tests that link them.
+pub const FOLDER: &str = env!("OUT_DIR");
+
 /// The builds of a source for all cards.
 #[derive(Debug)]
 pub struct Fatbin {

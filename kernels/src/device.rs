@@ -129,6 +129,17 @@ impl Gemm {
     }
 }
 
+/// An algorithm that a library has chosen for a product.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// The library's version.
+    pub version: usize,
+    /// Shapes, strides, numbers and alignments.
+    pub product: String,
+    /// The library's own description, of no meaning to others.
+    pub algorithm: [u64; 8],
+}
+
 /// A queue of a device. What is asked for on one is done in its order; two know nothing of each other but by [`Device::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stream {
@@ -331,6 +342,14 @@ pub trait Device {
     /// # Errors
     /// Shapes that do not fit, or something that was asked for before has failed.
     unsafe fn multiply(&self, gemm: &Gemm) -> Result<(), Error>;
+
+    /// The algorithms that products have been given so far, where a library chooses them.
+    fn chosen(&self) -> Vec<Chosen> {
+        Vec::new()
+    }
+
+    /// Gives products of the same shapes these algorithms again, if the library is of the same version: for the same bits.
+    fn fix(&self, _: Vec<Chosen>) {}
 
     /// What is asked for on a stream from now on comes after all that was asked for on the other.
     ///

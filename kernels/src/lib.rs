@@ -16,7 +16,7 @@ mod driver;
 pub mod emulator;
 pub mod kernels;
 
-pub use device::{Address, Device, Error, Gemm, Grid, Matrix, Memory, Number, Stream};
+pub use device::{Address, Chosen, Device, Error, Gemm, Grid, Matrix, Memory, Number, Stream};
 #[cfg(feature = "cuda")]
-pub use driver::{Chosen, Gpu};
+pub use driver::Gpu;
 pub use kernel::{Argument, Kernel, Launch};

@@ -2,7 +2,10 @@
 
 use std::{
     cell::{Cell, RefCell},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use half::bf16;
@@ -23,10 +26,23 @@ pub fn stand_on(make: Make) {
     let _ = ELSEWHERE.set(make);
 }
 
+/// Whether new memory stays as it is.
+static UNFILLED: AtomicBool = AtomicBool::new(false);
+
+/// Leaves new memory as it is: for a tool that finds what nobody has written.
+pub fn leave_unfilled() {
+    UNFILLED.store(true, Ordering::Relaxed);
+}
+
 /// What a bench stands on.
 enum Ground {
     Emulation(Box<Emulator>),
     Device(Box<dyn Device>),
+}
+
+/// What a device answers, or the end of the check in its words.
+fn done<T>(answer: Result<T, Error>) -> T {
+    answer.unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// A device with what a check has put there.
@@ -39,13 +55,13 @@ pub struct Bench {
 impl Bench {
     pub fn new(seed: u64) -> Self {
         let ground = match ELSEWHERE.get() {
-            Some(make) => Ground::Device(make(seed).unwrap_or_else(|error| panic!("{error}"))),
+            Some(make) => Ground::Device(done(make(seed))),
             None => Ground::Emulation(Box::new(Emulator::checked(seed))),
         };
         Self { ground, addresses: RefCell::default(), random: Cell::new(0x9e37_79b9_7f4a_7c15) }
     }
 
-    fn device(&self) -> &dyn Device {
+    pub fn device(&self) -> &dyn Device {
         match &self.ground {
             Ground::Emulation(emulator) => emulator.as_ref(),
             Ground::Device(device) => device.as_ref(),
@@ -83,9 +99,9 @@ impl Bench {
     pub fn empty<T>(&self, name: &str, count: usize) -> Buffer<'_, T> {
         let bytes = count * size_of::<T>();
         let at = self.keep(self.device().allocate(bytes, name));
-        if self.emulator().is_none() {
+        if self.emulator().is_none() && !UNFILLED.load(Ordering::Relaxed) {
             // SAFETY: it has just been allocated with so many bytes.
-            unsafe { self.device().fill(Stream::Main, at, 0xff, bytes) }.unwrap();
+            done(unsafe { self.device().fill(Stream::Main, at, 0xff, bytes) });
         }
         Buffer { bench: self, at, count, kind: std::marker::PhantomData }
     }
@@ -99,7 +115,7 @@ impl Bench {
     }
 
     fn keep(&self, memory: Result<Address, Error>) -> Address {
-        let at = memory.unwrap_or_else(|error| panic!("{error}"));
+        let at = done(memory);
         self.addresses.borrow_mut().push(at);
         at
     }
@@ -127,25 +143,24 @@ impl Bench {
     /// Copies to the device, and waits for it.
     pub fn upload<T: Copy>(&self, to: Address, values: &[T]) {
         // SAFETY: the values outlive the synchronization.
-        unsafe { self.device().upload(Stream::Main, to, values.as_ptr().cast(), size_of_val(values)) }.unwrap();
-        self.device().synchronize().unwrap();
+        done(unsafe { self.device().upload(Stream::Main, to, values.as_ptr().cast(), size_of_val(values)) });
+        done(self.device().synchronize());
     }
 
     /// Copies from the device.
     pub fn download<T: Copy + Default>(&self, from: Address, count: usize) -> Vec<T> {
         let mut values = vec![T::default(); count];
         // SAFETY: the vector outlives the synchronization.
-        unsafe { self.device().download(Stream::Main, from, values.as_mut_ptr().cast(), count * size_of::<T>()) }
-            .unwrap();
-        self.device().synchronize().unwrap();
+        done(unsafe { self.device().download(Stream::Main, from, values.as_mut_ptr().cast(), count * size_of::<T>()) });
+        done(self.device().synchronize());
         values
     }
 
     /// Launches, and waits for it.
     pub fn run(&self, launch: &dyn Launch, grid: Grid) {
         // SAFETY: the buffers are as large as the checks say; the emulation looks at every access.
-        unsafe { self.device().launch(Stream::Main, launch, grid) }.unwrap();
-        self.device().synchronize().unwrap_or_else(|error| panic!("{error}"));
+        done(unsafe { self.device().launch(Stream::Main, launch, grid) });
+        done(self.device().synchronize());
     }
 
     /// Multiplies matrices, and waits for it.
@@ -177,7 +192,7 @@ impl<T: Copy + Default> Buffer<'_, T> {
     /// The values, all of which must have been written.
     pub fn get(&self) -> Vec<T> {
         if let Some(emulator) = self.bench.emulator() {
-            let unwritten = emulator.unwritten(self.at, self.count * size_of::<T>()).unwrap();
+            let unwritten = done(emulator.unwritten(self.at, self.count * size_of::<T>()));
             assert_eq!(unwritten, 0, "bytes that nobody has written");
         }
         self.bench.download(self.at, self.count)

@@ -8,6 +8,7 @@ use crate::bench::{BF16, Bench, assert_close};
 listed![
     products_are_those_of_f64_whichever_way_the_factors_lie,
     a_view_of_columns_leaves_what_is_beside_it,
+    an_algorithm_that_was_chosen_is_given_again,
     what_does_not_fit_is_refused,
 ];
 
@@ -67,6 +68,20 @@ fn a_view_of_columns_leaves_what_is_beside_it() {
         assert_eq!(row[..N], beside[i * 2 * N..i * 2 * N + N]);
         assert_close("d", &row[N..], &expected[i * N..(i + 1) * N], 1e-5, 1e-6);
     }
+}
+
+fn an_algorithm_that_was_chosen_is_given_again() {
+    let multiplied = |chosen| {
+        let bench = Bench::new(0);
+        bench.device().fix(chosen);
+        let (a, b) = (bench.bf16s(M * K), bench.bf16s(K * N));
+        let (a, b, d) = (bench.put_bf16("a", &a), bench.put_bf16("b", &b), bench.empty::<f32>("d", M * N));
+        let (a, b) = (Matrix::new(a.at, M, K, Number::Bf16), Matrix::new(b.at, K, N, Number::Bf16));
+        bench.multiply(&Gemm { a, b, c: None, d: Matrix::new(d.at, M, N, Number::F32), alpha: 1.0 }).unwrap();
+        (bench.device().chosen(), d.get())
+    };
+    let first = multiplied(Vec::new());
+    assert_eq!(multiplied(first.0.clone()), first);
 }
 
 fn what_does_not_fit_is_refused() {

@@ -22,7 +22,7 @@ mod optimizer;
 mod quantize;
 mod rope;
 
-pub use bench::{Make, stand_on};
+pub use bench::{Make, leave_unfilled, stand_on};
 
 /// A statement about kernels. It panics where the statement is wrong.
 struct Check {

@@ -14,11 +14,10 @@ use cudarc::driver::{
     sys::{self, CUdevice_attribute_enum as Attribute, CUfunction_attribute_enum as FunctionAttribute, CUresult},
 };
 
-pub use self::products::Chosen;
 use self::products::Products;
 use crate::{
     compiled::{FATBINS, sizes},
-    device::{Address, Device, Error, Gemm, Grid, Memory, Stream},
+    device::{Address, Chosen, Device, Error, Gemm, Grid, Memory, Stream},
     kernel::{Kernel, Launch, check_arguments},
 };
 
@@ -211,16 +210,6 @@ impl Gpu {
     /// It can't be used.
     pub fn library_version(&self) -> Result<usize, Error> {
         self.with_products(|products| Ok(products.version()))
-    }
-
-    /// The algorithms that products have been given so far.
-    pub fn chosen(&self) -> Vec<Chosen> {
-        self.products.borrow().as_ref().map_or_else(Vec::new, Products::chosen)
-    }
-
-    /// Gives products of the same shapes these algorithms again, if the library is of the same version: for the same bits.
-    pub fn fix(&self, chosen: Vec<Chosen>) {
-        self.fixed.replace(chosen);
     }
 
     fn stream(&self, stream: Stream) -> sys::CUstream {
@@ -433,6 +422,14 @@ impl Device for Gpu {
             // SAFETY: the caller promises that the matrices are there.
             unsafe { products.multiply(gemm, &self.fixed.borrow(), stream) }
         })
+    }
+
+    fn chosen(&self) -> Vec<Chosen> {
+        self.products.borrow().as_ref().map_or_else(Vec::new, Products::chosen)
+    }
+
+    fn fix(&self, chosen: Vec<Chosen>) {
+        self.fixed.replace(chosen);
     }
 
     fn wait(&self, on: Stream, other: Stream) -> Result<(), Error> {

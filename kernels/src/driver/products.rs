@@ -1,14 +1,14 @@
 //! Products of matrices by cuBLASLt. Its heuristic is asked once for each shape, and what it chose stays and can be given again: the same
 //! input gives the same bits. Sums are of f32, also between the parts of a split product.
 
-use std::{collections::BTreeMap, env, ffi::c_void, path::Path};
+use std::{collections::BTreeMap, env, error::Error as _, ffi::c_void, path::Path};
 
 use cudarc::{
     cublaslt::{result, result::CublasError, sys},
     driver::sys::CUstream,
 };
 
-use crate::device::{Address, Error, Gemm, Matrix, Number};
+use crate::device::{Address, Chosen, Error, Gemm, Matrix, Number};
 
 const NAME: &str = "cuBLASLt";
 /// The file, as the library calls itself.
@@ -19,17 +19,6 @@ const MAJOR: usize = 13;
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// The alignment of addresses beyond which no algorithm asks.
 const MOST_ALIGNMENT: u64 = 256;
-
-/// An algorithm that a product has been given.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Chosen {
-    /// The library's version.
-    pub version: usize,
-    /// Shapes, strides, numbers and alignments.
-    pub product: String,
-    /// The library's own description, of no meaning to others.
-    pub algorithm: [u64; 8],
-}
 
 /// A matrix, but for where it lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -95,7 +84,9 @@ impl Products {
             let file = Path::new(&folder).join(FILE);
             // SAFETY: the library has no initialisers that matter to us. It stays: whoever asks for the name later gets it.
             let library = unsafe { libloading::Library::new(file) };
-            std::mem::forget(library.map_err(|error| problem(error.to_string()))?);
+            // What the loader said is the source of the error.
+            let said = |error: libloading::Error| error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            std::mem::forget(library.map_err(|error| problem(said(error)))?);
         }
         // SAFETY: it only asks the loader. Anything else would panic without the library.
         if !unsafe { sys::is_culib_present() } {
