@@ -16,6 +16,7 @@ mod bench;
 mod cross_entropy;
 mod embedding;
 mod gemm;
+mod large;
 mod noise;
 mod norm;
 mod optimizer;
@@ -37,8 +38,20 @@ macro_rules! of {
 
 /// All checks by name, `module::function`. A check panics where a kernel is wrong.
 pub fn checks() -> impl Iterator<Item = (String, fn())> {
-    let modules =
-        of![activation, adafactor, attention, cross_entropy, embedding, gemm, noise, norm, optimizer, quantize, rope];
+    let modules = of![
+        activation,
+        adafactor,
+        attention,
+        cross_entropy,
+        embedding,
+        gemm,
+        large,
+        noise,
+        norm,
+        optimizer,
+        quantize,
+        rope
+    ];
     let named = |(module, checks): (&'static str, &'static [Check])| {
         checks.iter().map(move |check| (format!("{module}::{}", check.name), check.run))
     };
