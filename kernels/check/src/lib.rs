@@ -14,6 +14,7 @@ mod adafactor;
 mod attention;
 mod bench;
 mod cross_entropy;
+mod device;
 mod embedding;
 mod gemm;
 mod large;
@@ -43,6 +44,7 @@ pub fn checks() -> impl Iterator<Item = (String, fn())> {
         adafactor,
         attention,
         cross_entropy,
+        device,
         embedding,
         gemm,
         large,

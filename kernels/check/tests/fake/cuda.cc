@@ -224,7 +224,7 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
                    unsigned shared_bytes, void*, void** arguments, void**) {
   if (late()) return failure;
   unsigned most = allowed.count(function) ? allowed[function] : 48 << 10;
-  if (shared_bytes > most) return INVALID_VALUE;
+  if (shared_bytes > most || threads > 1024) return INVALID_VALUE;
   has_launched = true;
   if (is("crash")) return SUCCESS;
   emu_fast_launch_config config = {{x, y, z}, {threads, 1, 1}, shared_bytes, 227 << 10, 0, 0, ~uint64_t(0)};
