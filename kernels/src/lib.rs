@@ -15,6 +15,7 @@ mod driver;
 #[cfg(feature = "emulation")]
 pub mod emulator;
 pub mod kernels;
+pub mod low_rank;
 
 pub use device::{Address, Chosen, Device, Error, Gemm, Grid, Matrix, Memory, Number, Stream};
 #[cfg(feature = "cuda")]
