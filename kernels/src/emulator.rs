@@ -272,7 +272,7 @@ impl Emulator {
     /// Whether a copy by the host stays within one buffer.
     fn check_copy(&self, what: &str, at: Address, bytes: usize) -> Result<(), Error> {
         // SAFETY: it looks into the emulation's own tables.
-        if unsafe { (self.functions().holds)(pointer(at).cast_const(), bytes) } {
+        if bytes == 0 || unsafe { (self.functions().holds)(pointer(at).cast_const(), bytes) } {
             return Ok(());
         }
         Err(Error::Defect(format!("{what} of {bytes} bytes lies outside of a buffer")))

@@ -18,6 +18,7 @@ mod device;
 mod embedding;
 mod gemm;
 mod large;
+mod low_rank;
 mod noise;
 mod norm;
 mod optimizer;
@@ -48,6 +49,7 @@ pub fn checks() -> impl Iterator<Item = (String, fn())> {
         embedding,
         gemm,
         large,
+        low_rank,
         noise,
         norm,
         optimizer,

@@ -97,9 +97,14 @@ fn times_stand_beside_floors() {
         gpu_check(&["floors", "--elements", "40000", "--repeats", "1"], &products(), true);
     assert!(is_success, "{said}");
     assert!(said.contains("Fake H100: 3.35 TB/s, 989 TFLOP/s; tensors of 40960 elements"), "{said}");
-    for name in
-        ["rms_norm", "attention_keys_128", "embedding_backward", "product by a weight", "cuBLASLt 130002: 10×4096/4096"]
-    {
+    for name in [
+        "rms_norm",
+        "attention_keys_128",
+        "low_rank_up_b_16",
+        "embedding_backward",
+        "product by a weight",
+        "cuBLASLt 130002: 10×4096/4096",
+    ] {
         assert!(said.contains(name), "{name}: {said}");
     }
 }

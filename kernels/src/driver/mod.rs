@@ -159,18 +159,27 @@ impl Gpu {
         self.capability
     }
 
+    fn attribute(&self, attribute: Attribute) -> Result<i32, Error> {
+        // SAFETY: the handle is the driver's.
+        unsafe { result::device::get_attribute(self.device, attribute) }
+            .map_err(|error| self.failed("an attribute of the GPU", error))
+    }
+
+    /// How many multiprocessors it has.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn multiprocessors(&self) -> Result<u32, Error> {
+        Ok(self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32)
+    }
+
     /// Bytes a second that its memory moves at most, by clock and width.
     ///
     /// # Errors
     /// The driver refuses.
     pub fn bandwidth(&self) -> Result<f64, Error> {
-        let attribute = |attribute| {
-            // SAFETY: the handle is the driver's.
-            unsafe { result::device::get_attribute(self.device, attribute) }
-                .map_err(|error| self.failed("an attribute of the GPU", error))
-        };
-        let kilohertz = f64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?);
-        let bits = f64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?);
+        let kilohertz = f64::from(self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?);
+        let bits = f64::from(self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?);
         // Two transfers a clock.
         Ok(2.0 * kilohertz * 1e3 * bits / 8.0)
     }
@@ -374,6 +383,9 @@ impl Device for Gpu {
 
     unsafe fn upload(&self, on: Stream, to: Address, from: *const u8, bytes: usize) -> Result<(), Error> {
         self.check()?;
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: the caller promises that both are there.
         unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, from.cast(), bytes, self.stream(on)) }
             .result()
@@ -382,6 +394,9 @@ impl Device for Gpu {
 
     unsafe fn download(&self, on: Stream, from: Address, to: *mut u8, bytes: usize) -> Result<(), Error> {
         self.check()?;
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: the caller promises that both are there.
         unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from.0, bytes, self.stream(on)) }
             .result()
@@ -390,6 +405,9 @@ impl Device for Gpu {
 
     unsafe fn fill(&self, on: Stream, at: Address, byte: u8, bytes: usize) -> Result<(), Error> {
         self.check()?;
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: the caller promises that the memory is there.
         unsafe { result::memset_d8_async(at.0, byte, bytes, self.stream(on)) }
             .map_err(|error| self.failed("a fill", error))

@@ -94,6 +94,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
     case 75: *value = is("ancient") ? 7 : is("unknown") ? 12 : 9; break;  // COMPUTE_CAPABILITY_MAJOR
     case 76: *value = 0; break;                                            // COMPUTE_CAPABILITY_MINOR
     case 97: *value = (is("narrow") ? 32 : 227) << 10; break;              // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    case 16: *value = 132; break;                                          // MULTIPROCESSOR_COUNT
     case 36: *value = 2619000; break;                                      // MEMORY_CLOCK_RATE, kHz
     case 37: *value = 5120; break;                                         // GLOBAL_MEMORY_BUS_WIDTH, bits
     default: return INVALID_VALUE;

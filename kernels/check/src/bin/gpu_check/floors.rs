@@ -11,6 +11,7 @@ use tunesmith_kernels::{
         Embedding, EmbeddingBackward, Gated, GatedBackward, Neftune, NormRope, NormRopeBackward, Quantize4BitBf16,
         Quantize8BitBf16, RmsNorm, RmsNormBackward, Rope, Scales, SquaresBf16, SquaresF32, StepState,
     },
+    low_rank::{Factor, LowRank, LowRankDown, LowRankGradient, LowRankUp, Rank},
 };
 
 /// A card's ceilings: bytes a second, and dense bf16 FLOPs a second with f32 sums; from NVIDIA's data sheets.
@@ -322,6 +323,41 @@ fn attention(ground: &Ground<'_>, tokens: usize) -> Result<Vec<Case>, Error> {
     ])
 }
 
+/// LoRA's small products, at rank 16.
+fn low_rank(ground: &Ground<'_>, count: usize) -> Result<Vec<Case>, Error> {
+    let (tokens, rank, side) = (count / WIDTH, Rank::R16, Factor::A);
+    let (matrix, factor) = (ground.memory(2 * count)?, ground.memory(2 * WIDTH * rank.get())?);
+    let (h, d_factor) = (ground.memory(2 * tokens * rank.get())?, ground.memory(4 * WIDTH * rank.get())?);
+    let sizes = LowRank {
+        stride: WIDTH as i64,
+        h_stride: rank.get() as i64,
+        tokens: tokens as i64,
+        width: WIDTH as i32,
+        scale: 1.0,
+    };
+    let multiprocessors = ground.gpu.multiprocessors()?;
+    let split = sizes.split_down(multiprocessors);
+    let mut down = LowRankDown { h, parts: Address::NONE, matrix, factor, sizes, split, rank, side };
+    down.parts = ground.memory(down.parts_bytes() as usize)?;
+    let split = sizes.split_up(multiprocessors);
+    let up = LowRankUp { matrix, h, factor, sizes, split, rank, side: Factor::B };
+    let split = sizes.split_gradient(multiprocessors);
+    let mut gradient = LowRankGradient { d_factor, parts: Address::NONE, matrix, h, sizes, split, rank, side };
+    gradient.parts = ground.memory(gradient.parts_bytes() as usize)?;
+    let case = |name, per_element: f64, launch: Box<dyn Launch>, grid| Case {
+        name,
+        bytes: per_element * count as f64,
+        flops: (2 * count * rank.get()) as f64,
+        work: Work::Launch(launch, grid),
+    };
+    // Without the sums of parts, which are small.
+    Ok(vec![
+        case("low_rank_down_a_16", 2.0, Box::new(down), down.grid()),
+        case("low_rank_up_b_16", 4.0, Box::new(up), up.grid()),
+        case("low_rank_gradient_a_16", 2.0, Box::new(gradient), gradient.grid()),
+    ])
+}
+
 /// Products of activations by a weight.
 fn products(ground: &Ground<'_>, count: usize) -> Result<Vec<Case>, Error> {
     let rows = count / WIDTH;
@@ -379,6 +415,7 @@ pub(crate) fn print(gpu: &Gpu, elements: usize, repeats: usize) -> Result<(), Er
     let mut cases = elementwise(&ground, elements)?;
     cases.extend(of_tokens(&ground, elements)?);
     cases.extend(attention(&ground, (elements / (4 * WIDTH)).clamp(1, WIDTH))?);
+    cases.extend(low_rank(&ground, elements)?);
     match gpu.library_version() {
         Ok(_) => cases.extend(products(&ground, elements)?),
         Err(error) => println!("Products are not run: {error}"),
