@@ -1,32 +1,30 @@
 //! A GPU by NVIDIA's driver, which is looked for when a GPU is opened and not before: the program starts without it.
 
+mod functions;
 mod products;
 
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
-    ffi::{CString, c_int, c_uint, c_void},
+    ffi::{c_int, c_uint, c_void},
 };
 
 use cudarc::driver::{
     DriverError,
     result::{self, stream::StreamKind},
-    sys::{self, CUdevice_attribute_enum as Attribute, CUfunction_attribute_enum as FunctionAttribute, CUresult},
+    sys::{self, CUdevice_attribute_enum as Attribute, CUresult},
 };
 
-use self::products::Products;
+use self::{functions::Function, products::Products};
 use crate::{
-    compiled::{FATBINS, sizes},
     device::{Address, Chosen, Device, Error, Gemm, Grid, Memory, Stream},
-    kernel::{Kernel, Launch, check_arguments},
+    kernel::Launch,
 };
 
 /// The CUDA version of the compiler: an older driver does not load what it makes.
 const NEEDED_CUDA: i32 = 13000;
 /// Ampere: the first with tensor cores for bf16, and with cp.async.
 const NEEDED_CAPABILITY: i32 = 80;
-/// Shared memory of a block for which nobody has to ask.
-const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 /// Failures of work that was asked for before.
 const LATE: [CUresult; 8] = [
     CUresult::CUDA_ERROR_ILLEGAL_ADDRESS,
@@ -38,14 +36,6 @@ const LATE: [CUresult; 8] = [
     CUresult::CUDA_ERROR_INVALID_PC,
     CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR,
 ];
-
-/// A kernel that has been loaded.
-#[derive(Clone, Copy)]
-struct Function {
-    handle: sys::CUfunction,
-    /// Shared memory that a block may have by now.
-    shared_bytes: u32,
-}
 
 /// A GPU. It belongs to one thread of the host.
 pub struct Gpu {
@@ -248,68 +238,6 @@ impl Gpu {
             *products = Some(Products::open(|bytes| self.allocate(bytes, "workspace of products"))?);
         }
         work(products.as_mut().expect("it was opened"))
-    }
-
-    /// A kernel, loaded and held against our arguments when it is first used, with so much shared memory for a block.
-    fn function(&self, kernel: Kernel, arguments: &[(*const c_void, usize)], shared: u32) -> Result<Function, Error> {
-        if shared > self.shared_limit {
-            return Err(Error::SharedMemory { kernel: kernel.name, wanted: shared, limit: self.shared_limit });
-        }
-        let known = self.functions.borrow().get(kernel.name).copied();
-        let mut function = match known {
-            Some(known) => known,
-            None => {
-                let handle = self.load(kernel)?;
-                check_arguments(kernel.name, arguments, sizes(kernel.name).unwrap_or_default().iter().copied())?;
-                check_arguments(kernel.name, arguments, self.declared_sizes(kernel.name, handle)?.into_iter())?;
-                Function { handle, shared_bytes: PLAIN_SHARED_BYTES }
-            }
-        };
-        if shared > function.shared_bytes {
-            let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the kernel is loaded.
-            unsafe { result::function::set_function_attribute(function.handle, attribute, shared as c_int) }
-                .map_err(|error| self.failed(&format!("shared memory of {}", kernel.name), error))?;
-            function.shared_bytes = shared;
-        }
-        self.functions.borrow_mut().insert(kernel.name, function);
-        Ok(function)
-    }
-
-    fn load(&self, kernel: Kernel) -> Result<sys::CUfunction, Error> {
-        let during = || format!("loading of {}", kernel.name);
-        let known = self.modules.borrow().get(kernel.file).copied();
-        let module = match known {
-            Some(known) => known,
-            None => {
-                let fatbin = FATBINS.iter().find(|fatbin| fatbin.file == kernel.file);
-                let Some(fatbin) = fatbin else {
-                    return Err(Error::Defect(format!("{}: {}.cu was not compiled", kernel.name, kernel.file)));
-                };
-                // SAFETY: the image is a fatbin, and stays.
-                let module = unsafe { result::module::load_data(fatbin.image.as_ptr().cast()) };
-                let module = module.map_err(|error| self.failed(&during(), error))?;
-                self.modules.borrow_mut().insert(kernel.file, module);
-                module
-            }
-        };
-        let name = CString::new(kernel.name).unwrap_or_default();
-        // SAFETY: the module is loaded, and stays.
-        unsafe { result::module::get_function(module, name) }.map_err(|error| self.failed(&during(), error))
-    }
-
-    /// The sizes of arguments that the driver finds in a kernel.
-    fn declared_sizes(&self, name: &str, function: sys::CUfunction) -> Result<Vec<usize>, Error> {
-        let mut sizes = Vec::new();
-        loop {
-            let (mut offset, mut size) = (0, 0);
-            // SAFETY: it writes two numbers; behind the last argument it refuses.
-            match unsafe { sys::cuFuncGetParamInfo(function, sizes.len(), &mut offset, &mut size) }.result() {
-                Ok(()) => sizes.push(size),
-                Err(DriverError(CUresult::CUDA_ERROR_INVALID_VALUE)) => return Ok(sizes),
-                Err(error) => return Err(self.failed(&format!("arguments of {name}"), error)),
-            }
-        }
     }
 }
 

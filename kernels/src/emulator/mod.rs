@@ -5,16 +5,21 @@
 //! overflow. A launch or a copy waits in its stream's queue until the host waits for it: a host that reads too early reads poison, and
 //! a stream that should have waited for the other finds it too late or too early, by the seed.
 
+mod product;
+mod runtime;
+
 use std::{
     cell::{Cell, RefCell},
     collections::{HashMap, VecDeque},
-    ffi::{CStr, CString, c_char, c_int, c_void},
+    ffi::{CStr, CString, c_char, c_void},
 };
 
 use crate::{
-    device::{Address, Device, Error, Gemm, Grid, Matrix, Memory, Number, Stream},
+    device::{Address, Device, Error, Gemm, Grid, Memory, Stream},
     kernel::{Launch, check_arguments},
 };
+
+use self::runtime::{CHECKED, FAST, Functions, LaunchConfig};
 
 /// Memory of a card of which nothing else is said.
 const DEFAULT_MEMORY: usize = 24 << 30;
@@ -328,88 +333,6 @@ impl Emulator {
     }
 }
 
-impl Emulator {
-    /// A plain product: the library's own order of sums is nobody's business.
-    fn carry_out_product(&self, Gemm { a, b, c, d, alpha }: Gemm) -> Result<(), Error> {
-        let ([m, k], [_, n]) = (a.shape(), b.shape());
-        let (left, right) = (self.read_matrix("a", a)?, self.read_matrix("b", b)?);
-        let before = c.map(|c| self.read_matrix("c", c)).transpose()?;
-        self.check_rows("d", d, false)?;
-        let mut sums = vec![0f32; n];
-        for i in 0..m {
-            sums.fill(0.0);
-            for l in 0..k {
-                let factor = left[i * k + l];
-                for (sum, value) in sums.iter_mut().zip(&right[l * n..]) {
-                    *sum += factor * value;
-                }
-            }
-            for (j, sum) in sums.iter().enumerate() {
-                let value = alpha * sum + before.as_ref().map_or(0.0, |before| before[i * n + j]);
-                let at = d.at.plus(((i * d.stride + j) * d.number.bytes()) as u64);
-                // SAFETY: the row lies in one buffer.
-                unsafe {
-                    match d.number {
-                        Number::F32 => pointer(at).cast::<f32>().write_unaligned(value),
-                        Number::Bf16 => pointer(at).cast::<u16>().write_unaligned(bf16_of(value)),
-                    }
-                }
-            }
-        }
-        for i in 0..m {
-            let row = d.at.plus((i * d.stride * d.number.bytes()) as u64);
-            // SAFETY: it marks the row in the shadow.
-            unsafe { (self.functions().written)(pointer(row), n * d.number.bytes()) };
-        }
-        Ok(())
-    }
-
-    /// Whether each row of a matrix lies in one buffer, and was written if it is read.
-    fn check_rows(&self, name: &str, matrix: Matrix, is_read: bool) -> Result<(), Error> {
-        let bytes = matrix.columns * matrix.number.bytes();
-        for row in 0..matrix.rows {
-            let at = pointer(matrix.at.plus((row * matrix.stride * matrix.number.bytes()) as u64)).cast_const();
-            // SAFETY: both look into the emulation's own tables.
-            let (holds, unwritten) =
-                unsafe { ((self.functions().holds)(at, bytes), (self.functions().unwritten)(at, bytes)) };
-            if !holds {
-                return Err(Error::Defect(format!("gemm: row {row} of {name} lies outside of a buffer")));
-            }
-            if is_read && unwritten > 0 {
-                return Err(Error::Defect(format!("gemm: row {row} of {name} has bytes that nobody has written")));
-            }
-        }
-        Ok(())
-    }
-
-    /// A matrix as it is meant, in row-major order.
-    fn read_matrix(&self, name: &str, matrix: Matrix) -> Result<Vec<f32>, Error> {
-        self.check_rows(name, matrix, true)?;
-        let [rows, columns] = matrix.shape();
-        let number = |row: usize, column: usize| {
-            let (row, column) = if matrix.transposed { (column, row) } else { (row, column) };
-            let at = pointer(matrix.at.plus(((row * matrix.stride + column) * matrix.number.bytes()) as u64));
-            // SAFETY: the row lies in one buffer.
-            unsafe {
-                match matrix.number {
-                    Number::F32 => at.cast::<f32>().read_unaligned(),
-                    Number::Bf16 => f32::from_bits(u32::from(at.cast::<u16>().read_unaligned()) << 16),
-                }
-            }
-        };
-        Ok((0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))).map(|(r, c)| number(r, c)).collect())
-    }
-}
-
-/// To nearest, ties to even.
-fn bf16_of(value: f32) -> u16 {
-    let bits = value.to_bits();
-    match value.is_nan() {
-        true => 0x7fff,
-        false => (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16,
-    }
-}
-
 fn pointer(address: Address) -> *mut c_void {
     address.0 as *mut c_void
 }
@@ -531,54 +454,3 @@ impl Drop for Emulator {
         }
     }
 }
-
-#[repr(C)]
-struct LaunchConfig {
-    grid: [u32; 3],
-    block: [u32; 3],
-    shared_bytes: u32,
-    shared_limit: u32,
-    seed: u64,
-    first_block: u64,
-    blocks: u64,
-}
-
-/// The functions of a build, as `emu/host.h` has them.
-struct Functions {
-    launch: unsafe extern "C" fn(*const Entry, *const LaunchConfig, *mut *mut c_void) -> c_int,
-    error: unsafe extern "C" fn() -> *const c_char,
-    allocate: unsafe extern "C" fn(usize, *const c_char, bool) -> *mut c_void,
-    release: unsafe extern "C" fn(*mut c_void),
-    written: unsafe extern "C" fn(*mut c_void, usize),
-    unwritten: unsafe extern "C" fn(*const c_void, usize) -> usize,
-    holds: unsafe extern "C" fn(*const c_void, usize) -> bool,
-    take_statistics: unsafe extern "C" fn() -> Statistics,
-}
-
-macro_rules! functions {
-    ($constant:ident, $prefix:literal) => {
-        static $constant: Functions = {
-            unsafe extern "C" {
-                #[link_name = concat!($prefix, "launch")]
-                fn launch(entry: *const Entry, config: *const LaunchConfig, arguments: *mut *mut c_void) -> c_int;
-                #[link_name = concat!($prefix, "error")]
-                fn error() -> *const c_char;
-                #[link_name = concat!($prefix, "allocate")]
-                fn allocate(bytes: usize, name: *const c_char, sparse: bool) -> *mut c_void;
-                #[link_name = concat!($prefix, "release")]
-                fn release(memory: *mut c_void);
-                #[link_name = concat!($prefix, "written")]
-                fn written(at: *mut c_void, bytes: usize);
-                #[link_name = concat!($prefix, "unwritten")]
-                fn unwritten(at: *const c_void, bytes: usize) -> usize;
-                #[link_name = concat!($prefix, "holds")]
-                fn holds(at: *const c_void, bytes: usize) -> bool;
-                #[link_name = concat!($prefix, "take_statistics")]
-                fn take_statistics() -> Statistics;
-            }
-            Functions { launch, error, allocate, release, written, unwritten, holds, take_statistics }
-        };
-    };
-}
-functions!(FAST, "emu_fast_");
-functions!(CHECKED, "emu_checked_");
