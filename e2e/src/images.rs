@@ -75,7 +75,7 @@ pub(crate) fn pause(tools: &Toolchain) -> Result<Image> {
     if !image.archive.exists() {
         let context = BuildContext::new()?;
         context.add(&tools.program("pause"), "pause")?;
-        context.build(&repository().join("e2e/images/pause/Containerfile"), &image.reference)?;
+        context.build(&repository().join("e2e/images/pause/Containerfile"), None, &image.reference)?;
         export(&image)?;
     }
     Ok(image)
@@ -112,7 +112,7 @@ fn application(name: &str, containerfile: &str) -> Result<Image> {
         // Where both `docker build` and the Containerfile expect it, and without symbols that nobody would load.
         let packed = context.add(&program, &format!("target/release/{binary}"))?;
         run(Command::new("strip").arg("--strip-debug").arg(&packed))?;
-        context.build(&containerfile, &image.reference)?;
+        context.build(&containerfile, Some("prebuilt"), &image.reference)?;
         remove_archives(&format!("tunesmith-{name}-"))?;
         export(&image)?;
         step.done();
@@ -136,7 +136,7 @@ fn build_base() -> Result<()> {
         .arg("bookworm")
         .arg(context.folder.join("base.tar")))
     .context("the base image needs Debian's archive")?;
-    context.build(&repository().join("e2e/images/base/Containerfile"), BASE)
+    context.build(&repository().join("e2e/images/base/Containerfile"), None, BASE)
 }
 
 /// The folder that a Containerfile sees, thrown away when it is built.
@@ -158,10 +158,12 @@ impl BuildContext {
         Ok(target)
     }
 
-    fn build(&self, containerfile: &Path, reference: &str) -> Result<()> {
+    /// Builds a stage of a Containerfile, or the last one.
+    fn build(&self, containerfile: &Path, stage: Option<&str>, reference: &str) -> Result<()> {
         run(buildah()?
             .args(["build", "--isolation=chroot", "--build-arg"])
             .arg(format!("BASE={BASE}"))
+            .args(stage.map(|stage| format!("--target={stage}")))
             .args(["--tag", reference, "--file"])
             .arg(containerfile)
             .arg(&self.folder))
