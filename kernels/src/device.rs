@@ -113,7 +113,10 @@ pub struct Gemm {
 
 impl Gemm {
     /// Whether its matrices fit each other.
-    pub(crate) fn check(&self) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// They do not.
+    pub fn check(&self) -> Result<(), Error> {
         let ([m, k], [of_b, n]) = (self.a.shape(), self.b.shape());
         let is_like_d =
             |matrix: &Matrix| matrix.shape() == [m, n] && matrix.number == self.d.number && !matrix.transposed;
