@@ -55,6 +55,7 @@ __device__ __forceinline__ void forward(bf16* y, float* log_sums, const bf16* q,
   for (int number = first_tile; number <= last_tile; number++) {
     const int buffer = (number - first_tile) % 2;
     if (number < last_tile) copy_keys(number + 1, buffer ^ 1);
+    // The last group is empty: no copy is on its way when the loop ends.
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();
@@ -104,7 +105,6 @@ __device__ __forceinline__ void forward(bf16* y, float* log_sums, const bf16* q,
     // The buffer is written again behind this.
     __syncthreads();
   }
-  copy_async_wait<0>();
   float inverses[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {

@@ -86,6 +86,7 @@ __device__ __forceinline__ void query_pass(bf16* dq, const bf16* dy, const bf16*
   for (int number = first_tile; number <= last_tile; number++) {
     const int buffer = (number - first_tile) % 2;
     if (number < last_tile) copy_keys(number + 1, buffer ^ 1);
+    // The last group is empty: no copy is on its way when the loop ends.
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();
@@ -114,7 +115,6 @@ __device__ __forceinline__ void query_pass(bf16* dq, const bf16* dy, const bf16*
     // The buffer is written again behind this.
     __syncthreads();
   }
-  copy_async_wait<0>();
   const float factors[2] = {a.scale, a.scale};
   write_rows<D>(dq, a.q_stride, sums, factors, [&](int i) { return query_of(warp * 16 + i); });
 }
@@ -218,6 +218,7 @@ __device__ __forceinline__ void key_pass(bf16* dk, bf16* dv, const bf16* dy, con
   for (int buffer = 0; !walker.is_over(walk); buffer ^= 1) {
     const Walk next = walker.next(walk);
     if (!walker.is_over(next)) copy_queries(next, buffer ^ 1);
+    // The last group is empty: no copy is on its way when the loop ends.
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();
@@ -253,7 +254,6 @@ __device__ __forceinline__ void key_pass(bf16* dk, bf16* dv, const bf16* dy, con
     // The buffer is written again behind this.
     __syncthreads();
   }
-  copy_async_wait<0>();
   const float scales[2] = {a.scale, a.scale}, ones[2] = {1, 1};
   auto own = [&](int i) { return key_of(warp * 16 + i); };
   if (Which != VALUES_ALONE) write_rows<D>(dk, a.kv_stride, key_sums, scales, own);

@@ -39,27 +39,25 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Of a block of `Threads`, a multiple of 32. `parts` has a place for each warp; a barrier at the end frees it again.
+// Folds the values of a block's warps in their order. `parts` has a place for each warp; a barrier at the end frees it again.
+template <int Threads, class T, class Fold>
+__device__ __forceinline__ T block_fold(T of_warp, T* parts, Fold fold) {
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = of_warp;
+  __syncthreads();
+  T all = parts[0];
+#pragma unroll
+  for (int warp = 1; warp < Threads / 32; warp++) all = fold(all, parts[warp]);
+  __syncthreads();
+  return all;
+}
+
+// Of a block of `Threads`, a multiple of 32.
 template <int Threads, class T>
 __device__ __forceinline__ T block_sum(T value, T* parts) {
-  value = warp_sum(value);
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-  __syncthreads();
-  T sum = parts[0];
-#pragma unroll
-  for (int warp = 1; warp < Threads / 32; warp++) sum += parts[warp];
-  __syncthreads();
-  return sum;
+  return block_fold<Threads>(warp_sum(value), parts, [](T a, T b) { return a + b; });
 }
 
 template <int Threads>
 __device__ __forceinline__ float block_max(float value, float* parts) {
-  value = warp_max(value);
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-  __syncthreads();
-  float most = parts[0];
-#pragma unroll
-  for (int warp = 1; warp < Threads / 32; warp++) most = max(most, parts[warp]);
-  __syncthreads();
-  return most;
+  return block_fold<Threads>(warp_max(value), parts, [](float a, float b) { return max(a, b); });
 }

@@ -36,8 +36,8 @@ __device__ __forceinline__ void losses_and_gradient(T* logits, float* losses, co
     most = above;
   }
   const float largest = block_max<THREADS>(most, block.parts);
-  // A thread without a word has no maximum.
-  sum = block_sum<THREADS>(sum > 0 ? sum * expf(most - largest) : 0.0f, block.parts);
+  // A thread without a word has no maximum: it adds 0 · e^−∞.
+  sum = block_sum<THREADS>(sum * expf(most - largest), block.parts);
   if (threadIdx.x == 0) losses[blockIdx.x] = largest + logf(sum) - capped(load1(row + target), cap);
   if (!wants_gradient) return;
   // The target's logit has been read.

@@ -57,7 +57,7 @@ __device__ __forceinline__ void quantize_block(uint8_t* codes, float* absmax, co
     for (int half = 0; half < 2; half++) {
       const float value = values[k + half];
       const float scaled = is_whole ? value * inverse : value / divisor;
-      byte = byte << 4 | nearest(code, min(max(scaled, -1.0f), 1.0f));
+      byte = byte << 4 | nearest(code, scaled);
     }
     codes[(i + k) / 2] = uint8_t(byte);
   }
@@ -102,13 +102,13 @@ KERNEL __launch_bounds__(SCALE_BLOCK)
                 long long count) {
   Nesting& block = shared<Nesting>();
   block.map[threadIdx.x] = map[threadIdx.x];
-  __syncthreads();
   const long long i = blockIdx.x * (long long)SCALE_BLOCK + threadIdx.x;
   const float centred = i < count ? scales[i] - *mean : 0.0f;
+  // Its barriers are those of the map too.
   const float largest = block_max<SCALE_BLOCK>(fabsf(centred), block.parts);
   if (threadIdx.x == 0) absmax[blockIdx.x] = largest;
   if (i >= count) return;
-  const float inverse = largest > 0 ? 1.0f / largest : 0.0f;
+  const float inverse = 1.0f / largest;
   codes[i] = uint8_t(largest > 0 ? nearest_in_map(block.map, on_grid(centred * inverse)) : 0);
 }
 
