@@ -1,5 +1,7 @@
-//! Attention and its gradients against f64: heads of each size, groups of query heads, rows of odd lengths, prefixes with several followers, windows and
-//! capped scores.
+//! Attention and its gradients against f64: heads of each size, groups of query heads, rows of odd lengths, prefixes with several
+//! followers, windows and capped scores.
+
+use std::{iter::once, ops::Range};
 
 use half::bf16;
 use tunesmith_kernels::attention::{
@@ -26,18 +28,54 @@ struct Case {
     cap: f64,
 }
 
-/// Rows of these lengths, the later ones behind the first, which is their prefix.
+/// Rows of these lengths. Where they share a prefix, it is the first one, whose tokens lie behind those of the others.
 fn rows(lengths: &[usize], shares: bool) -> Vec<Row> {
-    let mut start = 0;
+    let tokens: usize = lengths.iter().sum();
+    let mut start = if shares { tokens - lengths[0] } else { 0 };
+    let prefix_start = start as i32;
     let row = |(number, length): (usize, &usize)| {
         let prefix_length = if shares && number > 0 { lengths[0] as i32 } else { 0 };
         let followers = if shares && number == 0 { lengths.len() as i32 - 1 } else { 0 };
-        let length32 = *length as i32;
-        let row = Row { start, length: length32, prefix_start: 0, prefix_length, first_follower: 1, followers };
-        start += *length as i32;
-        row
+        let (first, length32) = (start as i32, *length as i32);
+        start = (start + length) % tokens;
+        Row { start: first, length: length32, prefix_start, prefix_length, first_follower: 1, followers }
     };
     lengths.iter().enumerate().map(row).collect()
+}
+
+/// Products of m16n8k16 that the three passes take. They multiply tiles of which a query sees a key, and no others.
+fn products(case: Case, rows: &[Row]) -> usize {
+    let Case { heads, head_dim, window, .. } = case;
+    // Keys at a time of the forward pass, keys or queries at a time of the others, and products of the pass over keys.
+    let (forward, backward, by_keys) = match head_dim {
+        _ if !HEAD_DIMS.contains(&head_dim) => return 0,
+        ..=96 => (64, 64, 4),
+        97..=128 => (64, 32, 4),
+        _ => (32, 16, 5),
+    };
+    let sees = |queries: &Range<usize>, keys: &Range<usize>| {
+        let sees = |query: usize, key: usize| key <= query && (window == 0 || key + window > query);
+        queries.clone().any(|query| keys.clone().any(|key| sees(query, key)))
+    };
+    let end = |row: &Row| (row.prefix_length + row.length) as usize;
+    let tiles = |from: usize, row: &Row, size: usize| -> Vec<Range<usize>> {
+        (from..end(row)).step_by(size).map(|first| first..end(row).min(first + size)).collect()
+    };
+    let own = |row: &Row, size: usize| tiles(row.prefix_length as usize, row, size);
+    let mut columns = 0;
+    for row in rows {
+        for queries in own(row, 64) {
+            for (products, size) in [(2, forward), (3, backward)] {
+                columns += products * size * tiles(0, row, size).iter().filter(|keys| sees(&queries, keys)).count();
+            }
+        }
+        let followers = rows[row.first_follower as usize..].iter().take(row.followers as usize);
+        for (keys, of) in once(row).chain(followers).flat_map(|of| own(row, 64).into_iter().map(move |keys| (keys, of)))
+        {
+            columns += by_keys * backward * own(of, backward).iter().filter(|queries| sees(queries, &keys)).count();
+        }
+    }
+    heads * columns * 64 * head_dim / (16 * 8 * 16)
 }
 
 /// What the passes should leave, in f64.
@@ -176,8 +214,9 @@ fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
             assert_close(name, &found.floats(), expected, 1.0 / 64.0, 0.01 * largest + 1e-6);
         }
         if let Some(emulator) = bench.emulator() {
-            let loads = emulator.take_statistics().unwrap();
-            assert_eq!(loads.matrix_load_phases, loads.matrix_loads, "rows of one matrix lie in one bank");
+            let found = emulator.take_statistics().unwrap();
+            assert_eq!(found.matrix_load_phases, found.matrix_loads, "rows of one matrix lie in one bank");
+            assert_eq!(found.multiplications, products(case, &rows) as u64, "tiles without a query that sees a key");
         }
         results.push((y.get(), dq.get(), dk.get(), dv.get()));
     }
@@ -199,7 +238,7 @@ fn rows_go_on_after_a_prefix_that_they_share() {
 }
 
 fn a_token_sees_no_more_than_its_window() {
-    for (window, shares) in [(1, false), (16, true), (65, true), (500, false)] {
+    for (window, shares) in [(1, false), (16, true), (65, true), (127, false), (500, false)] {
         let case = Case { heads: 1, kv_heads: 1, head_dim: 64, window, cap: 0.0 };
         run(case, &[50, 170, 5], shares, &[4]);
     }

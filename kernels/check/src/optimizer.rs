@@ -19,6 +19,7 @@ listed![
     three_steps_of_adamw_are_those_of_f64_and_leave_a_copy_in_bf16,
     three_steps_in_8_bits_are_those_of_bitsandbytes,
     gradients_in_bf16_make_the_same_step_in_8_bits,
+    a_moment_between_two_codes_has_the_lower_and_only_zero_becomes_zero,
     sgd_is_torchs_with_momentum_and_without,
     nothing_changes_where_the_gradient_is_not_finite,
 ];
@@ -216,6 +217,37 @@ fn gradients_in_bf16_make_the_same_step_in_8_bits() {
         (parameters.get(), m.get(), v.get())
     });
     assert_eq!(results[0], results[1]);
+}
+
+fn a_moment_between_two_codes_has_the_lower_and_only_zero_becomes_zero() {
+    // Codes of the first moment are 1/128 apart around 128, those of the second 1/256. The last value is the largest that the maps have.
+    let maps: Vec<f32> = (-128..128).map(|i| i as f32 / 128.0).chain((0..256).map(|i| i as f32 / 256.0)).collect();
+    let bench = Bench::new(1);
+    let mut gradient = [0.0f32; 512];
+    gradient[..6].copy_from_slice(&[1.0, 0.5, 65.0 / 256.0, -65.0 / 256.0, 2.0 / 256.0, 2f32.powi(-40)]);
+    let (m, v) = (bench.put("m", &[128u8; 512]), bench.put("v", &[0u8; 512]));
+    let scales = ["m_absmax", "v_absmax"].map(|name| bench.put(name, &[0.0f32; 2]));
+    let launch = AdamW8BitF32 {
+        parameters: bench.put("parameters", &[0.0f32; 512]).at,
+        compute: Address::NONE,
+        gradient: bench.put("gradient", &gradient).at,
+        m: m.at,
+        m_absmax: scales[0].at,
+        v: v.at,
+        v_absmax: scales[1].at,
+        maps: bench.put("maps", &maps).at,
+        state: state(&bench, 1.0, 1),
+        step: AdamW { new1: 0.5, new2: 0.5, ..adamw(1, 0.01, 0.0) },
+        count: 512,
+    };
+    bench.run(&launch, Grid::row(2, THREADS).with_shared(STATES_BYTES));
+    let (m, v) = (m.get(), v.get());
+    assert_eq!(m[..6], [255, 192, 160, 95, 129, 128]);
+    // (65/256)² is 16.504 codes; (2/256)² is a 64th of one, and 2⁻⁸⁰ vanishes.
+    assert_eq!(v[..6], [255, 64, 17, 17, 1, 1]);
+    // Of the other elements of the first block, and of a block of zeros.
+    assert_eq!((&m[6..], &v[6..]), (&[128; 506][..], &[0; 506][..]));
+    assert_eq!(scales.map(|scales| scales.get()), [[0.5, 0.0], [0.5, 0.0]]);
 }
 
 fn sgd_is_torchs_with_momentum_and_without() {

@@ -17,6 +17,8 @@ listed![
     four_bits_and_nested_scales_are_the_bytes_of_bitsandbytes,
     eight_bits_are_the_bytes_of_bitsandbytes,
     weights_in_bf16_give_the_codes_of_the_same_numbers_in_f32,
+    whole_blocks_are_multiplied_by_an_inverse_and_a_ragged_one_is_divided,
+    rows_of_zeros_and_scales_without_a_spread_have_the_code_zero,
     weights_of_a_tensor_beyond_two_to_the_31_are_found,
 ];
 
@@ -185,7 +187,7 @@ fn eight_bits_are_the_bytes_of_bitsandbytes() {
 }
 
 fn weights_in_bf16_give_the_codes_of_the_same_numbers_in_f32() {
-    for count in [64, 777, 4096, 5000] {
+    for count in [64, 777, 778, 4096, 5000] {
         let bench = Bench::new(1);
         let weights = bench.bf16s(count);
         let code = bench.put("code", &[Code::new(NF4)]).at;
@@ -205,6 +207,56 @@ fn weights_in_bf16_give_the_codes_of_the_same_numbers_in_f32() {
         bench.run(&Quantize8BitBf16 { codes: b.0.at, absmax: b.1.at, weights: bf16s.at, width }, grid);
         assert_eq!((a.0.get(), a.1.get()), (b.0.get(), b.1.get()));
     }
+}
+
+fn whole_blocks_are_multiplied_by_an_inverse_and_a_ragged_one_is_divided() {
+    let code = Code::new(NF4);
+    let nearest = |scaled: f32| code.order[code.midpoints.iter().filter(|midpoint| **midpoint < scaled).count()];
+    let (multiplied, divided) = (|x: f32, most: f32| nearest(x * (1.0 / most)), |x: f32, most: f32| nearest(x / most));
+    // A weight at a midpoint, which the two round to either side.
+    let pairs = (1..1000).flat_map(|most| code.midpoints.map(|midpoint| (midpoint * most as f32, most as f32)));
+    let (weight, most) = pairs.into_iter().find(|(x, most)| multiplied(*x, *most) != divided(*x, *most)).unwrap();
+    let bench = Bench::new(1);
+    // Two blocks; the second one is whole or not.
+    for (count, second) in [(128, multiplied(weight, most)), (126, divided(weight, most))] {
+        let mut weights = vec![0.0; count];
+        for block in [0, 64] {
+            weights[block..block + 2].copy_from_slice(&[most, weight]);
+        }
+        let (codes, absmax) = (bench.empty::<u8>("codes", count / 2), bench.empty::<f32>("absmax", 2));
+        let launch = Quantize4BitF32 {
+            codes: codes.at,
+            absmax: absmax.at,
+            weights: bench.put("weights", &weights).at,
+            code: bench.put("code", &[code]).at,
+            count: count as i64,
+        };
+        bench.run(&launch, Grid::row(1, THREADS).with_shared(CODE_BYTES));
+        let codes = codes.get();
+        assert_eq!([codes[0], codes[32]], [0xf0 | multiplied(weight, most), 0xf0 | second], "{weight} of {most}");
+    }
+}
+
+fn rows_of_zeros_and_scales_without_a_spread_have_the_code_zero() {
+    let bench = Bench::new(1);
+    let weights = bench.put("weights", &[0.0f32; 300]).at;
+    let (codes, absmax) = (bench.empty::<i8>("codes", 300), bench.empty::<f32>("absmax", 1));
+    let launch = Quantize8BitF32 { codes: codes.at, absmax: absmax.at, weights, width: 300 };
+    bench.run(&launch, Grid::row(1, THREADS).with_shared(ROW_BYTES));
+    assert_eq!((codes.get(), absmax.get()), (vec![0; 300], vec![0.0]));
+
+    let map: Vec<f32> = (0..256).map(|i| (i - 128) as f32 / 127.0).collect();
+    let (codes, absmax) = (bench.empty::<u8>("codes", 300), bench.empty::<f32>("absmax", 2));
+    let launch = NestScales {
+        codes: codes.at,
+        absmax: absmax.at,
+        scales: bench.put("scales", &[0.5f32; 300]).at,
+        mean: bench.put("mean", &[0.5f32]).at,
+        map: bench.put("map", &map).at,
+        count: 300,
+    };
+    bench.run(&launch, Grid::row(2, THREADS).with_shared(NESTING_BYTES));
+    assert_eq!((codes.get(), absmax.get()), (vec![0; 300], vec![0.0; 2]));
 }
 
 fn weights_of_a_tensor_beyond_two_to_the_31_are_found() {

@@ -14,8 +14,14 @@ listed![forward_and_backward_are_those_of_f64_in_any_order,];
 const WARPS: usize = 8;
 const EPS: f32 = 1e-6;
 /// Tokens, heads, head_dim, half, and columns beside the heads.
-const SHAPES: [(usize, usize, usize, usize, usize); 5] =
-    [(3, 2, 64, 32, 0), (5, 3, 80, 40, 16), (2, 1, 96, 24, 8), (4, 5, 128, 64, 0), (3, 1, 256, 128, 64)];
+const SHAPES: [(usize, usize, usize, usize, usize); 6] = [
+    (3, 2, 64, 32, 0),
+    (5, 3, 80, 40, 16),
+    (2, 1, 96, 24, 8),
+    (4, 5, 128, 64, 0),
+    (3, 1, 256, 128, 64),
+    (1, 2, 512, 256, 0),
+];
 
 /// One head turned by its token's angles: forward, or back.
 fn rotated(head: &[f64], cos: &[f32], sin: &[f32], direction: f64) -> Vec<f64> {
