@@ -58,8 +58,8 @@ bench-operator: rust ## The operator with 10,000 jobs: memory, requests, latency
 	$(CARGO) build --workspace --bins
 	$(PROGRAMS)/debug/bench_operator
 
-kernel-mutants: rust ## Change each barrier, wait and bound of the kernels: a test must fail (an hour; KERNEL=norm for one file)
-	$(CARGO) run --quiet --package tunesmith-kernels --example mutants -- $(KERNEL)
+kernel-mutants: rust ## Change each barrier, wait and bound of the kernels: a check must fail (an hour; KERNEL="norm rope" for some files)
+	$(CARGO) run --quiet --package tunesmith-kernel-checks --example mutants -- $(KERNEL)
 
 # One folder of less than 64 MB, with all that a machine with a driver and a GPU needs.
 gpu-check: rust ## Check the kernels on a GPU; without one, make target/gpu-check to carry to a machine that has one
