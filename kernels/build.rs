@@ -30,7 +30,7 @@ fn main() {
         }
     }
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
-        nvcc::compile(&sources);
+        nvcc::compile(Path::new("cuda"));
     }
 }
 

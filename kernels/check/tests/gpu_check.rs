@@ -42,14 +42,9 @@ fn libraries() -> &'static [PathBuf; 2] {
             command
         };
         // The emulation's fast build is inside, whole, for kernels are looked up by their names.
-        let archive = |name: &str| format!("{FOLDER}/libtunesmith_{name}_fast.a");
-        run(shared("cuda.cc", driver.join("libcuda.so.1")).args([
-            "-Wl,--whole-archive",
-            &archive("kernels"),
-            "-Wl,--no-whole-archive",
-            &archive("emulation"),
-            "-ldl",
-        ]));
+        let archive = format!("{FOLDER}/libtunesmith_kernels_fast.a");
+        let whole = ["-Wl,--whole-archive", &archive, "-Wl,--no-whole-archive", "-ldl"];
+        run(shared("cuda.cc", driver.join("libcuda.so.1")).args(whole));
         run(shared("cublaslt.cc", products.join("libcublasLt.so.13")).arg("-Wl,-soname,libcublasLt.so.13"));
         [driver, products]
     })
