@@ -9,7 +9,7 @@ DEMO_FLAGS := --kubeconfig $(KUBECONFIG)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit kernels e2e generate oracle bench bench-operator fuzz gpu-check kernel-mutants down rust
+.PHONY: help demo test test-all lint unit kernels e2e generate oracle bench bench-operator fuzz audit gpu-check kernel-mutants down rust
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,7 +22,15 @@ demo: rust ## From kubectl apply to a tuned adapter, on a local cluster or on KU
 	$(CARGO) build --workspace --bins
 	$(PROGRAMS)/debug/demo $(DEMO_FLAGS)
 
-test: lint unit kernels e2e ## Everything that must pass before a commit lands
+TEST_GROUPS := lint unit kernels e2e
+
+test: ## Everything that must pass before a commit lands, with the seconds of each group
+	@times=; for group in $(TEST_GROUPS); do \
+	  start=$$(date +%s); $(MAKE) --no-print-directory $$group || { echo "make $$group failed" >&2; exit 1; }; \
+	  times="$$times, $$group $$(($$(date +%s) - start)) s"; \
+	done; echo "Passed: $${times#, }. What takes long and rarely breaks is in make test-all."
+
+test-all: test audit oracle fuzz kernel-mutants bench-operator ## The rest too: licences, PyTorch's numbers, damaged files, mutants, 10,000 jobs (4 hours)
 
 lint: rust ## Formatting and clippy
 	$(CARGO) fmt --all --check
@@ -45,6 +53,13 @@ e2e: rust ## The chart, object stores of each kind, and the tests on a real clus
 
 generate: rust ## Write crds/yaml and the chart's CRDs from the Rust types
 	$(CARGO) run --quiet -p tunesmith-crds --bin crdgen
+
+audit: rust ## Licences, sources and versions of dependencies, and those without use (installs cargo-deny and cargo-machete)
+	cargo machete --version >/dev/null 2>&1 || cargo install cargo-machete --locked
+	cargo deny --version >/dev/null 2>&1 || cargo install cargo-deny --locked
+	cargo machete
+	cargo deny check licenses bans sources
+	cargo deny check advisories || echo 'Advisories: found some, or their database was out of reach: see above.'
 
 oracle: rust ## Compare with transformers and PEFT (installs PyTorch, 6 GB)
 	e2e/oracle/run.sh
