@@ -1,5 +1,6 @@
 //! `run` and `check`: the same manifest without Kubernetes. Preflight, training and publishing happen in this process.
 
+mod forecast;
 mod manifest;
 #[cfg(test)]
 mod tests;
@@ -34,12 +35,18 @@ pub struct Ended {
     pub gates: Vec<GateResult>,
 }
 
-/// Reads the FineTuneJob in a manifest, and checks model, data and output folder. Shows the data on standard output.
+/// Reads the FineTuneJob in a manifest, and checks model, data and output folder. Shows the data on standard output, and says what the
+/// run would take.
 ///
 /// # Errors
 /// What the API server or preflight would refuse.
 pub fn check(manifest: &Path, context: Context<'_>) -> Result<(), Error> {
-    prepare(&mut manifest::read(manifest)?, manifest, context).map(drop)
+    let mut job = manifest::read(manifest)?;
+    let (_, method, report) = prepare(&mut job, manifest, context)?;
+    for line in forecast::lines(&job.spec, &method, &report) {
+        context.progress.note(&line);
+    }
+    Ok(())
 }
 
 /// Reads the FineTuneJob in a manifest, trains it here, publishes the result and judges it.

@@ -9,7 +9,7 @@ use tunesmith_crds::{
     run::{Outcome, TrainReport},
 };
 
-use super::{Ended, check, for_pods, manifest, run, stand_in, summary};
+use super::{Ended, check, for_pods, forecast, manifest, prepare, run, stand_in, summary};
 use crate::{
     error::Error,
     progress::Progress,
@@ -272,4 +272,28 @@ fn identities_of_pods_are_named_and_not_used() {
         check(path, context).unwrap();
     });
     with_context(&desk, MANIFEST, |path, _| assert_eq!(for_pods(&manifest::read(path).unwrap().spec), None));
+}
+
+#[test]
+fn a_check_says_what_the_run_takes_and_where_a_cluster_would_run_it() {
+    let desk = desk();
+    let told = |manifest: &str| {
+        with_context(&desk, manifest, |path, context| {
+            let mut job = manifest::read(path).unwrap();
+            let (_, method, report) = prepare(&mut job, path, context).unwrap();
+            forecast::lines(&job.spec, &method, &report)
+        })
+    };
+    let of_class = |class: &str| {
+        let [_, cluster] =
+            told(&MANIFEST.replace("  output:", &format!("  resources: {{gpuClass: {class}}}\n  output:")));
+        cluster
+    };
+    let [here, cluster] = told(MANIFEST);
+    assert!(here.starts_with("here it takes about ") && here.contains("Mi of memory; "), "{here}");
+    assert!(cluster.ends_with("as LoRA on GpuClass cpu: 1 pod without a GPU"), "{cluster}");
+    let refused = of_class("consumer-24gb");
+    assert!(refused.contains("refuses it: GpuClass consumer-24gb has GPUs, and"), "{refused}");
+    let unknown = of_class("h200");
+    assert!(unknown.starts_with("GpuClass h200 is none of the chart's defaults"), "{unknown}");
 }
