@@ -51,7 +51,7 @@ e2e: rust ## The chart, object stores of each kind, and the tests on a real clus
 	$(CARGO) test --workspace --test chart --test operator --test stores --test cluster -- --nocapture --test-threads 4; status=$$?; \
 	  $(if $(KEEP),,$(PROGRAMS)/debug/cluster down --name tunesmith-e2e;) exit $$status
 
-generate: rust ## Write crds/yaml and the chart's CRDs from the Rust types
+generate: rust ## Write crds/yaml, the chart's CRDs and docs/api.md from the Rust types
 	$(CARGO) run --quiet -p tunesmith-crds --bin crdgen
 
 audit: rust ## Licences, sources and versions of dependencies, and those without use (installs cargo-deny and cargo-machete)

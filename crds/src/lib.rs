@@ -19,6 +19,7 @@ mod lr_schedule;
 pub mod manifests;
 pub mod method;
 pub mod names;
+pub mod reference;
 pub mod run;
 mod schema;
 pub mod training;

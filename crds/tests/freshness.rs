@@ -1,4 +1,4 @@
-//! The committed YAML is what the types say.
+//! The committed YAML and the API reference are what the types say.
 
 use std::{fs, path::Path};
 
@@ -11,4 +11,11 @@ fn the_generated_yaml_is_current() {
             assert!(committed == yaml, "{folder}/{name} is stale: run `make generate`");
         }
     }
+}
+
+#[test]
+fn the_api_reference_is_current() {
+    let committed =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/api.md")).unwrap_or_default();
+    assert!(committed == tunesmith_crds::reference::markdown(), "docs/api.md is stale: run `make generate`");
 }

@@ -1,4 +1,4 @@
-//! Writes the CRDs to `crds/yaml/` and into the Helm chart.
+//! Writes the CRDs to `crds/yaml/` and into the Helm chart, and the API reference to `docs/api.md`.
 
 use std::{fs, path::Path};
 
@@ -11,5 +11,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             fs::write(folder.join(name), yaml)?;
         }
     }
+    fs::write(root.join("docs/api.md"), tunesmith_crds::reference::markdown())?;
     Ok(())
 }
