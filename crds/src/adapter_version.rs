@@ -43,22 +43,22 @@ pub struct AdapterVersionSpec {
     /// Number of the version, from 1.
     #[schemars(range(min = 1))]
     pub version: u32,
-    /// The files.
+    /// The published files: where they are, and the digest of their manifest.
     pub artifact: Artifact,
-    /// The model that it was trained from, and that a server loads it over.
+    /// The model that was trained from. A server must load the adapter over the same model.
     pub base_model: BaseModelRecord,
-    /// The data that it was trained on.
+    /// The data that was trained on.
     pub dataset: DatasetRecord,
-    /// How it was trained.
+    /// The method that was used: Full, LoRA or QLoRA.
     pub method: MethodName,
-    /// Every option of the training: the job's spec.lora, spec.quantization and spec.training with all defaults.
+    /// Every option of the training, with defaults: the job's spec.lora, spec.quantization and spec.training.
     #[schemars(schema_with = "any_object")]
     pub hyperparameters: serde_json::Value,
-    /// The job, run and image that made it.
+    /// The job, the run and the trainer image that made this version.
     pub source: Source,
     /// Losses, recall and time, as its run measured them.
     pub metrics: Metrics,
-    /// The gates that it was held to when it was published. One that failed makes it Rejected.
+    /// The gates that the version was held to when it was published. A gate that failed makes the version Rejected.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub gates: Vec<GateResult>,
@@ -68,19 +68,19 @@ pub struct AdapterVersionSpec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Artifact {
-    /// Kind of the files: an adapter, or a whole model.
+    /// Kind of the files: LoraAdapter (a PEFT folder) or FullModel (a Hugging Face model folder).
     #[serde(rename = "type")]
     pub kind: ArtifactType,
-    /// The folder that holds them, and manifest.json.
+    /// Folder of the files, with manifest.json.
     pub uri: Uri,
-    /// manifest.json, which lists every other file with its SHA-256 and size.
+    /// Where manifest.json is. It lists every other file with its SHA-256 and size.
     pub manifest_uri: Uri,
-    /// Its own SHA-256, `sha256:…`.
+    /// SHA-256 of manifest.json itself, as `sha256:…`.
     #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
     pub manifest_digest: String,
-    /// Files, besides manifest.json.
+    /// Number of files, without manifest.json.
     pub file_count: u32,
-    /// Sum of their sizes, in bytes.
+    /// Size of all files together, in bytes, without manifest.json.
     pub size_bytes: u64,
     /// Secret of this namespace with which the files can be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -118,7 +118,7 @@ pub struct ArtifactFile {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct BaseModelRecord {
-    /// Where it was.
+    /// Where the model was when it was trained from.
     pub uri: Uri,
     /// Digest of its files, `sha256:…`.
     pub digest: String,
@@ -130,11 +130,11 @@ pub struct BaseModelRecord {
 pub struct DatasetRecord {
     /// Digest of training and evaluation data, `sha256:…`.
     pub digest: String,
-    /// Training rows.
+    /// Number of training rows.
     pub rows: u64,
-    /// Tokens in the training rows.
+    /// Number of tokens in the training rows.
     pub tokens: u64,
-    /// Rows, of training and evaluation, that can't be used and were left out (dataset.onBadRow: Skip).
+    /// Number of training and evaluation rows that could not be used and were left out (dataset.onBadRow: Skip).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub skipped_rows: u64,
 }
@@ -147,19 +147,21 @@ pub struct Source {
     pub job: String,
     /// UID of the FineTuneJob.
     pub uid: String,
-    /// Generation of its spec.
+    /// Generation of the FineTuneJob's spec.
     pub generation: i64,
-    /// Number of its run.
+    /// Number of the FineTuneJob's run.
     pub run: u32,
-    /// Digest of all that decided the result.
+    /// Digest of all inputs that decided the result: model, data, method and options. Inputs with the same digest are
+    /// not trained twice.
     #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
     pub input_digest: String,
     /// Image of the trainer.
     pub trainer_image: String,
-    /// How it was executed.
+    /// How the run was executed. It decides nothing of the result that counts as an input.
     #[serde(default)]
     pub execution: Execution,
-    /// The folder that its files were copied from: they had been trained from the same inputs before, and published there.
+    /// Folder that the files were copied from. It is set if the same inputs had been trained and published there
+    /// before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copied_from: Option<Uri>,
 }
@@ -216,18 +218,22 @@ pub struct AdapterVersionStatus {
     /// The generation that this status is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Ready, Reconciling, Stalled (kstatus).
+    /// Ready: the version may be served. Reconciling: a pod verifies it. Stalled: nothing happens until you change
+    /// something; the message says what is wrong.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
     /// When the files were last compared with the manifest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified_time: Option<Time>,
-    /// When the files were last looked up, each with its size, where the chart's inspections.every asks for that.
+    /// When the files were last looked up, each with its size. This happens only if the chart's value
+    /// inspections.every is set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inspected_time: Option<Time>,
 }
 
-/// Whether a version can be served.
+/// Whether the version can be served. Verifying: a pod compares the files with the manifest. Available: all files are
+/// right, and all gates passed. Rejected: a gate failed, or a file differs. Missing: the manifest or a file is gone.
+/// Serve only Available versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum AdapterVersionPhase {
     /// A pod compares the files with the manifest.

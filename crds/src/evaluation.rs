@@ -14,8 +14,9 @@ use crate::{adapter_version::Metrics, uri::Uri};
     .message("give each metric one gate").field_path(".gates"))]
 #[serde(rename_all = "camelCase")]
 pub struct Evaluation {
-    /// Bounds on what is measured after the last step. A version that misses one is published and recorded, but
-    /// Rejected, and the job fails. They change no weights, so they are not part of the input digest.
+    /// Bounds on metrics that are measured after the last step. A version that misses one is published and recorded,
+    /// but its phase is Rejected, and the job fails. Gates change no weights, so they are not part of the input
+    /// digest.
     #[serde(default)]
     #[schemars(length(max = 8))]
     pub gates: Vec<Gate>,
@@ -42,15 +43,16 @@ pub struct Evaluation {
 )]
 #[serde(rename_all = "camelCase")]
 pub struct Gate {
-    /// What is measured.
+    /// The metric: eval_loss (mean loss of an evaluation token, in nats), perplexity (exp of eval_loss) or recall
+    /// (share of the probe's questions that are answered right).
     pub metric: Metric,
-    /// Passes up to this value: for eval_loss and perplexity.
+    /// For eval_loss and perplexity: the highest value that passes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max: Option<f64>,
-    /// Passes from this value on: for recall.
+    /// For recall: the lowest value that passes, a share between 0 and 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min: Option<f64>,
-    /// The questions of recall.
+    /// For recall: the questions and the strings that right answers hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probe: Option<Probe>,
 }
@@ -73,15 +75,16 @@ pub enum Metric {
     .message("a probe is read from s3://, gs://, az://, pvc:// or file://").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
 pub struct Probe {
-    /// JSON Lines: `{"id", "question", "must_contain": ["…"]}`. Each question is asked alone and answered greedily; the
-    /// answer is right if it holds every string of must_contain, ignoring case. Read with the data set's Secret.
+    /// File of questions, JSON Lines: `{"id", "question", "must_contain": ["…"]}`. Each question is asked alone and
+    /// answered greedily. An answer is right if it holds every string of must_contain, ignoring case. The file is
+    /// read with the credentials of the data set.
     pub uri: Uri,
-    /// Tokens of an answer at most.
+    /// Most tokens of an answer. Raise it if right answers are cut off.
     #[serde(default = "Probe::default_max_new_tokens")]
     #[schemars(range(min = 1, max = 4096))]
     pub max_new_tokens: u32,
-    /// What the system turn before each question says. Default: what the training rows begin with, if all of them begin
-    /// with the same system turn; else there is none.
+    /// Text of the system turn before each question. Default: the system turn of the training rows, if all of them
+    /// begin with the same one; else none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 8192))]
     pub system: Option<String>,
@@ -98,18 +101,18 @@ impl Probe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct GateResult {
-    /// What was measured.
+    /// The metric.
     pub metric: Metric,
-    /// What came out; absent if it was not measured, which fails the gate.
+    /// The measured value. If it is absent, nothing was measured, and the gate has failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub value: Option<f64>,
-    /// The bound, if it is one from above.
+    /// The highest value that passes, for eval_loss and perplexity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max: Option<f64>,
-    /// The bound, if it is one from below.
+    /// The lowest value that passes, for recall.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min: Option<f64>,
-    /// Whether the value keeps to the bound.
+    /// Whether the gate has passed. A value equal to the bound passes.
     pub passed: bool,
 }
 

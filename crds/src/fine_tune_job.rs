@@ -51,42 +51,49 @@ use crate::{
 )]
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobSpec {
-    /// The model to start from.
+    /// The model that training starts from.
     pub base_model: BaseModel,
-    /// What to learn from, and what to measure on.
+    /// The rows to train on, and the rows to measure the loss on.
     pub dataset: Dataset,
-    /// How to train. Auto picks LoRA where the base model fits the memory of an offered GpuClass, else QLoRA.
+    /// The method. Full trains every weight. LoRA trains small matrices beside a frozen base model. QLoRA does the
+    /// same over a base model stored in 4 or 8 bits. Auto takes LoRA if the base model fits the memory of an offered
+    /// GpuClass, else QLoRA if the job sets quantization; over a base model that is stored in few bits it takes
+    /// QLoRA.
     #[serde(default)]
     pub method: MethodName,
-    /// Options of LoRA and QLoRA; left out, each has its default.
+    /// Options of methods LoRA and QLoRA. Each option that is left out has its default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<Lora>,
-    /// How QLoRA stores the frozen base.
+    /// How method QLoRA stores the frozen base model. Method QLoRA needs it. With method Auto it permits QLoRA where
+    /// LoRA does not fit. A base model that bitsandbytes has stored in few bits is used as it is stored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
-    /// The training loop, in the words of Hugging Face TrainingArguments.
+    /// Options of the training loop. They have the names of Hugging Face's TrainingArguments.
     #[serde(default)]
     pub training: Training,
-    /// What to run on; left out, the smallest GpuClass that offers the method and fits.
+    /// The GpuClass, CPU, memory and storage of the training pods. Default: the smallest GpuClass that offers the
+    /// method and fits.
     #[serde(default)]
     pub resources: Resources,
-    /// What the result is called and where it goes.
+    /// Name of the adapter, and the bucket that its versions are published to.
     pub output: Output,
-    /// What a version must reach before it may be served.
+    /// Gates: bounds that a version must reach before it may be served.
     #[serde(default)]
     pub evaluation: Evaluation,
-    /// Ends the pods, after a checkpoint; false goes on from there.
+    /// True ends the pods after a checkpoint and starts no others. False goes on from that checkpoint.
     #[serde(default)]
     pub suspend: bool,
-    /// How many failed attempts are followed by another one. Preempted and evicted attempts don't count.
+    /// How many failed attempts are retried before the job fails. Attempts that were preempted or evicted do not
+    /// count. Raise it for a store or a network that fails often.
     #[serde(default = "defaults::backoff_limit")]
     #[schemars(range(min = 0, max = 100))]
     pub backoff_limit: i32,
-    /// Fails a run that takes longer than this, in seconds, over all its attempts.
+    /// Seconds that a run may take over all its attempts; then it fails. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 31_536_000))]
     pub active_deadline_seconds: Option<i64>,
-    /// How many FineTuneRuns that are over are kept besides the newest.
+    /// How many finished FineTuneRuns are kept besides the newest. Older ones are deleted; their AdapterVersions
+    /// stay.
     #[serde(default = "defaults::run_history_limit")]
     #[schemars(range(min = 0, max = 100))]
     pub run_history_limit: u32,
@@ -100,23 +107,24 @@ pub struct FineTuneJobSpec {
     .message("roleArn is for s3:// alone").field_path(".roleArn"))]
 #[serde(rename_all = "camelCase")]
 pub struct BaseModel {
-    /// A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.json, tokenizer_config.json. Or a
-    /// GGUF file (.gguf). In S3 (`s3://bucket/folder`), Google Cloud Storage (`gs://bucket/folder`) or Azure Blob Storage
-    /// (`az://container/folder`), on the Hugging Face Hub (`hf://owner/name`, `hf://owner/name@revision`), or in a volume
-    /// (`pvc://claim/folder`).
+    /// Where the model is. It is a Hugging Face folder (config.json, safetensors in one file or in shards,
+    /// tokenizer.json, tokenizer_config.json) or a GGUF file (.gguf). It may lie in S3 (`s3://bucket/folder`), Google
+    /// Cloud Storage (`gs://bucket/folder`) or Azure Blob Storage (`az://container/folder`), on the Hugging Face Hub
+    /// (`hf://owner/name`, `hf://owner/name@revision`), or in a volume (`pvc://claim/folder`).
     pub uri: Uri,
-    /// Refuses to train if the folder's digest is another one (status.run.baseDigest shows it).
+    /// Pins the model: preflight fails if the digest of its files is another one. status.run.baseDigest shows the
+    /// digest of a model that was checked. Default: any files are taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = "^sha256:[0-9a-f]{64}$"))]
     pub digest: Option<String>,
-    /// Secret with the store's credentials. For s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL,
-    /// AWS_REGION. For gs://: GOOGLE_SERVICE_ACCOUNT_KEY (JSON). For az://: AZURE_STORAGE_ACCOUNT_NAME, and
-    /// AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN. For hf://: HF_TOKEN where the model is private or gated, and
-    /// HF_ENDPOINT for a mirror. Default: output.secretRef, unless roleArn is set.
+    /// Secret with the credentials for the model. Keys for s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    /// AWS_ENDPOINT_URL, AWS_REGION. For gs://: GOOGLE_SERVICE_ACCOUNT_KEY (JSON). For az://:
+    /// AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN. For hf://: HF_TOKEN if
+    /// the model is private or gated, HF_ENDPOINT for a mirror. Default: output.secretRef, unless roleArn is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
-    /// IAM role with which the pods read an s3:// model. They assume it with the token of output.serviceAccountName, in the
-    /// place of the role that the ServiceAccount is annotated with. Default: output.roleArn, unless secretRef is set.
+    /// IAM role with which the pods read an s3:// model, instead of the role in the ServiceAccount's annotation. The
+    /// pods assume it with the token of output.serviceAccountName. Default: output.roleArn, unless secretRef is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = MAX_ROLE_ARN), extend("x-kubernetes-validations" = is_role_arn()))]
     pub role_arn: Option<String>,
@@ -139,48 +147,55 @@ pub struct SecretRef {
     .message("roleArn is for s3:// alone").field_path(".roleArn"))]
 #[serde(rename_all = "camelCase")]
 pub struct Dataset {
-    /// Training rows: JSON (one object a line, or one list) or CSV, plain, gzip or zstd; or Parquet or Arrow.
+    /// The training rows: JSON (one object a line, or one list), CSV, Parquet or Arrow. JSON and CSV may be
+    /// compressed with gzip or zstd.
     pub train: DataSource,
-    /// Held-out rows, in the same formats: eval loss is measured on them.
+    /// Rows that are not trained on, in the same formats. The eval loss is measured on them. Give either this or
+    /// evalFraction.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval: Option<DataSource>,
-    /// Share of the training rows to hold out instead, chosen by training.seed.
+    /// Share of the training rows that is held out to measure the eval loss, between 0 and 1. training.seed decides
+    /// which rows. Give either this or eval.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0 && self < 1.0", "must lie between 0 and 1")))]
     pub eval_fraction: Option<f64>,
-    /// Shape of a row. Auto tells it from the first row's columns.
+    /// Shape of a row. Auto looks at the columns of the first row. Messages: `{"messages": [{"role", "content"}]}`.
+    /// ShareGPT: `{"conversations": [{"from", "value"}]}`. PromptCompletion: `{"prompt", "completion"}`. Alpaca:
+    /// `{"instruction", "input", "output"}`. Text: `{"text"}`. Set it if Auto takes the wrong one.
     #[serde(default)]
     pub format: DataFormat,
-    /// Names that the rows' columns have in these files, by the names that the format gives them:
-    /// `{prompt: question, completion: answer}`.
+    /// Names of columns in your files, by the names that the format expects: `{prompt: question, completion:
+    /// answer}`. Set it if your columns have other names.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "x-kubernetes-validations" = rule(&format!(
         "self.all(name, name in ['{}'] && self[name].size() >= 1 && self[name].size() <= 253)", COLUMNS.join("', '")
     ), "the names on the left are the format's columns, such as prompt, completion or messages; on the right, the files' own")))]
     pub columns: BTreeMap<String, String>,
-    /// What becomes of rows that can't be used: Error refuses the data and names the first ten; Skip leaves them out and
-    /// counts them.
+    /// What happens if rows can't be used. Error: the job fails, and the message names the first ten rows. Skip:
+    /// these rows are left out and counted.
     #[serde(default)]
     pub on_bad_row: OnBadRow,
-    /// Jinja chat template to use instead of the base model's own. One with {% generation %} marks what is trained.
+    /// Jinja chat template that turns messages into text, instead of the base model's own. A template with {%
+    /// generation %} marks what is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 65_536))]
     pub chat_template: Option<String>,
-    /// The date that a chat template with `strftime_now` or `date_string` writes, such as 2026-11-27. Left out, the day on
-    /// which the run begins.
+    /// The day, such as 2026-11-27, that a chat template writes with `strftime_now` or `date_string`. Default: the
+    /// day on which the run begins. Set it if you want the same inputs on every day.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = "^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])$"), extend("format" = "date"))]
     pub template_date: Option<String>,
-    /// Train on the assistant's tokens alone (Messages, ShareGPT), or the completion's (PromptCompletion, Alpaca); false
-    /// trains on every token. Text rows are always trained whole.
+    /// True trains on the assistant's turns alone (Messages, ShareGPT), or on the completion alone (PromptCompletion,
+    /// Alpaca). False trains on every token. Text rows are always trained whole.
     #[serde(default = "defaults::yes")]
     pub assistant_only_loss: bool,
-    /// Secret with the store's credentials; for hf://datasets/, with HF_TOKEN where the data set is private or gated, and
-    /// HF_ENDPOINT for a mirror. Default: output.secretRef, unless roleArn is set.
+    /// Secret with the credentials for the data, with the keys of baseModel.secretRef. For hf://datasets/: HF_TOKEN
+    /// if the data set is private or gated, HF_ENDPOINT for a mirror. Default: output.secretRef, unless roleArn is
+    /// set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
-    /// IAM role with which the pods read s3:// data, as baseModel.roleArn for the model. Default: output.roleArn, unless
-    /// secretRef is set.
+    /// IAM role with which the pods read s3:// data, as baseModel.roleArn does for the model. Default:
+    /// output.roleArn, unless secretRef is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = MAX_ROLE_ARN), extend("x-kubernetes-validations" = is_role_arn()))]
     pub role_arn: Option<String>,
@@ -192,9 +207,10 @@ pub struct Dataset {
     .message("data is read from s3://, gs://, az://, pvc://, file:// or hf://datasets/owner/name").field_path(".uri"))]
 #[serde(rename_all = "camelCase")]
 pub struct DataSource {
-    /// Where the file is. `*` stands for any characters of one part of the path, and `**` for any folders:
-    /// `s3://datasets/support/part-*.jsonl` is every such file, in the order of their names. `hf://datasets/owner/name`
-    /// is the train split of a data set on the Hugging Face Hub, `hf://datasets/owner/name@revision/path` its files.
+    /// Where the file is. `*` stands for any characters within one part of the path, and `**` for any number of
+    /// folders: `s3://datasets/support/part-*.jsonl` is every such file, in the order of their names.
+    /// `hf://datasets/owner/name` is the train split of a data set on the Hugging Face Hub, and
+    /// `hf://datasets/owner/name@revision/path` names files of it.
     pub uri: Uri,
 }
 
@@ -249,35 +265,40 @@ pub enum OnBadRow {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Resources {
-    /// Name of the GpuClass; left out, the smallest that offers the method and fits.
+    /// Name of the GpuClass to run on. Default: the smallest class that offers the method, fits the estimated memory
+    /// and has devices that the trainer can use.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63), extend("x-kubernetes-validations" = is_name()))]
     pub gpu_class: Option<String>,
-    /// Number of training pods, all started or none; left out, as the GpuClass gives for the method.
+    /// Number of training pods; either all of them start or none. Default: as the GpuClass says for the method.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1024))]
     pub pods: Option<u32>,
-    /// GPUs of each pod; left out, as the GpuClass gives for the method.
+    /// GPUs of each pod. Default: as the GpuClass says for the method.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 64))]
     pub gpus_per_pod: Option<u32>,
-    /// CPU request of a training pod, as a Kubernetes quantity. Default 1.
+    /// CPU request of a training pod, as a Kubernetes quantity. Default: cpuLimit if it is set, else 1. Raise it to
+    /// train faster on CPUs.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = is_quantity("500m or 4")))]
     #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY))]
     pub cpu: Option<String>,
-    /// CPU limit of a training pod, as a Kubernetes quantity; left out, none. Then it is the default of cpu, too.
+    /// CPU limit of a training pod, as a Kubernetes quantity. Default: no limit. Set it if a ResourceQuota of the
+    /// namespace counts CPU limits.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = is_quantity("4")))]
     #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY))]
     pub cpu_limit: Option<String>,
-    /// Storage of the node that a training pod requests and may use at most, as a Kubernetes quantity; left out, none is
-    /// requested. It holds the model, a checkpoint and the result: some four times the model.
+    /// Storage of the node that a training pod requests and may use at most, as a Kubernetes quantity. It holds the
+    /// model, a checkpoint and the result, which is some four times the model. Default: nothing is requested. Set it
+    /// if a ResourceQuota counts it, or if nodes have little storage.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = is_quantity("64Gi")))]
     #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY))]
     pub ephemeral_storage: Option<String>,
-    /// Memory request and limit of a training pod, as a Kubernetes quantity; left out, estimated from the model.
+    /// Memory request and limit of a training pod, as a Kubernetes quantity. Default: an estimate from the model, the
+    /// method and the training options. Raise it if a pod was killed for memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = is_quantity("4Gi")))]
     #[schemars(length(min = 1, max = 32), regex(pattern = QUANTITY))]
@@ -294,22 +315,26 @@ pub struct Resources {
     .message("roleArn is for s3:// alone").field_path(".roleArn"))]
 #[serde(rename_all = "camelCase")]
 pub struct Output {
-    /// Name of the adapter: a DNS label. Versions are AdapterVersions `<adapterName>-v1`, `-v2`, …
+    /// Name of the adapter, a DNS label. Its versions are AdapterVersions `<adapterName>-v1`, `<adapterName>-v2`, …
     #[schemars(length(min = 1, max = 50))]
     #[schemars(extend("x-kubernetes-validations" = rule("self.matches(r'^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')", "must be a DNS label: lower-case letters, digits and '-', no '-' at either end")))]
     pub adapter_name: String,
-    /// Folder of the adapter's versions: files go to `<uri>/<adapterName>/v<version>/`.
+    /// Folder that versions are published under, in s3://, gs:// or az://. Files of a version go to
+    /// `<uri>/<adapterName>/v<version>/`.
     pub uri: Uri,
-    /// Secret with the store's credentials, by the same keys as those of baseModel.secretRef.
+    /// Secret with the credentials for the output, with the keys of baseModel.secretRef. Model and data use it too,
+    /// unless they name their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretRef>,
-    /// ServiceAccount whose cloud identity the pods use where the Secret holds no credentials. On GKE the Secret says
-    /// GOOGLE_USE_METADATA_SERVER=true, on AKS AZURE_STORAGE_ACCOUNT_NAME. Its Kubernetes token is not mounted.
+    /// ServiceAccount of the job's pods. Set it to use a cloud identity instead of keys. On GKE the Secret must say
+    /// GOOGLE_USE_METADATA_SERVER=true, on AKS AZURE_STORAGE_ACCOUNT_NAME. The ServiceAccount's Kubernetes token is
+    /// not mounted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), extend("x-kubernetes-validations" = is_name()))]
     pub service_account_name: Option<String>,
-    /// IAM role with which the pods write versions and checkpoints to s3://. They assume it with the token that EKS mounts for
-    /// serviceAccountName (IAM roles for service accounts), so the role must trust that ServiceAccount.
+    /// IAM role with which the pods write versions and checkpoints to s3://. The pods assume it with the token that
+    /// EKS mounts for serviceAccountName (IAM roles for service accounts), so the role must trust that
+    /// ServiceAccount.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = MAX_ROLE_ARN), extend("x-kubernetes-validations" = is_role_arn()))]
     pub role_arn: Option<String>,
@@ -322,13 +347,15 @@ pub struct FineTuneJobStatus {
     /// One word for what the job does now.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub phase: Option<FineTuneJobPhase>,
-    /// One sentence for what the job does now, or why it can't.
+    /// What the job does now, in one sentence, or why it waits or failed and what to change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
     /// The generation of the spec that this status is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Ready, Reconciling and Stalled (kstatus), PreflightPassed, QuotaReserved, PodsReady, Published.
+    /// Ready: the version is available. Reconciling: the operator or a pod is at work. Stalled: nothing happens until
+    /// you change something. PreflightPassed: model and data were checked. QuotaReserved: the cluster gave the pods
+    /// their place. PodsReady: the training pods run. Published: the files are complete and recorded.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
     /// The current or last run.
@@ -337,20 +364,22 @@ pub struct FineTuneJobStatus {
     /// How far the training is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
-    /// What the run asks the cluster for, and what it will take.
+    /// What the run asks the cluster for, with the estimates that it follows from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
-    /// Name of the newest AdapterVersion that this job's inputs lead to and that passed its gates.
+    /// Name of the newest AdapterVersion that this job led to and that passed its gates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latest_version: Option<String>,
-    /// What the current run's version was held to, and what came out.
+    /// Each gate with the value that was measured for the current run's version.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub gates: Vec<GateResult>,
     /// The last 10 runs that ended, newest first.
     pub history: Vec<RunRecord>,
 }
 
-/// One word for what a job does.
+/// What the job does now: Pending (nothing started), Preflight (a pod checks model and data), Queued (waits for
+/// quota, admission or a node), Starting, Running (trains), Publishing (writes and verifies the files), Succeeded,
+/// Failed or Suspended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum FineTuneJobPhase {
     /// Nothing was started yet.
@@ -377,16 +406,17 @@ pub enum FineTuneJobPhase {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RunStatus {
-    /// Number of the run, from 1. A changed spec starts the next.
+    /// Number of the run, from 1. A changed spec starts the next run.
     pub number: u32,
     /// Number of the attempt within the run, from 1; 0 before the first.
     pub attempt: u32,
     /// Attempts that failed and count against backoffLimit.
     pub failures: u32,
-    /// Digest of all that decides the result; the same digest is not trained twice.
+    /// Digest of all inputs that decide the result: model, data, method and options. Inputs with the same digest are
+    /// not trained twice.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub input_digest: Option<String>,
-    /// Digest of the base model's files.
+    /// Digest of the base model's files. Copy it to spec.baseModel.digest to pin the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base_digest: Option<String>,
     /// When the run began.
@@ -395,7 +425,7 @@ pub struct RunStatus {
     /// When the run ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
-    /// GPU-seconds that its pods have held, over all attempts.
+    /// GPU-seconds that the pods of the run have held, over all attempts.
     pub gpu_seconds: i64,
 }
 
@@ -403,7 +433,7 @@ pub struct RunStatus {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Progress {
-    /// For the printer column: `step/totalSteps`.
+    /// Steps done and steps in all, `step/totalSteps`, for `kubectl get`.
     pub summary: String,
     /// Optimizer steps done.
     pub step: u64,
@@ -411,7 +441,7 @@ pub struct Progress {
     pub total_steps: u64,
     /// Passes over the data done.
     pub epoch: f64,
-    /// Steps whose update was left out (onNonFinite: Skip).
+    /// Steps whose update was left out because their loss or gradient was NaN or infinite (onNonFinite: Skip).
     #[serde(skip_serializing_if = "is_zero")]
     pub skipped_steps: u64,
     /// Mean loss of a trained token over the last logged steps, in nats.
@@ -420,10 +450,10 @@ pub struct Progress {
     /// Mean loss of an evaluation token, in nats.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_loss: Option<f64>,
-    /// Tokens worked through in a second.
+    /// Tokens trained in a second. Tokens count as the data has them, without padding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
-    /// Seconds until the last step, at this speed.
+    /// Estimated seconds until the last step, at the present speed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eta_seconds: Option<u64>,
 }
@@ -441,10 +471,10 @@ pub struct Plan {
     pub pods: u32,
     /// GPUs of each pod.
     pub gpus_per_pod: u32,
-    /// Estimated memory of the whole run, as a Kubernetes quantity.
+    /// Estimated memory of all devices of the run together, as a Kubernetes quantity.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub estimated_memory: Option<String>,
-    /// Parameters that are trained.
+    /// Number of parameters that are trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trainable_parameters: Option<u64>,
     /// Size of the published weights, as a Kubernetes quantity.

@@ -45,7 +45,7 @@ pub const KEPT_ATTEMPTS: usize = 20;
 #[x_kube(validation = Rule::new("self == oldSelf").message("a FineTuneRun's spec is immutable"))]
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneRunSpec {
-    /// The job that it is a run of.
+    /// The FineTuneJob that this is a run of.
     pub job: RunOf,
     /// Number of the run, from 1.
     #[schemars(range(min = 1))]
@@ -53,10 +53,10 @@ pub struct FineTuneRunSpec {
     /// Why it was started: Generation (the job is new, or its spec has changed) or Retry (its annotation
     /// tunesmith.dev/retry-at asked for another run).
     pub trigger: Trigger,
-    /// Image of the trainer, for all its pods: an operator that was upgraded changes no run that has begun.
+    /// The trainer's image for all pods of this run. It does not change when the operator is upgraded.
     #[schemars(length(min = 1, max = 1024))]
     pub image: String,
-    /// The job's spec as the run serves it, with all defaults.
+    /// The job's spec as it was when the run began, with all defaults.
     #[schemars(schema_with = "any_object")]
     pub job_spec: FineTuneJobSpec,
 }
@@ -69,7 +69,7 @@ pub struct RunOf {
     pub name: String,
     /// UID of the FineTuneJob.
     pub uid: String,
-    /// Generation of its spec that the run serves.
+    /// Generation of the FineTuneJob's spec that this is a run of.
     pub generation: i64,
 }
 
@@ -90,63 +90,65 @@ pub struct FineTuneRunStatus {
     /// How far it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stage: Option<RunStage>,
-    /// How it ended, in one sentence; until then, why the last try or attempt failed.
+    /// How the run ended, in one sentence. Before the end: why the last attempt failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// How it ended, in one word: Published, Reused, or why there is no version that may be served, such as PreflightFailed
-    /// or GateFailed. It is the reason of the conditions.
+    /// How the run ended, in one word: Published, Reused, or why it led to no version that may be served, such as
+    /// PreflightFailed or GateFailed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Ready, Reconciling, Stalled (kstatus).
+    /// Ready: the run led to an available version. Reconciling: it is under way. Stalled: it failed.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
-    /// The last try to check model and data.
+    /// The last preflight.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub check: Option<Attempt>,
-    /// How many tries to check model and data have failed.
+    /// How many preflights have failed.
     #[serde(skip_serializing_if = "is_zero_u32")]
     pub check_failures: u32,
-    /// What the check found of model and data.
+    /// What preflight found out about model and data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preflight: Option<PreflightReport>,
-    /// What the run is trained with, once that is settled: it decides the result.
+    /// The version, method and training options of the run. They are fixed by the preflight that passed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub settled: Option<Settled>,
     /// What the last attempt asks the cluster for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
-    /// Number of the last attempt.
+    /// Number of the last attempt, from 1.
     #[serde(skip_serializing_if = "is_zero_u32")]
     pub last_attempt: u32,
-    /// The last attempts, in order.
+    /// The last 20 attempts, oldest first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 20))]
     pub attempts: Vec<Attempt>,
-    /// How many attempts have failed, and count against backoffLimit.
+    /// How many attempts have failed. More than spec.backoffLimit of the job end the run.
     #[serde(skip_serializing_if = "is_zero_u32")]
     pub failures: u32,
-    /// How many attempts in a row were ended from outside within a minute: the next one waits longer after each.
+    /// How many attempts in a row were preempted or evicted within a minute of their start. The operator waits longer
+    /// after each.
     #[serde(skip_serializing_if = "is_zero_u32")]
     pub short_disruptions: u32,
-    /// Seconds for which the pods of attempts that are over have run.
+    /// Seconds for which the pods of finished attempts have run.
     #[serde(skip_serializing_if = "is_zero")]
     pub seconds: u64,
-    /// GPU-seconds that the pods of attempts that are over have held.
+    /// GPU-seconds that the pods of finished attempts have held.
     #[serde(skip_serializing_if = "is_zero")]
     pub gpu_seconds: u64,
-    /// What was published.
+    /// The version that was published, with its files and metrics.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub published: Option<TrainReport>,
-    /// Name of the AdapterVersion that the run led to: its own, or one of the same inputs.
+    /// Name of the AdapterVersion that the run led to. If the same inputs were trained before, it is that version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter_version: Option<String>,
-    /// When the run was over.
+    /// When the run ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
 }
 
-/// How far a run is: Checking (a pod checks model and data), Admitting (the next attempt waits for a GpuClass, or for its
-/// time), Training (an attempt is under way, or waits for quota or a node), Publishing (the AdapterVersion is to be recorded), Recorded (its files are verified) or Done.
+/// How far the run is: Checking (a pod checks model and data), Admitting (the next attempt waits for a GpuClass, or
+/// for the delay after a failure), Training (an attempt runs, or waits for quota or a node), Publishing (the
+/// AdapterVersion is about to be recorded), Recorded (its files are verified) or Done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum RunStage {
     /// A pod checks model and data.
@@ -168,18 +170,18 @@ pub enum RunStage {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Settled {
-    /// Digest of all that decides the result.
+    /// Digest of all inputs that decide the result: model, data, method and options.
     pub input_digest: String,
-    /// The first version that may be published; the trainer takes the next one that nobody has.
+    /// Lowest version number that the run may publish. The trainer takes the next one that no other run has claimed.
     pub version: u32,
     /// The method with its options.
     #[schemars(schema_with = "any_object")]
     pub method: Method,
-    /// The training loop, with the rows of a step over all devices and the precision that is used.
+    /// The training options, with globalBatchSize and bf16 as the plan decided them.
     #[schemars(schema_with = "any_object")]
     pub training: Training,
-    /// The version of the same inputs, somewhere else, that is copied instead of training. A copy that fails is given up for
-    /// training.
+    /// The version of the same inputs that is copied to the output instead of training. If copying fails, the run
+    /// trains.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy_of: Option<Artifact>,
 }
@@ -188,36 +190,36 @@ pub struct Settled {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Attempt {
-    /// Its number, from 1.
+    /// Number of the attempt, from 1.
     pub number: u32,
-    /// UID of its Kubernetes Job, once that is known to exist.
+    /// UID of its Kubernetes Job, once that Job is known to exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job_uid: Option<String>,
-    /// When the operator decided on it, just before it created the Job.
+    /// When the operator decided on the attempt, just before it created the Job.
     pub decided: Time,
     /// When its first container started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started: Option<Time>,
-    /// When it was over.
+    /// When the attempt ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Time>,
     /// How it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
-    /// Why it ended without a result, if so.
+    /// Why the attempt ended without a result.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// How many GPUs its pods hold together.
+    /// Number of GPUs that its pods hold together.
     #[serde(default, skip_serializing_if = "is_zero_u32")]
     pub gpus: u32,
-    /// Digest of the trainer's image that it ran.
+    /// Digest of the trainer's image that the pod ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_id: Option<String>,
 }
 
-/// How a try or attempt ended: Done, Disrupted (preempted, evicted or suspended), StoreUnavailable, Failed (tried again up
-/// to backoffLimit), InputsChanged or VersionTaken (checked again), Final (an error that would come again) or
-/// DeadlineExceeded.
+/// How the attempt ended: Done, Disrupted (preempted, evicted or suspended), StoreUnavailable, Failed (retried up to
+/// backoffLimit), InputsChanged or VersionTaken (model and data are checked again), Final (an error that would come
+/// again) or DeadlineExceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Cause {
     /// With a report of what it did.

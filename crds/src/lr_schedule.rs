@@ -26,36 +26,37 @@ pub enum LrScheduler {
     Constant,
 }
 
-/// Options of lrSchedulerType, in the words of transformers' schedules.
+/// Options of lrSchedulerType. They have the names of transformers' schedules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LrSchedulerKwargs {
-    /// cosine_with_restarts: how many times the learning rate falls. Default 1.
+    /// For cosine_with_restarts: how many times the learning rate falls. Default: 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 10_000))]
     pub num_cycles: Option<u32>,
-    /// polynomial: the power; 1 is a straight line. Default 1.
+    /// For polynomial: the power of the curve; 1 is a straight line. Default: 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub power: Option<f64>,
-    /// polynomial: the learning rate after the last step. Default 1e-7.
+    /// For polynomial: the learning rate after the last step. Default: 1e-7.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
     pub lr_end: Option<f64>,
-    /// warmup_stable_decay, which needs it: steps over which the learning rate falls at the end.
+    /// For warmup_stable_decay, which needs it: the number of last steps over which the learning rate falls.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100_000_000))]
     pub num_decay_steps: Option<u64>,
     /// The shape of warmup_stable_decay's fall. Default cosine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decay_type: Option<DecayType>,
-    /// warmup_stable_decay: what the rise begins and the fall ends with, as a share of learningRate. Default 0.
+    /// For warmup_stable_decay: the learning rate at the start of the rise and at the end of the fall, as a share of
+    /// learningRate. Default: 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0 && self < 1.0", "must lie in [0, 1)")))]
     pub min_lr_ratio: Option<f64>,
 }
 
-/// The shape of warmup_stable_decay's fall. Default cosine.
+/// For warmup_stable_decay: the shape of the fall: linear, cosine or 1-sqrt (fast at first). Default: cosine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DecayType {

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::fine_tune_job::defaults;
 use crate::schema::rule;
 
-/// How to train.
+/// The method: Full (every weight), LoRA (small matrices beside a frozen base model), QLoRA (LoRA over a base model
+/// in 4 or 8 bits) or Auto.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum MethodName {
     /// Every parameter.
@@ -23,52 +24,57 @@ pub enum MethodName {
     Auto,
 }
 
-/// Options of LoRA, in PEFT's words.
+/// Options of LoRA. They have PEFT's names, in camelCase.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Lora {
-    /// Inner dimension r of the trained matrices.
+    /// Inner dimension r of the trained matrices. A higher rank can learn more, and takes more memory and a larger
+    /// file.
     #[schemars(range(min = 1, max = 1024))]
     pub rank: u32,
-    /// Scale: the adapter's output is multiplied by alpha / rank (alpha / √rank with useRslora).
+    /// Scale of the adapter: its output is multiplied by alpha / rank, or by alpha / √rank with useRslora.
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub alpha: f64,
-    /// Share of the adapter's inputs that a training step zeroes, in [0, 1).
+    /// Share of the adapter's inputs that each training step sets to zero, from 0 to less than 1.
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0 && self < 1.0", "must lie in [0, 1)")))]
     pub dropout: f64,
-    /// Linear layers to adapt: names matched exactly or as the last part of a module's name, or `all-linear` alone for
-    /// every one but the output layer.
+    /// Linear layers that get an adapter. A name matches a module that has it as its whole name or as the last part
+    /// of its name. `all-linear` alone takes every linear layer but the output layer.
     #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253)))]
     pub target_modules: Vec<String>,
-    /// Regular expression that the whole name of a linear layer must match, instead of targetModules.
+    /// Regular expression for the whole names of the linear layers that get an adapter. It replaces targetModules.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 1024))]
     pub target_modules_regex: Option<String>,
-    /// Scale by alpha / √rank, which keeps high ranks learning.
+    /// True scales by alpha / √rank instead of alpha / rank (rsLoRA). Set it for high ranks, which learn too slowly
+    /// otherwise.
     pub use_rslora: bool,
-    /// Train the length of each adapted weight's rows apart from their direction (DoRA). vLLM does not serve it.
+    /// True trains the length of each row of an adapted weight apart from its direction (DoRA). vLLM does not serve
+    /// such adapters.
     pub use_dora: bool,
-    /// The biases that are trained beside the adapter.
+    /// Biases that are trained beside the adapter: none, all of the model (all), or those of adapted layers
+    /// (lora_only).
     pub bias: LoraBias,
-    /// Modules that are trained whole and saved with the adapter: lm_head, embed_tokens or norms; a name takes all
-    /// modules that end so. vLLM does not serve them.
+    /// Modules that are trained whole and saved with the adapter, such as lm_head, embed_tokens or norms. A name
+    /// takes all modules whose names end so. vLLM does not serve such adapters.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), inner(length(min = 1, max = 253)))]
     pub modules_to_save: Vec<String>,
-    /// Other ranks for some layers: each key is a regular expression for the end of a layer's name. Each must match a
-    /// layer; keys that match the same layer must agree.
+    /// Ranks of some layers that differ from rank. Each key is a regular expression for the end of a layer's name.
+    /// Each key must match a layer, and keys that match the same layer must have the same value.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("x-kubernetes-validations" = rule(
         "self.size() <= 64 && self.all(key, self[key] >= 1 && self[key] <= 1024)", "each rank must lie in 1..=1024, in at most 64 entries")))]
     #[schemars(extend("maxProperties" = 64))]
     pub rank_pattern: BTreeMap<String, u32>,
-    /// Other alphas for some layers, like rankPattern.
+    /// Alphas of some layers that differ from alpha. Keys are as in rankPattern.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("x-kubernetes-validations" = rule(
         "self.all(key, self[key] > 0.0)", "each alpha must be greater than 0")))]
     #[schemars(extend("maxProperties" = 64))]
     pub alpha_pattern: BTreeMap<String, f64>,
-    /// Learning rate of B and of vectors, divided by that of all else (LoRA+); 1 treats all alike.
+    /// LoRA+: the learning rate of the matrices B and of vectors is learningRate times this number. 1 trains all
+    /// alike.
     #[serde(rename = "loraPlusLrRatio")]
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub lora_plus_lr_ratio: f64,
@@ -114,17 +120,19 @@ impl Default for Lora {
     .message("outlierThreshold goes with bits: 8"))]
 #[serde(rename_all = "camelCase")]
 pub struct Quantization {
-    /// Bits of a stored weight: 4 or 8.
+    /// Bits of a stored weight: 4 or 8. Four bits need the least memory.
     #[schemars(extend("x-kubernetes-validations" = rule("self in [4, 8]", "must be 4 or 8")))]
     pub bits: u32,
-    /// The code of a stored weight.
+    /// Code of a stored weight: nf4 (4-bit NormalFloat, the usual choice) or fp4 (4-bit float) with 4 bits, int8
+    /// (8-bit integers, a scale for each row) with 8.
     #[serde(rename = "type")]
     pub kind: QuantizationType,
-    /// Quantize the scales too (4 bits only).
+    /// True stores the scales in 8 bits too, which saves a little more memory. For 4 bits only.
     #[serde(default = "defaults::yes")]
     pub double_quant: bool,
-    /// Round the inputs of 8-bit layers to 8 bits too, but for the columns in which a magnitude reaches this: LLM.int8(),
-    /// transformers' llm_int8_threshold, there 6.0. Unset, inputs stay as they are, as when bitsandbytes trains on a CPU.
+    /// For 8 bits: rounds the inputs of layers to 8 bits too, except in columns that have a magnitude of at least
+    /// this number. This is LLM.int8(), and transformers' llm_int8_threshold, which is 6.0 there. Default: inputs are
+    /// not rounded, as when bitsandbytes trains on a CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub outlier_threshold: Option<f64>,

@@ -6,98 +6,114 @@ use serde::{Deserialize, Serialize};
 use crate::lr_schedule::{LrScheduler, LrSchedulerKwargs};
 use crate::schema::rule;
 
-/// The training loop, in the words of Hugging Face TrainingArguments.
+/// Options of the training loop. They have the names of Hugging Face's TrainingArguments.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[schemars(extend("x-kubernetes-validations" = rules(&TRAINING_RULES)))]
 #[serde(rename_all = "camelCase", default)]
 pub struct Training {
-    /// Passes over the training rows.
+    /// How often the run passes over the training rows. A fraction is allowed. maxSteps goes before it.
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub num_train_epochs: f64,
-    /// Ends after this many optimizer steps instead, whatever numTrainEpochs says.
+    /// Number of optimizer steps, instead of numTrainEpochs. Default: as many as numTrainEpochs needs. Set it for a
+    /// short trial.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100_000_000))]
     pub max_steps: Option<u64>,
-    /// Rows (packed sequences with packing) that a pod works through at once.
+    /// Rows (with packing: sequences) that a device computes at once. A larger number is often faster and needs more
+    /// memory.
     #[schemars(range(min = 1, max = 65_536))]
     pub per_device_train_batch_size: u32,
-    /// Micro-batches that one optimizer step sums up.
+    /// Micro-batches whose gradients are summed for one optimizer step. Raise it for a larger batch in the same
+    /// memory.
     #[schemars(range(min = 1, max = 65_536))]
     pub gradient_accumulation_steps: u32,
-    /// Rows (packed sequences with packing) that one optimizer step sums up, over all pods and GPUs. Left out,
-    /// perDeviceTrainBatchSize × gradientAccumulationSteps × the GPUs that the run is first planned for.
+    /// Rows (with packing: sequences) of one optimizer step over all pods and GPUs. Default: perDeviceTrainBatchSize
+    /// × gradientAccumulationSteps × the number of devices that the run is first planned for. Set it if the result
+    /// must not depend on the number of devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_073_741_824))]
     pub global_batch_size: Option<u64>,
-    /// The optimizer, in Hugging Face's words.
+    /// The optimizer. adamw_torch: AdamW with torch's defaults (betas 0.9 and 0.999, eps 1e-8). adamw_bnb_8bit: the
+    /// same with its state in 8 bits, a quarter of the memory. adafactor: next to no state of a matrix. sgd:
+    /// stochastic gradient descent without momentum.
     pub optim: Optim,
-    /// Peak learning rate.
+    /// The highest learning rate, which is reached after warm-up. Lower it if the loss jumps or turns NaN.
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub learning_rate: f64,
-    /// How the learning rate falls after warm-up.
+    /// How the learning rate falls after warm-up. linear and cosine: to 0. cosine_with_restarts: to 0 several times,
+    /// each time from the peak. polynomial: to lrSchedulerKwargs.lrEnd. inverse_sqrt: with the inverse square root of
+    /// the step. warmup_stable_decay: only in the last lrSchedulerKwargs.numDecaySteps. constant: not at all.
     pub lr_scheduler_type: LrScheduler,
-    /// Options of lrSchedulerType; left out, each has its default.
+    /// Options of lrSchedulerType. Each option that is left out has its default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr_scheduler_kwargs: Option<LrSchedulerKwargs>,
-    /// Share of all steps over which the learning rate rises from 0. warmupSteps goes before it.
+    /// Share of all steps, from 0 to 1, over which the learning rate rises from 0. warmupSteps goes before it.
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0 && self <= 1.0", "must lie in [0, 1]")))]
     pub warmup_ratio: f64,
-    /// Steps over which the learning rate rises from 0.
+    /// Number of steps over which the learning rate rises from 0. Default: as warmupRatio says.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 100_000_000))]
     pub warmup_steps: Option<u64>,
-    /// Weight decay: decoupled from the gradient with AdamW. Norm weights and biases never decay.
+    /// Weight decay. With AdamW it is decoupled from the gradient. Norm weights and biases never decay.
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
     pub weight_decay: f64,
-    /// Scales the gradient down to this norm; 0 does not clip.
+    /// A gradient with a larger norm is scaled down to this norm. 0 does not clip.
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
     pub max_grad_norm: f64,
-    /// What becomes of a step whose loss or gradient is NaN or infinite: Stop ends the run and names the rows. Skip
-    /// leaves that step's update out and counts it; after 10 such steps in a row the run ends all the same.
+    /// What happens if the loss or the gradient of a step is NaN or infinite. Stop ends the run, and the message
+    /// names the rows. Skip leaves the update of that step out and counts it; after 10 such steps in a row the run
+    /// ends all the same.
     pub on_non_finite: OnNonFinite,
-    /// Tokens of a row at most; overflow says what becomes of longer rows.
+    /// Most tokens of a row. overflow says what happens to longer rows. A larger number needs more memory.
     #[schemars(range(min = 2, max = 1_048_576))]
     pub max_length: u32,
-    /// What becomes of rows longer than maxLength; preflight counts them.
+    /// What happens to rows longer than maxLength. Truncate cuts off their end. Drop leaves them out. Error fails the
+    /// job. Preflight counts these rows.
     pub overflow: Overflow,
-    /// Fill sequences of maxLength tokens with several rows each (best fit). Rows never attend to each other, and
-    /// padding is never computed, with or without packing.
+    /// True fills sequences of maxLength tokens with several whole rows each (best fit). Rows never attend to each
+    /// other. Padding is never computed, with or without packing. Set it for many short rows.
     pub packing: bool,
-    /// Seed of the shuffles, the adapter's first values and dropout.
+    /// Seed of the order of rows, of the adapter's first values and of dropout. Another seed counts as another input,
+    /// so the job is trained anew.
     #[schemars(range(min = 0, max = 4_294_967_295_u64))]
     pub seed: u64,
-    /// Noise on the embeddings while training (NEFTune): uniform within ± alpha / √(tokens · width) of each row.
+    /// Adds noise to the embeddings during training (NEFTune): uniform within ± alpha / √(tokens · width) of each
+    /// row. Default: no noise.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = rule("self > 0.0", "must be greater than 0")))]
     pub neftune_noise_alpha: Option<f64>,
-    /// Multiply in bfloat16: weights and activations are rounded to it, sums and all that is trained stay in float32. A
-    /// frozen base takes half the memory; about 1.6 times as fast on CPUs with AVX512_BF16, and about as fast on others.
-    /// Left out, as GPUs compute best: true on a GpuClass with GPUs, false on CPUs.
+    /// True multiplies in bfloat16: weights and activations are rounded to it, and sums and trained values stay in
+    /// float32. A frozen base model then takes half the memory. CPUs with AVX512_BF16 train about 1.6 times as fast,
+    /// others about as fast as in float32. Default: true on a GpuClass with GPUs, false on CPUs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bf16: Option<bool>,
-    /// Recompute activations in the backward pass: less memory, about a third more time.
+    /// True computes activations again in the backward pass instead of keeping them. The run needs less memory and
+    /// about a third more time.
     pub gradient_checkpointing: bool,
-    /// Steps between two reported losses.
+    /// Number of steps between two reported losses.
     #[schemars(range(min = 1, max = 100_000_000))]
     pub logging_steps: u64,
-    /// Steps between two evaluations; left out, once before the first step and once after the last.
+    /// Number of steps between two evaluations. Default: one evaluation before the first step and one after the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100_000_000))]
     pub eval_steps: Option<u64>,
-    /// Ends the run after this many evaluations in a row without a better eval loss. Needs evalSteps.
+    /// Ends the run after this many evaluations in a row without a better eval loss. It needs evalSteps. Default: the
+    /// run makes all its steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub early_stopping_patience: Option<u32>,
-    /// How much lower than the best an eval loss must be to count as better for earlyStoppingPatience. Default 0.
+    /// How much lower than the best an eval loss must be to count as better, for earlyStoppingPatience. Default: 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
     pub early_stopping_threshold: Option<f64>,
-    /// Publish the weights with the lowest eval loss instead of the last ones. Needs evalSteps.
+    /// True publishes the weights with the lowest eval loss instead of the last weights. It needs evalSteps.
     pub load_best_model_at_end: bool,
-    /// Steps between two checkpoints.
+    /// Number of steps between two checkpoints. After a preemption or a failure, the steps since the last checkpoint
+    /// are trained again.
     #[schemars(range(min = 1, max = 100_000_000))]
     pub save_steps: u64,
-    /// Checkpoints that are kept; the oldest step goes first, but never the best one of loadBestModelAtEnd.
+    /// Number of checkpoints that are kept in the store. The oldest goes first, but never the best one of
+    /// loadBestModelAtEnd.
     #[schemars(range(min = 1, max = 1000))]
     pub save_total_limit: u32,
 }
