@@ -157,7 +157,7 @@ pub struct Source {
     pub input_digest: String,
     /// Image of the trainer.
     pub trainer_image: String,
-    /// How the run was executed. It decides nothing of the result that counts as an input.
+    /// Devices and day of the run. They are on record, and are no inputs.
     #[serde(default)]
     pub execution: Execution,
     /// Folder that the files were copied from. It is set if the same inputs had been trained and published there

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{adapter_version::Metrics, uri::Uri};
 
-/// What a version must reach before it may be served.
+/// The gates that a version must pass before it may be served.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("self.gates.all(gate, self.gates.exists_one(other, other.metric == gate.metric))")
     .message("give each metric one gate").field_path(".gates"))]
@@ -57,7 +57,7 @@ pub struct Gate {
     pub probe: Option<Probe>,
 }
 
-/// What a gate is about.
+/// The metric of a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {

@@ -139,7 +139,7 @@ pub struct SecretRef {
     pub name: String,
 }
 
-/// What to learn from, and what to measure on.
+/// The rows to train on, and the rows to measure the loss on.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("has(self.eval) != has(self.evalFraction)")
     .message("give exactly one of eval.uri and evalFraction"),
@@ -251,7 +251,7 @@ pub enum DataFormat {
     Alpaca,
 }
 
-/// What becomes of rows that can't be used.
+/// The treatment of rows that can't be used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum OnBadRow {
     /// The data is refused.
@@ -261,7 +261,7 @@ pub enum OnBadRow {
     Skip,
 }
 
-/// What to run on.
+/// GpuClass, CPU, memory and storage of the training pods.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Resources {
@@ -305,7 +305,7 @@ pub struct Resources {
     pub memory: Option<String>,
 }
 
-/// What the result is called and where it goes.
+/// Name of the adapter, and the bucket that its versions are published to.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("!self.uri.startsWith('hf://') && !self.uri.startsWith('pvc://')")
     .message("versions are published to s3://bucket/folder, gs://bucket/folder or az://container/folder").field_path(".uri"),
@@ -340,7 +340,7 @@ pub struct Output {
     pub role_arn: Option<String>,
 }
 
-/// How far a job is.
+/// The state of a job.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FineTuneJobStatus {
@@ -361,7 +361,7 @@ pub struct FineTuneJobStatus {
     /// The current or last run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run: Option<RunStatus>,
-    /// How far the training is.
+    /// Steps, losses and speed of the training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
     /// What the run asks the cluster for, with the estimates that it follows from.
@@ -429,7 +429,7 @@ pub struct RunStatus {
     pub gpu_seconds: i64,
 }
 
-/// How far the training is.
+/// Steps, losses and speed of the training.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Progress {
@@ -458,7 +458,7 @@ pub struct Progress {
     pub eta_seconds: Option<u64>,
 }
 
-/// What a run asks the cluster for, and what it will take.
+/// The request of a run to the cluster, and the estimates that it follows from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Plan {

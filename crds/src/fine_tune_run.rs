@@ -83,7 +83,7 @@ pub enum Trigger {
     Retry,
 }
 
-/// How far a run is.
+/// The state of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct FineTuneRunStatus {
@@ -106,13 +106,13 @@ pub struct FineTuneRunStatus {
     /// How many preflights have failed.
     #[serde(skip_serializing_if = "is_zero_u32")]
     pub check_failures: u32,
-    /// What preflight found out about model and data.
+    /// The findings of the preflight that passed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub preflight: Option<PreflightReport>,
     /// The version, method and training options of the run. They are fixed by the preflight that passed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub settled: Option<Settled>,
-    /// What the last attempt asks the cluster for.
+    /// The request of the last attempt to the cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
     /// Number of the last attempt, from 1.

@@ -100,11 +100,11 @@ pub struct TrainTask {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Execution {
-    /// Kind of the devices that computed: cpu or cuda.
+    /// Kind of the devices that trained: cpu or cuda.
     pub device: String,
-    /// Devices that shared the work.
+    /// Number of devices that shared the work.
     pub world_size: u32,
-    /// The day that the chat template wrote, where it wrote one and the job pinned none.
+    /// The day that the chat template wrote. It is absent if the template writes no day, or if the job pinned one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template_date: Option<String>,
 }
@@ -284,42 +284,43 @@ pub enum Outcome {
     },
 }
 
-/// What preflight found.
+/// The findings of a preflight.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PreflightReport {
     /// Digest of the base model's files.
     pub base_digest: String,
-    /// The data; its digest covers training and evaluation rows.
+    /// Digest, rows and tokens of the data. The digest covers training and evaluation rows.
     pub dataset: DatasetRecord,
-    /// Evaluation rows.
+    /// Number of evaluation rows.
     pub eval_rows: u64,
-    /// Training rows that are longer than maxLength and lose their end.
+    /// Number of training rows that are longer than maxLength and lose their end.
     pub truncated_rows: u64,
-    /// Training rows that are longer than maxLength and left out.
+    /// Number of training rows that are longer than maxLength and are left out.
     #[serde(default)]
     pub dropped_rows: u64,
-    /// Rows, of training and evaluation, that can't be used and are left out (dataset.onBadRow).
+    /// Number of training and evaluation rows that can't be used and are left out (dataset.onBadRow: Skip).
     #[serde(default)]
     pub skipped_rows: u64,
-    /// What of model and data is not used as it stands, one sentence each.
+    /// Parts of model and data that are left out or changed, one sentence each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
-    /// The day that the chat template wrote, where it wrote one and the job pins none.
+    /// The day that the chat template wrote. It is absent if the template writes no day, or if the job pins one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template_date: Option<String>,
-    /// Optimizer steps that the run will make.
+    /// Number of optimizer steps that the run will make.
     pub total_steps: u64,
-    /// What the planner needs to know of the model.
+    /// Dimensions of the model, from which the planner estimates memory.
     pub model: ModelShape,
-    /// Parameters that the job's LoRA trains, or would train: matrices, magnitudes, biases and whole modules; 0 if every
-    /// parameter is trained.
+    /// Number of parameters that the job's LoRA options train: matrices, magnitudes, biases and whole modules. 0 if
+    /// every parameter is trained.
     pub lora_parameters: u64,
-    /// Version of the trainer's arithmetic: a new one may give other weights for the same inputs.
+    /// Version of the trainer's arithmetic. Another version may give other weights for the same inputs.
     pub numerics_version: u32,
-    /// Highest version that is already in the output folder, 0 if none.
+    /// Highest version number that is in the output folder already, 0 if there is none.
     pub highest_version: u32,
-    /// Digest of the probe, if a gate has one: recall that was recorded with it counts for these gates.
+    /// Digest of the probe, if a gate has one. A recall on record counts for the gates only if it was measured with
+    /// the same probe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probe_digest: Option<String>,
 }
@@ -328,42 +329,42 @@ pub struct PreflightReport {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelShape {
-    /// Parameters in all.
+    /// Number of all parameters.
     pub parameters: u64,
-    /// Decoder blocks.
+    /// Number of decoder blocks.
     pub layers: u64,
     /// Width of the residual stream.
     pub hidden_size: u64,
     /// Width of the feed-forward layers.
     pub intermediate_size: u64,
-    /// Entries of the vocabulary.
+    /// Number of entries of the vocabulary.
     pub vocab_size: u64,
-    /// Bytes of a stored parameter.
+    /// Bytes that a parameter takes in the file.
     pub bytes_per_parameter: u64,
-    /// In how few bits it is stored, if it is.
+    /// How bitsandbytes has stored the model, if in 4 or 8 bits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored_as: Option<Quantization>,
 }
 
-/// What a training published.
+/// The version that a training published.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TrainReport {
     /// Number of the version.
     pub version: u32,
-    /// Its folder.
+    /// Folder of the version.
     pub uri: Uri,
-    /// SHA-256 of its manifest.json, `sha256:…`.
+    /// SHA-256 of the version's manifest.json, `sha256:…`.
     pub manifest_digest: String,
-    /// Files, besides manifest.json, which lists them.
+    /// Number of files, without manifest.json.
     pub file_count: u32,
-    /// Sum of their sizes, in bytes.
+    /// Size of all files together, in bytes, without manifest.json.
     pub size_bytes: u64,
     /// The data that it was trained on.
     pub dataset: DatasetRecord,
-    /// What was measured.
+    /// Losses, recall and time, as the run measured them.
     pub metrics: Metrics,
-    /// How it was executed.
+    /// Devices and day of the run, which are no inputs.
     #[serde(default)]
     pub execution: Execution,
 }

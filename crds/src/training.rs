@@ -192,7 +192,7 @@ pub enum Optim {
     Sgd,
 }
 
-/// What becomes of rows longer than maxLength.
+/// The treatment of rows longer than maxLength.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Overflow {
     /// They lose their end. A row that has nothing left to train on is refused.
@@ -204,7 +204,7 @@ pub enum Overflow {
     Error,
 }
 
-/// What becomes of a step whose loss or gradient is NaN or infinite.
+/// The treatment of a step whose loss or gradient is NaN or infinite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum OnNonFinite {
     /// The run ends, and the message names the rows.
