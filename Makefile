@@ -32,9 +32,10 @@ test: ## Everything that must pass before a commit lands, with the seconds of ea
 
 test-all: test audit oracle fuzz kernel-mutants bench-operator ## The rest too: licences, PyTorch's numbers, damaged files, mutants, 10,000 jobs (4 hours)
 
-lint: rust ## Formatting and clippy
+lint: rust ## Formatting, clippy, and no cycle of imports between modules
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+	$(CARGO) run --quiet --package tunesmith-lint -- $(addprefix --exclude tunesmith-,crds engine kernels trainer operator e2e)
 
 unit: rust ## Unit, property and fixture tests
 	$(CARGO) test --workspace
