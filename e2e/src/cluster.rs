@@ -17,7 +17,7 @@ use crate::s3::{self, S3};
 use crate::site::Site;
 use crate::steps::Step;
 use crate::toolchain::require_root;
-use crate::{control_plane, daemon, dns, node, pki, teardown};
+use crate::{containerd, control_plane, daemon, dns, node, pki, teardown};
 
 /// The name of the cluster that is meant where none is given.
 pub const DEFAULT_NAME: &str = "tunesmith";
@@ -66,7 +66,8 @@ impl Cluster {
         pki::create(site)?;
 
         s3::start(site)?;
-        node::start_containerd(site)?;
+        containerd::start(site)?;
+        images::load(site, &images::pause(&site.tools)?)?;
         control_plane::start(site)?;
         node::start(site)?;
         dns::start(site)?;

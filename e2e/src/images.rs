@@ -7,14 +7,11 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::command::{run, succeeds};
-use crate::node::ctr;
+use crate::containerd::{PAUSE, ctr};
 use crate::paths::{cache, repository, sha256};
 use crate::site::Site;
 use crate::steps::Step;
 use crate::toolchain::Toolchain;
-
-/// The image that holds each pod's namespaces.
-pub const PAUSE: &str = "localhost/tunesmith-pause:1";
 
 const BASE: &str = "localhost/tunesmith-base:bookworm";
 const BASE_PACKAGES: &str = "libc6,libgcc-s1,ca-certificates,base-files,netbase,tzdata";

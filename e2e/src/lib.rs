@@ -6,6 +6,7 @@
 mod cgroup;
 mod cluster;
 mod command;
+mod containerd;
 mod control_plane;
 mod daemon;
 mod dns;
@@ -25,7 +26,8 @@ mod toolchain;
 
 pub use cluster::{Cluster, DEFAULT_NAME, client_of};
 pub use command::{run, run_with_input, succeeds};
-pub use images::{Image, Images, PAUSE, programs_folder};
+pub use containerd::PAUSE;
+pub use images::{Image, Images, programs_folder};
 pub use paths::{cache, repository};
 pub use s3::{BUCKETS, S3};
 pub use steps::{Step, human};

@@ -13,8 +13,8 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
 use serde::Deserialize;
 
+use crate::containerd::pod_network_name;
 use crate::daemon;
-use crate::node::pod_network_name;
 use crate::s3;
 use crate::site::Site;
 

@@ -19,7 +19,6 @@ use tokio::sync::Semaphore;
 use tokio::time::{interval, sleep};
 use tunesmith_crds::names::{ATTEMPT_LABEL, JOB_LABEL, RUN_SPEC_ANNOTATION, STAGE_LABEL};
 
-use super::population::Fate;
 use super::reports;
 use super::trainer::{Pace, Trainers};
 use crate::network::Network;
@@ -31,6 +30,27 @@ const SHORT: Duration = Duration::from_secs(1);
 /// A node says this often that it is alive.
 const HEARTBEAT: Duration = Duration::from_secs(300);
 const IMAGE_ID: &str = "localhost/trainer@sha256:00000000000000000000000000000000000000000000000000000000000000aa";
+
+/// What becomes of a job's training, by the job's name.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fate {
+    /// How long it trains; None for good.
+    pub(crate) training: Option<Duration>,
+    /// Whether its first attempt fails.
+    pub(crate) fails_first: bool,
+}
+
+impl Fate {
+    pub(crate) fn of(job: &str) -> Self {
+        let kind = job.split('-').next();
+        let seconds = match kind {
+            Some("active") => None,
+            Some("life") => Some(40),
+            _ => Some(6),
+        };
+        Self { training: seconds.map(Duration::from_secs), fails_first: kind == Some("killed") }
+    }
+}
 
 /// The kubelets of all nodes.
 pub(crate) struct Kubelets {

@@ -31,27 +31,6 @@ const SOON: Duration = Duration::from_secs(15);
 /// Images that a node lists: they make up most of its size.
 const IMAGES: usize = 50;
 
-/// What becomes of a job's training, by the job's name.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Fate {
-    /// How long it trains; None for good.
-    pub(crate) training: Option<Duration>,
-    /// Whether its first attempt fails.
-    pub(crate) fails_first: bool,
-}
-
-impl Fate {
-    pub(crate) fn of(job: &str) -> Self {
-        let kind = job.split('-').next();
-        let seconds = match kind {
-            Some("active") => None,
-            Some("life") => Some(40),
-            _ => Some(6),
-        };
-        Self { training: seconds.map(Duration::from_secs), fails_first: kind == Some("killed") }
-    }
-}
-
 /// The namespace of a job of this number.
 pub(crate) fn namespace(number: u32) -> String {
     format!("team-{:02}", number % NAMESPACES)
