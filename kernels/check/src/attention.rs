@@ -15,6 +15,7 @@ listed![
     rows_go_on_after_a_prefix_that_they_share,
     a_token_sees_no_more_than_its_window,
     scores_may_be_capped,
+    scores_may_lie_far_apart,
     heads_of_other_sizes_have_plain_kernels,
 ];
 
@@ -26,7 +27,11 @@ struct Case {
     head_dim: usize,
     window: usize,
     cap: f64,
+    /// The largest element of a query.
+    spread: f32,
 }
+
+const PLAIN: Case = Case { heads: 2, kv_heads: 1, head_dim: 64, window: 0, cap: 0.0, spread: 2.0 };
 
 /// Rows of these lengths. Where they share a prefix, it is the first one, whose tokens lie behind those of the others.
 fn rows(lengths: &[usize], shares: bool) -> Vec<Row> {
@@ -88,7 +93,7 @@ struct Expected {
 }
 
 fn reference(case: Case, rows: &[Row], [q, k, v, dy]: [&[f32]; 4], tokens: usize) -> Expected {
-    let Case { heads, kv_heads, head_dim, window, cap } = case;
+    let Case { heads, kv_heads, head_dim, window, cap, .. } = case;
     let scale = 1.0 / (head_dim as f64).sqrt();
     let zeros = |heads: usize| vec![0.0; tokens * heads * head_dim];
     let (mut y, mut dq, mut dk, mut dv) = (zeros(heads), zeros(heads), zeros(kv_heads), zeros(kv_heads));
@@ -138,7 +143,7 @@ fn reference(case: Case, rows: &[Row], [q, k, v, dy]: [&[f32]; 4], tokens: usize
 }
 
 fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
-    let Case { heads, kv_heads, head_dim, window, cap } = case;
+    let Case { heads, kv_heads, head_dim, window, cap, spread } = case;
     let rows = rows(lengths, shares);
     let tokens: usize = lengths.iter().sum();
     let mut results = Vec::new();
@@ -146,7 +151,7 @@ fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
     for seed in seeds {
         let bench = Bench::new(*seed);
         let all = |heads: usize| tokens * heads * head_dim;
-        let q: Vec<f32> = bench.bf16s(all(heads)).iter().map(|x| 2.0 * x).collect();
+        let q: Vec<f32> = bench.bf16s(all(heads)).iter().map(|x| spread * x).collect();
         let [k, v] = [0; 2].map(|_| bench.bf16s(all(kv_heads)));
         let dy = bench.bf16s(all(heads));
         let (y, log_sums) = (bench.empty::<bf16>("y", all(heads)), bench.empty::<f32>("log_sums", heads * tokens));
@@ -225,35 +230,50 @@ fn run(case: Case, lengths: &[usize], shares: bool, seeds: &[u64]) {
 
 fn heads_of_each_size_are_those_of_f64() {
     for head_dim in HEAD_DIMS {
-        let case = Case { heads: 2, kv_heads: 1, head_dim, window: 0, cap: 0.0 };
+        let case = Case { head_dim, ..PLAIN };
         run(case, &[70, 3, 64], false, &SEEDS[..2]);
     }
 }
 
 fn rows_go_on_after_a_prefix_that_they_share() {
     for head_dim in [64, 256] {
-        let case = Case { heads: 4, kv_heads: 2, head_dim, window: 0, cap: 0.0 };
+        let case = Case { heads: 4, kv_heads: 2, head_dim, ..PLAIN };
         run(case, &[37, 1, 90, 64], true, &[1]);
     }
 }
 
 fn a_token_sees_no_more_than_its_window() {
-    for (window, shares) in [(1, false), (16, true), (65, true), (127, false), (500, false)] {
-        let case = Case { heads: 1, kv_heads: 1, head_dim: 64, window, cap: 0.0 };
-        run(case, &[50, 170, 5], shares, &[4]);
+    // The followers of a prefix of 130 do not see its first 64.
+    let (short, long) = ([50, 170, 5], [130, 20, 5]);
+    for (window, lengths, shares) in [
+        (1, short, false),
+        (16, short, true),
+        (16, long, true),
+        (65, short, true),
+        (127, short, false),
+        (500, short, false),
+    ] {
+        let case = Case { heads: 1, window, ..PLAIN };
+        run(case, &lengths, shares, &[4]);
     }
 }
 
 fn scores_may_be_capped() {
     for window in [0, 40] {
-        let case = Case { heads: 2, kv_heads: 2, head_dim: 128, window, cap: 1.5 };
+        let case = Case { kv_heads: 2, head_dim: 128, window, cap: 1.5, ..PLAIN };
         run(case, &[100, 9], true, &[1]);
+    }
+}
+
+fn scores_may_lie_far_apart() {
+    for head_dim in [64, 72] {
+        run(Case { head_dim, spread: 128.0, ..PLAIN }, &[60, 7], true, &[1]);
     }
 }
 
 fn heads_of_other_sizes_have_plain_kernels() {
     for (head_dim, window, cap, shares) in [(1, 0, 0.0, false), (72, 5, 0.0, true), (200, 0, 1.5, true)] {
-        let case = Case { heads: 4, kv_heads: 2, head_dim, window, cap };
-        run(case, &[11, 1, 20], shares, &[1]);
+        let case = Case { heads: 6, kv_heads: 2, head_dim, window, cap, ..PLAIN };
+        run(case, &[11, 1, 19], shares, &[1]);
     }
 }
