@@ -34,7 +34,7 @@ pub struct Kernel {
     pub file: &'static str,
     /// Its builds for the CPU.
     #[cfg(feature = "emulation")]
-    pub emulated: crate::emulator::Builds,
+    pub emulated: crate::builds::Builds,
 }
 
 /// A kernel with its arguments.
@@ -95,11 +95,11 @@ macro_rules! emulated {
     ($name:ident) => {{
         unsafe extern "C" {
             #[link_name = concat!("emu_fast_", stringify!($name))]
-            static FAST: $crate::emulator::Entry;
+            static FAST: $crate::builds::Entry;
             #[link_name = concat!("emu_checked_", stringify!($name))]
-            static CHECKED: $crate::emulator::Entry;
+            static CHECKED: $crate::builds::Entry;
         }
         // SAFETY: both are constants of the kernels' builds.
-        unsafe { $crate::emulator::Builds { fast: &FAST, checked: &CHECKED } }
+        unsafe { $crate::builds::Builds { fast: &FAST, checked: &CHECKED } }
     }};
 }

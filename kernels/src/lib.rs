@@ -6,6 +6,8 @@
 #[macro_use]
 mod kernel;
 pub mod attention;
+#[cfg(feature = "emulation")]
+pub mod builds;
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
 pub mod compiled;

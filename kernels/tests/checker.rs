@@ -1,8 +1,10 @@
 //! The checker on kernels with one defect each, and on sound ones.
 
 use tunesmith_kernels::{
-    Address, Argument, Device, Error, Grid, Kernel, Launch, Stream, emulated,
-    emulator::{Builds, Emulator, POISON},
+    Address, Argument, Device, Error, Grid, Kernel, Launch, Stream,
+    builds::Builds,
+    emulated,
+    emulator::{Emulator, POISON},
 };
 
 /// Numbers that the kernels work on: one a thread.

@@ -15,6 +15,7 @@ use std::{
 };
 
 use crate::{
+    builds::Entry,
     device::{Address, Device, Error, Gemm, Grid, Memory, Stream},
     kernel::{Launch, check_arguments},
 };
@@ -26,28 +27,6 @@ const DEFAULT_MEMORY: usize = 24 << 30;
 
 /// What the host's memory holds until a copy from the device has been done.
 pub const POISON: u8 = 0xff;
-
-/// A kernel's build for the CPU, with the sizes of its arguments.
-#[repr(C)]
-#[derive(Debug)]
-pub struct Entry {
-    name: *const c_char,
-    run: unsafe extern "C" fn(*mut *mut c_void),
-    arguments: u32,
-    sizes: [u32; 24],
-}
-
-// SAFETY: it is constant.
-unsafe impl Sync for Entry {}
-
-/// Both builds of a kernel.
-#[derive(Clone, Copy, Debug)]
-pub struct Builds {
-    /// Without checks.
-    pub fast: &'static Entry,
-    /// Reports every access.
-    pub checked: &'static Entry,
-}
 
 /// Which build runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,8 @@
 
 use std::ffi::{c_char, c_int, c_void};
 
-use super::{Entry, Statistics};
+use super::Statistics;
+use crate::builds::Entry;
 
 /// A launch.
 #[repr(C)]
