@@ -3,8 +3,9 @@
 use std::ffi::c_void;
 
 use crate::{
-    device::{Address, Grid},
+    device::Grid,
     kernel::{Argument, Kernel, Launch},
+    memory::Address,
 };
 
 /// `Row` of `attention.cu`: where a row's tokens lie.

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use crate::device::Address;
+use crate::memory::Address;
 
 /// What a kernel takes by value.
 ///
@@ -52,10 +52,10 @@ pub(crate) fn check_arguments(
     kernel: &'static str,
     arguments: &[(*const c_void, usize)],
     declared: impl Iterator<Item = usize>,
-) -> Result<(), crate::device::Error> {
+) -> Result<(), crate::error::Error> {
     let (ours, declared): (Vec<usize>, Vec<usize>) =
         (arguments.iter().map(|argument| argument.1).collect(), declared.collect());
-    if ours == declared { Ok(()) } else { Err(crate::device::Error::Arguments { kernel, ours, declared }) }
+    if ours == declared { Ok(()) } else { Err(crate::error::Error::Arguments { kernel, ours, declared }) }
 }
 
 /// Declares kernels: each is a struct of its arguments, in the order of the source.

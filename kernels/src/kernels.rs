@@ -1,6 +1,6 @@
 //! The kernels, a struct of arguments each, in the order of the sources, which say what they compute and with which shapes.
 
-use crate::{device::Address, kernel::Argument};
+use crate::{kernel::Argument, memory::Address};
 
 /// `Activation` of `activation.cu`.
 #[repr(i32)]

@@ -16,10 +16,14 @@ mod device;
 mod driver;
 #[cfg(feature = "emulation")]
 pub mod emulator;
+mod error;
 pub mod kernels;
 pub mod low_rank;
+mod memory;
 
-pub use device::{Address, Chosen, Device, Error, Gemm, Grid, Matrix, Memory, Number, Stream};
+pub use device::{Chosen, Device, Gemm, Grid, Matrix, Number, Stream};
 #[cfg(feature = "cuda")]
 pub use driver::Gpu;
+pub use error::Error;
 pub use kernel::{Argument, Kernel, Launch};
+pub use memory::{Address, Memory};

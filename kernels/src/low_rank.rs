@@ -3,9 +3,10 @@
 use std::ffi::c_void;
 
 use crate::{
-    device::{Address, Grid},
+    device::Grid,
     kernel::{Argument, Kernel, Launch},
     kernels::AddParts,
+    memory::Address,
 };
 
 /// The rank that kernels know. An adapter of any other has rows or columns of zeros up to the next.

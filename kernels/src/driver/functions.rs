@@ -10,7 +10,7 @@ use cudarc::driver::{
 use super::Gpu;
 use crate::{
     compiled::{FATBINS, sizes},
-    device::Error,
+    error::Error,
     kernel::{Kernel, check_arguments},
 };
 

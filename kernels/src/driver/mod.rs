@@ -17,8 +17,10 @@ use cudarc::driver::{
 
 use self::{functions::Function, products::Products};
 use crate::{
-    device::{Address, Chosen, Device, Error, Gemm, Grid, Memory, Stream},
+    device::{Chosen, Device, Gemm, Grid, Stream},
+    error::Error,
     kernel::Launch,
+    memory::{Address, Memory},
 };
 
 /// The CUDA version of the compiler: an older driver does not load what it makes.

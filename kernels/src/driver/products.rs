@@ -8,7 +8,11 @@ use cudarc::{
     driver::sys::CUstream,
 };
 
-use crate::device::{Address, Chosen, Error, Gemm, Matrix, Number};
+use crate::{
+    device::{Chosen, Gemm, Matrix, Number},
+    error::Error,
+    memory::Address,
+};
 
 const NAME: &str = "cuBLASLt";
 /// The file, as the library calls itself.

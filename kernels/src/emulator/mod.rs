@@ -11,13 +11,15 @@ mod runtime;
 use std::{
     cell::{Cell, RefCell},
     collections::{HashMap, VecDeque},
-    ffi::{CStr, CString, c_char, c_void},
+    ffi::{CStr, CString, c_void},
 };
 
 use crate::{
     builds::Entry,
-    device::{Address, Device, Error, Gemm, Grid, Memory, Stream},
+    device::{Device, Gemm, Grid, Stream},
+    error::Error,
     kernel::{Launch, check_arguments},
+    memory::{Address, Memory},
 };
 
 use self::runtime::{CHECKED, FAST, Functions, LaunchConfig};

@@ -1,7 +1,10 @@
 //! Products of matrices, plainly: the library's own order of sums is nobody's business.
 
 use super::{Emulator, pointer};
-use crate::device::{Error, Gemm, Matrix, Number};
+use crate::{
+    device::{Gemm, Matrix, Number},
+    error::Error,
+};
 
 impl Emulator {
     /// Carries a product out.
