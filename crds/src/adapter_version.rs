@@ -6,9 +6,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    evaluation::GateResult,
+    evaluation::{GateResult, Metrics},
     fine_tune_job::{MethodName, SecretRef},
-    run::Execution,
+    method::Method,
     schema::{any_object, is_zero},
     uri::Uri,
 };
@@ -102,6 +102,16 @@ pub enum ArtifactType {
     FullModel,
 }
 
+impl Method {
+    /// What a run of this method publishes.
+    pub fn artifact_type(&self) -> ArtifactType {
+        match self {
+            Self::Full => ArtifactType::FullModel,
+            Self::LoRA { .. } | Self::QLoRA { .. } => ArtifactType::LoraAdapter,
+        }
+    }
+}
+
 /// One published file, as manifest.json lists it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -166,46 +176,17 @@ pub struct Source {
     pub copied_from: Option<Uri>,
 }
 
-/// Measurements of a run. Losses are mean nats a token.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// How a run was executed: on record with its checkpoints and its version, and no input.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Metrics {
-    /// Eval loss of the base model, before the first step.
+pub struct Execution {
+    /// Kind of the devices that computed: cpu or cuda.
+    pub device: String,
+    /// Devices that shared the work.
+    pub world_size: u32,
+    /// The day that the chat template wrote, where it wrote one and the job pinned none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub base_eval_loss: Option<f64>,
-    /// Eval loss of the published weights.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub eval_loss: Option<f64>,
-    /// exp(baseEvalLoss).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub base_perplexity: Option<f64>,
-    /// exp(evalLoss).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub perplexity: Option<f64>,
-    /// Share of the probe's questions that the base model answers right.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub base_recall: Option<f64>,
-    /// Share of the probe's questions that the published weights answer right.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub recall: Option<f64>,
-    /// Digest of all that recall depends on besides the weights: the questions, maxNewTokens and the system turn.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub probe_digest: Option<String>,
-    /// Training loss over the last logged steps.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub train_loss: Option<f64>,
-    /// Optimizer steps.
-    pub steps: u64,
-    /// The step whose weights are published, where loadBestModelAtEnd chose it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub best_step: Option<u64>,
-    /// Steps whose update was left out, because their loss or gradient was NaN or infinite (onNonFinite: Skip).
-    #[serde(skip_serializing_if = "is_zero")]
-    pub skipped_steps: u64,
-    /// Tokens worked through.
-    pub tokens: u64,
-    /// Seconds from the first step to the last, over all attempts.
-    pub train_seconds: f64,
+    pub template_date: Option<String>,
 }
 
 /// Whether a version can be served.

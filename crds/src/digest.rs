@@ -9,7 +9,8 @@ use crate::{
     fine_tune_job::{
         DataFormat, Dataset, LrScheduler, LrSchedulerKwargs, OnBadRow, OnNonFinite, Optim, Overflow, Training,
     },
-    run::{Method, PreflightReport, RunSpec},
+    method::Method,
+    run::{PreflightReport, RunSpec},
 };
 
 /// What goes into the digest, in the order in which it is written. How often a run logs and saves is left out, and so are
@@ -61,7 +62,7 @@ struct Evaluation {
 /// Digest (`sha256:…`) of a run's inputs: the base model and data that preflight read, the method and every option
 /// that changes the result. `spec` is that of [`RunSpec::resolved`]: how many rows a step sums up and how exactly it
 /// computes follow from the plan where the job does not say. How the work is divided, the devices, the day and the
-/// trainer's image are no inputs ([`Execution`](crate::run::Execution)).
+/// trainer's image are no inputs ([`Execution`](crate::adapter_version::Execution)).
 pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport) -> String {
     // Destructured, so that a new option can't be forgotten here.
     let Training {

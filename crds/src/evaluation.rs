@@ -6,7 +6,8 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{adapter_version::Metrics, uri::Uri};
+use crate::schema::is_zero;
+use crate::uri::Uri;
 
 /// The gates that a version must pass before it may be served.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -194,6 +195,48 @@ pub fn failure(results: &[GateResult]) -> Option<String> {
 fn told_apart(value: f64, bound: f64) -> (String, String) {
     let with = |decimals: usize| (format!("{value:.decimals$}"), format!("{bound:.decimals$}"));
     (2..6).map(with).find(|(value, bound)| value != bound).unwrap_or_else(|| with(if value == bound { 2 } else { 6 }))
+}
+
+/// Measurements of a run. Losses are mean nats a token.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Metrics {
+    /// Eval loss of the base model, before the first step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_eval_loss: Option<f64>,
+    /// Eval loss of the published weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_loss: Option<f64>,
+    /// exp(baseEvalLoss).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_perplexity: Option<f64>,
+    /// exp(evalLoss).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
+    /// Share of the probe's questions that the base model answers right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_recall: Option<f64>,
+    /// Share of the probe's questions that the published weights answer right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recall: Option<f64>,
+    /// Digest of all that recall depends on besides the weights: the questions, maxNewTokens and the system turn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_digest: Option<String>,
+    /// Training loss over the last logged steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_loss: Option<f64>,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// The step whose weights are published, where loadBestModelAtEnd chose it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best_step: Option<u64>,
+    /// Steps whose update was left out, because their loss or gradient was NaN or infinite (onNonFinite: Skip).
+    #[serde(skip_serializing_if = "is_zero")]
+    pub skipped_steps: u64,
+    /// Tokens worked through.
+    pub tokens: u64,
+    /// Seconds from the first step to the last, over all attempts.
+    pub train_seconds: f64,
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ pub use crate::method::{Lora, LoraBias, MethodName, Quantization, QuantizationTy
 pub use crate::training::{OnNonFinite, Optim, Overflow, Training};
 use crate::{
     evaluation::{Evaluation, GateResult},
-    schema::{MAX_ROLE_ARN, QUANTITY, is_name, is_quantity, is_role_arn, is_zero, rule},
+    schema::{MAX_ROLE_ARN, QUANTITY, defaults, is_name, is_quantity, is_role_arn, is_zero, rule},
     uri::Uri,
 };
 
@@ -510,19 +510,5 @@ impl FineTuneJobSpec {
         let data = [Some(train), eval.as_ref()].into_iter().flatten().map(|source| &source.uri);
         let probe = self.evaluation.probe().map(|probe| &probe.uri);
         [&self.base_model.uri].into_iter().chain(data).chain(probe).filter_map(Uri::claim).collect()
-    }
-}
-
-pub(crate) mod defaults {
-    pub(crate) fn yes() -> bool {
-        true
-    }
-
-    pub(super) fn backoff_limit() -> i32 {
-        3
-    }
-
-    pub(super) fn run_history_limit() -> u32 {
-        10
     }
 }

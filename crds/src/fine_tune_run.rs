@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     adapter_version::Artifact,
     fine_tune_job::{FineTuneJobSpec, Plan, Training},
-    run::{Method, PreflightReport, TrainReport},
+    method::Method,
+    run::{PreflightReport, TrainReport},
     schema::{any_object, is_zero},
 };
 

@@ -31,5 +31,6 @@ pub use evaluation::Evaluation;
 pub use fine_tune_job::{FineTuneJob, FineTuneJobPhase, FineTuneJobSpec, FineTuneJobStatus};
 pub use fine_tune_run::{FineTuneRun, FineTuneRunSpec, FineTuneRunStatus};
 pub use gpu_class::{GpuClass, GpuClassSpec};
-pub use run::{Method, RunReport, RunSpec};
+pub use method::Method;
+pub use run::{RunReport, RunSpec};
 pub use uri::{Cloud, Uri};

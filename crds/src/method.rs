@@ -6,8 +6,8 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::fine_tune_job::defaults;
-use crate::schema::rule;
+use crate::schema::{defaults, rule};
+use crate::training::Training;
 
 /// The method: Full (every weight), LoRA (small matrices beside a frozen base model), QLoRA (LoRA over a base model
 /// in 4 or 8 bits) or Auto.
@@ -22,6 +22,51 @@ pub enum MethodName {
     /// LoRA where the base fits, else QLoRA.
     #[default]
     Auto,
+}
+
+/// How to train, with the options that this takes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", deny_unknown_fields)]
+pub enum Method {
+    /// Every parameter.
+    Full,
+    /// A frozen base and small trained matrices.
+    LoRA {
+        /// Their options.
+        lora: Lora,
+    },
+    /// LoRA over a quantized base.
+    QLoRA {
+        /// Options of the trained matrices.
+        lora: Lora,
+        /// How the base is stored.
+        quantization: Quantization,
+    },
+}
+
+impl Method {
+    /// The method's name.
+    pub fn name(&self) -> MethodName {
+        match self {
+            Self::Full => MethodName::Full,
+            Self::LoRA { .. } => MethodName::LoRA,
+            Self::QLoRA { .. } => MethodName::QLoRA,
+        }
+    }
+
+    /// Every option of a training: what is recorded with its version.
+    pub fn hyperparameters(&self, training: &Training) -> serde_json::Value {
+        let mut hyperparameters = serde_json::json!({"training": training});
+        match self {
+            Self::Full => {}
+            Self::LoRA { lora } => hyperparameters["lora"] = serde_json::json!(lora),
+            Self::QLoRA { lora, quantization } => {
+                hyperparameters["lora"] = serde_json::json!(lora);
+                hyperparameters["quantization"] = serde_json::json!(quantization);
+            }
+        }
+        hyperparameters
+    }
 }
 
 /// Options of LoRA. They have PEFT's names, in camelCase.

@@ -5,9 +5,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    adapter_version::{Artifact, ArtifactType, DatasetRecord, Metrics},
-    evaluation::Evaluation,
+    adapter_version::{Artifact, DatasetRecord, Execution},
+    evaluation::{Evaluation, Metrics},
     fine_tune_job::{Dataset, FineTuneJob, FineTuneJobSpec, Lora, MethodName, Progress, Quantization, Training},
+    method::Method,
     uri::Uri,
 };
 
@@ -94,58 +95,6 @@ pub struct TrainTask {
     /// The version of the same inputs that is copied; None to train.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy_of: Option<Artifact>,
-}
-
-/// How a run was executed: on record with its checkpoints and its version, and no input.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Execution {
-    /// Kind of the devices that trained: cpu or cuda.
-    pub device: String,
-    /// Number of devices that shared the work.
-    pub world_size: u32,
-    /// The day that the chat template wrote. It is absent if the template writes no day, or if the job pinned one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub template_date: Option<String>,
-}
-
-/// How to train, with the options that this takes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "name", deny_unknown_fields)]
-pub enum Method {
-    /// Every parameter.
-    Full,
-    /// A frozen base and small trained matrices.
-    LoRA {
-        /// Their options.
-        lora: Lora,
-    },
-    /// LoRA over a quantized base.
-    QLoRA {
-        /// Options of the trained matrices.
-        lora: Lora,
-        /// How the base is stored.
-        quantization: Quantization,
-    },
-}
-
-impl Method {
-    /// The method's name.
-    pub fn name(&self) -> MethodName {
-        match self {
-            Self::Full => MethodName::Full,
-            Self::LoRA { .. } => MethodName::LoRA,
-            Self::QLoRA { .. } => MethodName::QLoRA,
-        }
-    }
-
-    /// What a run of this method publishes.
-    pub fn artifact_type(&self) -> ArtifactType {
-        match self {
-            Self::Full => ArtifactType::FullModel,
-            Self::LoRA { .. } | Self::QLoRA { .. } => ArtifactType::LoraAdapter,
-        }
-    }
 }
 
 impl FineTuneJobSpec {

@@ -46,3 +46,18 @@ pub(crate) fn is_quantity(example: &str) -> serde_json::Value {
 pub(crate) fn rule(rule: &str, message: &str) -> serde_json::Value {
     serde_json::json!([{"rule": rule, "message": message}])
 }
+
+/// Defaults of fields, for serde.
+pub(crate) mod defaults {
+    pub(crate) fn yes() -> bool {
+        true
+    }
+
+    pub(crate) fn backoff_limit() -> i32 {
+        3
+    }
+
+    pub(crate) fn run_history_limit() -> u32 {
+        10
+    }
+}

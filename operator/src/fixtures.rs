@@ -6,7 +6,8 @@ use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use serde_json::{Value, json};
 use tunesmith_crds::{
     AdapterVersion, AdapterVersionPhase, AdapterVersionStatus, FineTuneJob, FineTuneRunStatus, GpuClass,
-    adapter_version::{DatasetRecord, Metrics},
+    adapter_version::DatasetRecord,
+    evaluation::Metrics,
     fine_tune_job::MethodName,
     fine_tune_run::{Attempt, RunStage, Settled, Trigger},
     run::{ModelShape, Outcome, PreflightReport, TrainReport},

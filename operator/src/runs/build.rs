@@ -323,14 +323,6 @@ fn adapter_version(
     let report = record.published.as_ref()?;
     let spec = task_spec(job, run, record, trainer)?;
     let (task, method) = (spec.train.as_ref()?, spec.method.as_ref()?);
-    let (lora, quantization) = match method {
-        Method::Full => (None, None),
-        Method::LoRA { lora } => (Some(lora), None),
-        Method::QLoRA { lora, quantization } => (Some(lora), Some(quantization)),
-    };
-    let mut hyperparameters = serde_json::Map::from_iter([("training".to_owned(), json!(spec.training))]);
-    hyperparameters.extend(lora.map(|lora| ("lora".to_owned(), json!(lora))));
-    hyperparameters.extend(quantization.map(|quantization| ("quantization".to_owned(), json!(quantization))));
     let output = &run.spec.job_spec.output;
     let mut version = AdapterVersion::new(
         &names::adapter_version(&spec.adapter_name, report.version),
@@ -351,7 +343,7 @@ fn adapter_version(
             base_model: BaseModelRecord { uri: spec.base_model.clone(), digest: task.base_digest.clone() },
             dataset: report.dataset.clone(),
             method: method.name(),
-            hyperparameters: hyperparameters.into(),
+            hyperparameters: method.hyperparameters(&spec.training),
             source: Source {
                 job: spec.job.name.clone(),
                 uid: spec.job.uid.clone(),

@@ -9,9 +9,8 @@ use std::path::Path;
 
 use tunesmith_crds::{
     Cloud, FineTuneJob, FineTuneJobSpec, Method, RunSpec, Uri,
-    adapter_version::Metrics,
     digest::input_digest,
-    evaluation::GateResult,
+    evaluation::{GateResult, Metrics},
     fine_tune_job::MethodName,
     run::{Outcome, PreflightReport, TrainReport, TrainTask},
     uri::UriError,

@@ -1,6 +1,10 @@
 //! `README.md`: the model card, with the front matter that Hugging Face tools read.
 
-use tunesmith_crds::{Method, adapter_version::Metrics, evaluation::GateResult, fine_tune_job::Lora};
+use tunesmith_crds::{
+    Method,
+    evaluation::{GateResult, Metrics},
+    fine_tune_job::Lora,
+};
 
 use super::Trained;
 use crate::train::lora_of;

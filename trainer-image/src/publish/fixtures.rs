@@ -2,10 +2,7 @@
 
 use serde_json::json;
 use tunesmith_crds::{
-    FineTuneJob, Method, RunSpec,
-    adapter_version::{Artifact, Metrics},
-    fine_tune_job::Lora,
-    run::TrainTask,
+    FineTuneJob, Method, RunSpec, adapter_version::Artifact, evaluation::Metrics, fine_tune_job::Lora, run::TrainTask,
 };
 
 use super::{MANIFEST, Manifest, seal};

@@ -3,10 +3,10 @@
 use serde::{Deserialize, Serialize};
 use tunesmith_crds::{
     Method, RunSpec, Uri,
-    adapter_version::{ArtifactFile, ArtifactType, BaseModelRecord, DatasetRecord, Metrics, Source},
-    evaluation::GateResult,
+    adapter_version::{ArtifactFile, ArtifactType, BaseModelRecord, DatasetRecord, Execution, Source},
+    evaluation::{GateResult, Metrics},
     fine_tune_job::MethodName,
-    run::{Execution, TrainReport, TrainTask},
+    run::{TrainReport, TrainTask},
 };
 
 use crate::digest;
@@ -50,15 +50,6 @@ impl Manifest {
         dataset: DatasetRecord,
         (metrics, execution): (Metrics, Execution),
     ) -> Self {
-        let mut hyperparameters = serde_json::json!({"training": spec.training});
-        match method {
-            Method::Full => {}
-            Method::LoRA { lora } => hyperparameters["lora"] = serde_json::json!(lora),
-            Method::QLoRA { lora, quantization } => {
-                hyperparameters["lora"] = serde_json::json!(lora);
-                hyperparameters["quantization"] = serde_json::json!(quantization);
-            }
-        }
         Self {
             schema_version: SCHEMA_VERSION,
             adapter_name: spec.adapter_name.clone(),
@@ -67,7 +58,7 @@ impl Manifest {
             base_model: BaseModelRecord { uri: spec.base_model.clone(), digest: task.base_digest.clone() },
             dataset,
             method: method.name(),
-            hyperparameters,
+            hyperparameters: method.hyperparameters(&spec.training),
             source: Source {
                 job: spec.job.name.clone(),
                 uid: spec.job.uid.clone(),

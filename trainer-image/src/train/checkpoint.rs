@@ -8,7 +8,10 @@ use std::{
 
 use safetensors::{Dtype, tensor::Metadata};
 use serde::{Deserialize, Serialize};
-use tunesmith_crds::{adapter_version::ArtifactFile, fine_tune_job::Training, run::Execution};
+use tunesmith_crds::{
+    adapter_version::{ArtifactFile, Execution},
+    fine_tune_job::Training,
+};
 use tunesmith_engine::{LazyTensor, StateSource};
 
 use super::History;

@@ -1,7 +1,8 @@
 //! What was measured so far: goes into checkpoints, so that a resumed run's curve has no gap.
 
 use serde::{Deserialize, Serialize};
-use tunesmith_crds::run::Execution;
+
+use tunesmith_crds::adapter_version::Execution;
 
 /// How far a run is, and what it measured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -19,10 +19,10 @@ use std::{
 use chrono::NaiveDate;
 use tunesmith_crds::{
     Method, RunSpec,
-    adapter_version::Metrics,
-    evaluation::{failure, perplexity},
+    adapter_version::Execution,
+    evaluation::{Metrics, failure, perplexity},
     fine_tune_job::{OnNonFinite, Progress as Numbers, Training},
-    run::{Execution, Outcome, TrainReport, TrainStage, TrainTask},
+    run::{Outcome, TrainReport, TrainStage, TrainTask},
 };
 use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, NUMERICS_VERSION, Schedule, Trainer};
 
