@@ -180,11 +180,11 @@ pub struct Source {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Execution {
-    /// Kind of the devices that computed: cpu or cuda.
+    /// Kind of the devices that trained: cpu or cuda.
     pub device: String,
-    /// Devices that shared the work.
+    /// Number of devices that shared the work.
     pub world_size: u32,
-    /// The day that the chat template wrote, where it wrote one and the job pinned none.
+    /// The day that the chat template wrote. It is absent if the template writes no day, or if the job pinned one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template_date: Option<String>,
 }

@@ -15,7 +15,7 @@ use tunesmith_crds::{AdapterVersion, FineTuneRun, FineTuneRunStatus, conditions:
 use crate::{
     admission::Refusal,
     labels::OPERATOR,
-    runs::{Object, Run},
+    run::{Object, Run},
 };
 
 /// One change to the cluster.

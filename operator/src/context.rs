@@ -8,9 +8,9 @@ use std::{
 };
 
 use futures::future::{BoxFuture, Shared};
-use k8s_openapi::{NamespaceResourceScope, jiff::SignedDuration};
+use k8s_openapi::jiff::SignedDuration;
 use kube::{
-    Api, Client, Resource, ResourceExt,
+    Client, Resource, ResourceExt,
     runtime::{
         controller,
         events::{Event, EventType, Recorder},
@@ -82,17 +82,6 @@ impl Context {
         if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
             tracing::warn!(%error, reason, "cannot publish an event");
         }
-    }
-}
-
-/// Objects of a namespace; of all namespaces, if none is named.
-pub fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
-where
-    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
-{
-    match namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
     }
 }
 

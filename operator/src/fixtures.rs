@@ -14,9 +14,10 @@ use tunesmith_crds::{
 };
 
 use crate::{
-    jobs::observed::Observed,
+    observed::Observed,
     plan::{Devices, Offers},
-    runs::{Object, Run, Work, build::new_run, settle::settled},
+    run::{Object, Run, Work},
+    runs::{build::new_run, settle::settled},
     workload::{Cause, CheckResources, Ending, JobState, Pods, Stage, TrainerDefaults, TrainerJob},
 };
 

@@ -21,9 +21,11 @@ mod metrics;
 #[cfg(test)]
 mod mock;
 mod nodes;
+pub mod observed;
 mod options;
 pub mod plan;
 mod progress;
+pub mod run;
 pub mod runs;
 mod server;
 mod state;

@@ -29,7 +29,8 @@ pub use self::{
     queue::{Name, Queue},
     watches::{Watches, watch_cluster},
 };
-use crate::runs::Run;
+
+use crate::run::Run;
 
 /// An object as it was read, or why it can't be.
 pub type Guarded<K> = DeserializeGuard<K>;

@@ -23,7 +23,7 @@ use super::{
     queue::{Names, Queue},
     raw::Raw,
 };
-use crate::{context::scoped, workload::Stage};
+use crate::workload::Stage;
 
 /// Objects that a list brings at once: they lie in memory as text meanwhile.
 const PAGE: u32 = 250;
@@ -161,4 +161,15 @@ fn wake_job<K: Resource<DynamicType = ()>>(caches: &Caches) -> impl Fn(&Raw<K>) 
 fn version_of(job: &Raw<Job>) -> Option<String> {
     let owner = job.owner_references().iter().find(|owner| owner.kind == AdapterVersion::kind(&()))?;
     Some(owner.name.clone())
+}
+
+/// Objects of a namespace; of all namespaces, if none is named.
+fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
 }

@@ -6,12 +6,13 @@
 use k8s_openapi::jiff::Timestamp;
 use tunesmith_crds::{FineTuneJobPhase as Phase, Uri, conditions::reason, fine_tune_run::Trigger};
 
-use super::observed::{Observed, Retry};
 use crate::{
+    observed::{Observed, Retry},
     plan::plan,
+    run::{Object, Run},
     runs::{
-        Object, Run,
-        decide::{Advance, advance, wind_down},
+        advance::Advance,
+        decide::{advance, wind_down},
     },
     state::State,
 };

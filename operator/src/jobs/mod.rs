@@ -2,7 +2,6 @@
 
 pub mod decide;
 mod observe;
-pub mod observed;
 pub mod status;
 
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
@@ -19,7 +18,6 @@ use tunesmith_crds::{
 use self::{
     decide::{Decision, decide},
     observe::{ObserveError, observe},
-    observed::Observed,
 };
 use crate::{
     admission::Refusal,
@@ -29,11 +27,13 @@ use crate::{
     context::{Context, Outcome, Stop, log_failure, words_of},
     details::{Details, Written},
     labels::OPERATOR,
+    observed::Observed,
     progress::{self, Live},
+    run::Run,
     runs::{
-        Run,
+        advance::{Advance, Step},
         build::{build, new_run},
-        decide::{Advance, Step, copied},
+        copied,
         settle::refused,
         with_conditions,
     },

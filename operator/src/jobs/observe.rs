@@ -10,14 +10,15 @@ use k8s_openapi::{
 use kube::{Api, Client, ResourceExt};
 use tunesmith_crds::{AdapterVersion, FineTuneJob, FineTuneRun, fine_tune_run::Attempt};
 
-use super::observed::Observed;
 use crate::{
     admission,
     cache::{Caches, counts},
+    observed::Observed,
     plan::{Devices, Offers},
     progress::Live,
+    run::{Object, Run, Work},
     runs::{
-        Object, Run, Work, active,
+        active,
         build::{attempt_name, check_name},
     },
     workload::{JobState, Pods, Stage, TrainerJob, ending::finished, job::fresh_pods},

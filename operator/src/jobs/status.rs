@@ -14,14 +14,13 @@ use tunesmith_crds::{
     run::PreflightReport,
 };
 
-use super::{decide::Decision, observed::Observed};
+use super::decide::Decision;
 use crate::{
     conditions::{Conditions, Verdict},
+    observed::Observed,
     plan::plan,
-    runs::{
-        Run,
-        decide::{copied, digest_of},
-    },
+    run::Run,
+    runs::{copied, task::digest_of},
     state::State,
     workload::{JobState, Pods, TrainerJob},
 };
@@ -401,7 +400,7 @@ mod tests {
             settle(run, 1, "sha256:x");
             train(run, running());
             run.record.attempts[0].gpus = 8;
-            let crate::runs::Work::There { job, .. } = run.work.clone() else { panic!() };
+            let crate::run::Work::There { job, .. } = run.work.clone() else { panic!() };
             run.work = crate::fixtures::there(crate::fixtures::ended(*job, failed("x")));
         }));
         assert_eq!(status.run.unwrap().gpu_seconds, 90 * 8);

@@ -16,19 +16,22 @@ use kube::{Resource, ResourceExt};
 use serde_json::json;
 use tunesmith_crds::{
     AdapterVersion, AdapterVersionSpec, FineTuneJob, FineTuneJobSpec, FineTuneRun, FineTuneRunSpec, FineTuneRunStatus,
-    Method, RunSpec,
+    RunSpec,
     adapter_version::{Artifact, BaseModelRecord, Source},
     fine_tune_job::SecretRef,
     fine_tune_run::{RunOf, Trigger},
     names::{self, env_prefix},
-    run::TrainTask,
 };
 
-use super::{Run, decide::Step};
 use crate::{
     apply::Change,
     labels,
     plan::Planned,
+    run::Run,
+    runs::{
+        advance::Step,
+        task::{check_spec, task_spec},
+    },
     workload::{Stage, TrainerDefaults, TrainerPod},
 };
 
@@ -133,34 +136,6 @@ pub fn check_name(run: &Run, number: u32) -> String {
 /// Name of the Job of an attempt to train.
 pub fn attempt_name(run: &Run, number: u32) -> String {
     format!("{}-{number}", run.object.name)
-}
-
-/// What a check works on.
-pub fn check_spec(run: &Run, job: &FineTuneJob) -> RunSpec {
-    let served = FineTuneJob {
-        metadata: ObjectMeta { generation: Some(run.spec.job.generation), ..job.metadata.clone() },
-        spec: run.spec.job_spec.clone(),
-        status: None,
-    };
-    RunSpec::preflight(&served, run.number())
-}
-
-/// What an attempt works on; None before that is settled.
-fn task_spec(job: &FineTuneJob, run: &Run, record: &FineTuneRunStatus, trainer: &TrainerDefaults) -> Option<RunSpec> {
-    let (settled, preflight) = (record.settled.as_ref()?, record.preflight.as_ref()?);
-    let task = TrainTask {
-        version: settled.version,
-        input_digest: settled.input_digest.clone(),
-        base_digest: preflight.base_digest.clone(),
-        dataset_digest: preflight.dataset.digest.clone(),
-        trainer_image: trainer.image.clone(),
-        cluster: trainer.cluster.clone(),
-        template_date: preflight.template_date.clone(),
-        numerics_version: preflight.numerics_version,
-        copy_of: settled.copy_of.clone(),
-    };
-    let spec = RunSpec { training: settled.training.clone(), ..check_spec(run, job) };
-    Some(spec.with_training(settled.method.clone(), task))
 }
 
 /// One try, and no other by the Job controller: what became of it is for the record.

@@ -7,60 +7,27 @@
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 use tunesmith_crds::{
     FineTuneJobPhase as Phase, FineTuneRunStatus,
-    adapter_version::Artifact,
     conditions::reason,
     digest::input_digest,
     fine_tune_run::{Attempt, Cause, KEPT_ATTEMPTS, RunStage, Settled},
-    run::{LiveProgress, PreflightReport, RunSpec, TrainStage},
+    run::{LiveProgress, PreflightReport, TrainStage},
 };
 
 use super::{
-    Run, active, build, next_at,
+    active,
+    advance::{Advance, Step, publish},
+    copied, next_at,
     outcome::{outcome, reuse, served_elsewhere},
     settle::settled,
+    task::check_spec,
 };
 use crate::{
-    jobs::observed::Observed,
+    observed::Observed,
     plan::{Planned, plan},
+    run::{Run, Work},
     state::State,
     workload::{JobState, Pods, TrainerJob},
 };
-
-/// What to do about a run.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Advance {
-    /// The record, to be written before anything is done.
-    pub record: FineTuneRunStatus,
-    /// In this order; a step that fails ends the list.
-    pub steps: Vec<Step>,
-    /// What the run does.
-    pub state: State,
-}
-
-/// One change to the cluster.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Step {
-    /// Check model and data: the Job of the record's try.
-    CreateCheck,
-    /// Train: the Job of the record's attempt, suspended, and what it works on.
-    CreateAttempt(Box<Planned>),
-    /// Let a suspended Job begin.
-    Admit {
-        /// Its name.
-        name: String,
-        /// Its UID.
-        uid: String,
-    },
-    /// Delete a Job; its pods get time for a checkpoint.
-    DeleteJob {
-        /// Its name.
-        name: String,
-        /// Its UID.
-        uid: String,
-    },
-    /// Record what was published.
-    CreateVersion,
-}
 
 /// Decides what the run that serves the job does next.
 pub fn advance(run: &Run, observed: &Observed, now: Timestamp) -> Advance {
@@ -167,15 +134,6 @@ fn next(run: &Run, observed: &Observed, now: Timestamp, advance: &mut Advance) -
 
 fn is_over(state: &State) -> bool {
     matches!(state.phase, Phase::Succeeded | Phase::Failed)
-}
-
-/// Ends the run without a version. What is counted (failures, time) may be allowed later: it goes on then.
-pub(super) fn over(record: &mut FineTuneRunStatus, reason: &'static str, message: impl Into<String>) -> State {
-    let message = message.into();
-    record.stage = Some(RunStage::Done);
-    record.reason = Some(reason.into());
-    record.message = Some(message.clone());
-    State::new(Phase::Failed, reason, message)
 }
 
 /// Why there is no other try or attempt, if so.
@@ -385,14 +343,9 @@ fn begin_attempt(run: &Run, observed: &Observed, planned: Planned, now: Timestam
     }
 }
 
-/// The version that the run copies instead of training, if it does.
-pub fn copied(record: &FineTuneRunStatus) -> Option<&Artifact> {
-    record.settled.as_ref()?.copy_of.as_ref()
-}
-
 /// What decides the result, once and for all attempts.
 fn settle(run: &Run, observed: &Observed, report: &PreflightReport, planned: &Planned) -> Settled {
-    let spec = planned.resolve(build::check_spec(run, &observed.job));
+    let spec = planned.resolve(check_spec(run, &observed.job));
     let input_digest = input_digest(&spec, &planned.method, report);
     let probe = report.probe_digest.as_deref();
     Settled {
@@ -461,7 +414,7 @@ fn runs(live: Option<&LiveProgress>, retried: &str) -> State {
 /// The Job is there, but the cluster has no place for its pods.
 fn waits(run: &Run, pods: &Pods, otherwise: Phase, retried: &str) -> State {
     let refusal = match &run.work {
-        super::Work::There { refusal, .. } => refusal.as_ref(),
+        Work::There { refusal, .. } => refusal.as_ref(),
         _ => None,
     };
     let state = match (pods, refusal) {
@@ -473,29 +426,6 @@ fn waits(run: &Run, pods: &Pods, otherwise: Phase, retried: &str) -> State {
         _ => State::new(Phase::Starting, reason::STARTING, format!("waits for the training pods{retried}")),
     };
     state.soon()
-}
-
-/// Records the version that was published.
-pub(super) fn publish(run: &Run, record: &mut FineTuneRunStatus, steps: &mut Vec<Step>) {
-    if let Some(report) = &record.published {
-        let adapter = &run.spec.job_spec.output.adapter_name;
-        record.adapter_version = Some(tunesmith_crds::names::adapter_version(adapter, report.version));
-        record.stage = Some(RunStage::Recorded);
-        record.message = None;
-        steps.push(Step::CreateVersion);
-    }
-}
-
-/// Digest of the run's inputs, as they are settled; before that, as they would be now. None if no class can say what Auto
-/// means, how many devices share the work and how exactly they compute.
-pub fn digest_of(run: &Run, record: &FineTuneRunStatus, observed: &Observed) -> Option<String> {
-    if let Some(settled) = &record.settled {
-        return Some(settled.input_digest.clone());
-    }
-    let report = record.preflight.as_ref()?;
-    let planned = plan(&observed.job.spec, &observed.offers, Some(report), None).ok()?;
-    let spec: RunSpec = planned.resolve(build::check_spec(run, &observed.job));
-    Some(input_digest(&spec, &planned.method, report))
 }
 
 fn delete(job: &TrainerJob, steps: &mut Vec<Step>) {

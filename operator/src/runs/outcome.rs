@@ -6,10 +6,10 @@ use tunesmith_crds::{
 };
 
 use super::{
-    Run,
-    decide::{Advance, Step, digest_of, over, publish},
+    advance::{Advance, Step, over, publish},
+    task::digest_of,
 };
-use crate::{jobs::observed::Observed, state::State};
+use crate::{observed::Observed, run::Run, state::State};
 
 /// A run that has published, or whose inputs had been trained before, is as good as its version.
 pub(super) fn outcome(run: &Run, observed: &Observed, advance: &mut Advance) -> Option<State> {

@@ -8,8 +8,11 @@ use tunesmith_crds::{
     run::{Outcome, TrainReport},
 };
 
-use super::{Run, Work, active, active_mut, decide::copied};
-use crate::workload::{Cause, Ending, JobState};
+use super::{active, active_mut, copied};
+use crate::{
+    run::{Run, Work},
+    workload::{Cause, Ending, JobState},
+};
 
 /// An attempt that lasted less than this makes the next one wait.
 const SHORT_SECONDS: i64 = 60;

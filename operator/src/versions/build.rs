@@ -16,14 +16,11 @@ use super::decide::Step;
 use crate::{
     apply::Change,
     labels,
-    workload::{Stage, TrainerDefaults, TrainerPod, pod::retry_policy},
+    workload::{
+        Stage, TrainerDefaults, TrainerPod,
+        pod::{KEPT_SECONDS, RETRIES, retry_policy},
+    },
 };
-
-/// Failed pods that are followed by another one before the Job fails.
-pub const RETRIES: i32 = 3;
-
-/// A Job that is over stays for so long, for whoever wants to see its log.
-pub const KEPT_SECONDS: i32 = 300;
 
 /// The changes that a step means.
 pub fn build(step: &Step, version: &AdapterVersion, trainer: &TrainerDefaults) -> Vec<Change> {

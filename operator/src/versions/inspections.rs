@@ -27,13 +27,17 @@ use tunesmith_crds::{
     run::{Finding, InspectReport, InspectSpec, Inspected, Outcome, SCHEMA_VERSION, Verdict},
 };
 
-use super::build::{KEPT_SECONDS, RETRIES};
 use crate::{
     apply::{ApplyError, Change, apply},
     cache::{Caches, VersionNote},
     context::Context,
     labels,
-    workload::{Stage, TrainerDefaults, TrainerJob, TrainerPod, ending::finished, job::fresh_pods, pod::retry_policy},
+    workload::{
+        Stage, TrainerDefaults, TrainerJob, TrainerPod,
+        ending::finished,
+        job::fresh_pods,
+        pod::{KEPT_SECONDS, RETRIES, retry_policy},
+    },
 };
 
 /// Versions that are due are looked for this often.

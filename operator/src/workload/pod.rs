@@ -241,6 +241,12 @@ impl CheckResources {
     }
 }
 
+/// Failed pods that are followed by another one before the Job fails.
+pub const RETRIES: i32 = 3;
+
+/// A Job that is over stays for so long, for whoever wants to see its log.
+pub const KEPT_SECONDS: i32 = 300;
+
 /// How the Job controller retries a pod that only checks.
 pub fn retry_policy() -> PodFailurePolicy {
     let on_exit = |action: &str, codes: &[i32]| PodFailurePolicyRule {

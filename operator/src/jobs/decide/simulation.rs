@@ -11,11 +11,12 @@ use super::*;
 use crate::{
     fixtures::{at, ended, failed, job, observed, passed, train_report, trainer_defaults, trainer_job, version},
     jobs::status::status,
+    run::Work,
     runs::{
-        Work, active,
+        active,
+        advance::Step,
         build::{attempt_name, check_name, new_run},
-        decide::{Step, copied},
-        with_conditions,
+        copied, with_conditions,
     },
     workload::{Cause, JobState, Pods, Stage, TrainerJob},
 };

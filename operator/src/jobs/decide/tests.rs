@@ -18,11 +18,8 @@ use crate::{
         version, with_pods,
     },
     jobs::status::status,
-    runs::{
-        Work,
-        decide::{Step, copied, digest_of},
-        settle::refused,
-    },
+    run::Work,
+    runs::{advance::Step, copied, settle::refused, task::digest_of},
     workload::{Cause, JobState, Pods, Stage},
 };
 

@@ -49,7 +49,7 @@ fn first_attempt(job: &FineTuneJob, offers: &Offers) -> Job {
     built(&observed)
 }
 
-fn built(observed: &crate::jobs::observed::Observed) -> Job {
+fn built(observed: &crate::observed::Observed) -> Job {
     let run = &observed.runs[&1];
     let advance = advance(run, observed, crate::fixtures::at(10_000));
     let changes =
@@ -395,7 +395,7 @@ fn attempts_run_the_very_image_that_checked() {
 }
 
 /// The AdapterVersion of a run that has published.
-fn recorded(job: FineTuneJob, change: impl FnOnce(&mut crate::jobs::observed::Observed)) -> AdapterVersion {
+fn recorded(job: FineTuneJob, change: impl FnOnce(&mut crate::observed::Observed)) -> AdapterVersion {
     let mut observed = observed_published(job);
     change(&mut observed);
     let run = &observed.runs[&1];

@@ -1,4 +1,4 @@
-//! What a decision about a FineTuneJob is made from: plain values, read by [`super::observe`].
+//! What a decision about a FineTuneJob is made from: plain values, read by [`crate::jobs`].
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use tunesmith_crds::{
     run::PreflightReport,
 };
 
-use crate::{plan::Offers, runs::Run};
+use crate::{plan::Offers, run::Run};
 
 /// Everything that a decision is made from.
 #[derive(Clone, Debug)]
