@@ -35,7 +35,7 @@ test-all: test audit oracle fuzz kernel-mutants bench-operator ## The rest too: 
 lint: rust ## Formatting, clippy, and no cycle of imports between modules
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
-	$(CARGO) run --quiet --package tunesmith-lint -- $(addprefix --exclude tunesmith-,engine trainer)
+	$(CARGO) run --quiet --package tunesmith-lint -- $(addprefix --exclude tunesmith-,engine)
 
 unit: rust ## Unit, property and fixture tests
 	$(CARGO) test --workspace

@@ -10,8 +10,8 @@ use tunesmith_crds::Uri;
 
 use crate::{
     error::Error,
+    layout::{CHAT_TEMPLATE, MANIFEST},
     model::check_whole,
-    publish::{CHAT_TEMPLATE, MANIFEST},
     store::{Location, Role, StoreError, Stores},
 };
 

@@ -22,6 +22,7 @@ use crate::{
     adapter::fetch_adapter,
     chat::Chat,
     convert::{convert, gguf_lora},
+    copy::copy,
     error::Error,
     evaluate::{self, evaluate},
     generate::{Writer, uri},
@@ -31,9 +32,9 @@ use crate::{
     pod::{caught, read_spec, report_to},
     preflight::preflight,
     progress::{Progress, serve},
-    publish::copy,
+    stop::Stop,
     store::{Role, Stores},
-    train::{Context, Stop, train},
+    train::{Context, train},
     verify::{inspect, verify},
 };
 

@@ -12,8 +12,8 @@ use crate::{
     generate::{Writer, uri},
     inputs::fetch_probe,
     progress::Progress,
+    stop::Stop,
     store::Stores,
-    train::Stop,
 };
 
 /// What to ask whom.

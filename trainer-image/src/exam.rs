@@ -15,7 +15,7 @@ use crate::{
     error::Error,
     generate::Voice,
     progress::Progress,
-    train::Stop,
+    stop::Stop,
 };
 
 /// Questions between two lines that say how far an exam is.

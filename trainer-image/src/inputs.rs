@@ -22,9 +22,9 @@ use crate::{
     exam::{Exam, Settings},
     generate::Voice,
     hub,
+    method::engine_quantization,
     model::{Keep, ModelFolder},
     store::{Object, Role, Stores},
-    train::engine_quantization,
 };
 
 /// A run's inputs.

@@ -14,8 +14,10 @@ use crate::{
     convert::sibling,
     error::Error,
     generate::uri,
-    model::{ModelFolder, read_json},
-    publish::{MANIFEST, ModelFiles, base_files, full_model, put_template},
+    json_file::read_json,
+    layout::MANIFEST,
+    model::ModelFolder,
+    publish::{ModelFiles, base_files, full_model, put_template},
     store::{StoreError, Stores},
     tensors::TensorFile,
 };

@@ -7,10 +7,11 @@ use crate::{
     data::{Overview, template::TemplateDate},
     error::Error,
     inputs::Inputs,
+    layout::{CLAIM, MANIFEST},
+    method::{lora_of, lora_parameters},
     model::Keep,
-    publish::{CLAIM, MANIFEST},
     store::{Location, Role, StoreError},
-    train::{Context, lora_of, lora_parameters, schedule},
+    train::{Context, schedule},
 };
 
 /// What a preflight found.

@@ -9,7 +9,8 @@ use tunesmith_crds::{
 use crate::{
     digest,
     error::Error,
-    publish::{MANIFEST, Manifest},
+    layout::MANIFEST,
+    publish::Manifest,
     store::{Location, Role, StoreError, Stores},
 };
 

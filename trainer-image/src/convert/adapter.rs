@@ -21,7 +21,8 @@ use super::{
     architecture::Architecture,
     names::{LINEAR, permute},
 };
-use crate::model::json;
+
+use crate::json_file::json;
 
 /// Writes the adapter of the folder `adapter` over the model of the folder `base`. The file appears when it is whole.
 ///

@@ -6,6 +6,7 @@ use super::{
     ConvertError, Gguf,
     architecture::{ARCHITECTURES, Architecture},
     kinds::refuse_unknown_keys,
+    names::{LONGROPE_FACTORS, ROPE_FACTORS},
     tokenizer::Tokenizer,
 };
 
@@ -230,9 +231,6 @@ fn refuse_unless(keys: Keys<'_>, key: &str, plain: f64) -> Result<(), ConvertErr
     }
 }
 
-/// Divisors of the rotary frequencies of long rows and of short ones.
-const LONGROPE_FACTORS: [&str; 2] = ["rope_factors_long.weight", "rope_factors_short.weight"];
-
 fn longrope_scaling(gguf: &mut Gguf, mut scaling: Value, rotated: usize) -> Result<Value, ConvertError> {
     if scaling["rope_type"] != "longrope" {
         return Err(ConvertError::UnknownTensor(LONGROPE_FACTORS[0].into(), "its rope.scaling.type is not longrope"));
@@ -243,12 +241,6 @@ fn longrope_scaling(gguf: &mut Gguf, mut scaling: Value, rotated: usize) -> Resu
     }
     Ok(scaling)
 }
-
-/// Divisors of the rotary frequencies, which Llama 3.1 and its successors have.
-const ROPE_FACTORS: &str = "rope_freqs.weight";
-
-/// The tensors that become part of `config.json`.
-pub(super) const CONFIGURING: [&str; 3] = [LONGROPE_FACTORS[0], LONGROPE_FACTORS[1], ROPE_FACTORS];
 
 /// The scaling whose divisors these are. The file does not have its numbers; all Llama 3 have these but for the largest
 /// divisor.

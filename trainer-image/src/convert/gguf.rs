@@ -15,7 +15,7 @@ use candle_core::{
     },
 };
 
-use super::{ConvertError, config::CONFIGURING};
+use super::{ConvertError, names::CONFIGURING};
 
 /// An open GGUF file.
 pub struct Gguf {

@@ -11,8 +11,8 @@ use safetensors::Dtype;
 
 use super::{
     ConvertError, Gguf,
-    config::{CONFIGURING, Dimensions},
-    names::unpermute,
+    config::Dimensions,
+    names::{CONFIGURING, unpermute},
 };
 use crate::tensors::header;
 

@@ -2,10 +2,6 @@
 
 use std::fmt;
 
-use tunesmith_crds::fine_tune_job::OnBadRow;
-
-use super::DataError;
-
 /// Bad rows that are named.
 const NAMED: usize = 10;
 /// Bytes of a report that a bad row takes, so that all that are named fit into its 4,096.
@@ -45,23 +41,6 @@ impl BadRows {
             self.named.push(bad);
         }
     }
-
-    /// How many rows are left out, if they may be.
-    ///
-    /// # Errors
-    /// They may not, or no other row is left.
-    pub(super) fn skipped(self, on_bad_row: OnBadRow, has_others: bool) -> Result<u64, DataError> {
-        match (self.count, on_bad_row) {
-            (0, _) => Ok(0),
-            (count, OnBadRow::Skip) if has_others => Ok(count),
-            (_, OnBadRow::Skip) => Err(DataError::AllSkipped(self)),
-            (1, OnBadRow::Error) => match self.named.into_iter().next() {
-                Some(Bad { file, row, problem }) => Err(DataError::Row { file, row, problem }),
-                None => Ok(0),
-            },
-            (_, OnBadRow::Error) => Err(DataError::Rows(self)),
-        }
-    }
 }
 
 impl fmt::Display for BadRows {
@@ -79,6 +58,11 @@ impl BadRows {
     /// How many there are.
     pub fn count(&self) -> u64 {
         self.count
+    }
+
+    /// The first one, if there is any.
+    pub(super) fn into_first(self) -> Option<Bad> {
+        self.named.into_iter().next()
     }
 }
 
@@ -105,7 +89,10 @@ pub(super) fn shorten(text: &str, bytes: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use tunesmith_crds::run::{MAX_REPORT_BYTES, Outcome, RunReport};
+    use tunesmith_crds::{
+        fine_tune_job::OnBadRow,
+        run::{MAX_REPORT_BYTES, Outcome, RunReport},
+    };
 
     use super::*;
 

@@ -2,18 +2,16 @@
 //! lie.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{self, BufReader, Cursor, Read, Seek},
-    rc::Rc,
+    path::{Path, PathBuf},
 };
 
 use flate2::read::MultiGzDecoder;
-use serde_json::{Map, Value};
 
 use super::{
-    DataFile,
     arrow_stream::{self, Stream},
+    columns::{BadRow, Columns, RawRow, Wanted},
     delimited::{self, Delimited},
     json_list::JsonList,
     kinds::{HEAD_BYTES, refused},
@@ -22,44 +20,20 @@ use super::{
     table::Table,
 };
 
-/// A row before anyone looked at what it holds: its columns.
-pub(super) type Columns = Map<String, Value>;
-/// Names of the columns that are to be read. Of tables, others are left alone.
-pub(super) type Wanted = BTreeSet<String>;
-
-/// A row as its file has it.
-#[derive(Debug, Default)]
-pub(super) struct RawRow {
-    /// Its number, from 1: of its line, or of the row in a table or a list.
-    pub number: u64,
-    /// Its columns; none of a table is null.
-    pub columns: Columns,
-    /// Columns of a table whose values JSON can't hold, and why.
-    pub unreadable: BTreeMap<String, String>,
-    /// Columns of a table that were not read.
-    pub unread: Rc<[String]>,
+/// A file of rows on this machine.
+#[derive(Clone, Debug)]
+pub struct DataFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What messages call it.
+    pub name: String,
 }
 
-/// A row that can't be read.
-#[derive(Debug)]
-pub(super) struct BadRow {
-    /// Its number.
-    pub row: u64,
-    /// What is wrong with it.
-    pub problem: String,
-    /// Whether nothing can be read after it.
-    pub is_fatal: bool,
-}
-
-impl BadRow {
-    /// A row that can't be read, and others after it can.
-    pub fn alone(row: u64, problem: impl Into<String>) -> Self {
-        Self { row, problem: problem.into(), is_fatal: false }
-    }
-
-    /// A row after which nothing can be read.
-    pub fn fatal(row: u64, problem: impl Into<String>) -> Self {
-        Self { row, problem: problem.into(), is_fatal: true }
+impl DataFile {
+    /// A file that is called as on disk.
+    pub fn new(path: &Path) -> Self {
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        Self { path: path.to_owned(), name }
     }
 }
 

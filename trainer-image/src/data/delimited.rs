@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    container::{BadRow, Columns, Wanted},
+    columns::{BadRow, Columns, Wanted},
     lines::MAX_ROW_BYTES,
     quoting::{BadLines, Quoting, has_bad},
 };

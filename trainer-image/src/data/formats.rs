@@ -11,7 +11,7 @@ pub(super) use tunesmith_crds::fine_tune_job::COLUMNS;
 use tunesmith_crds::fine_tune_job::DataFormat;
 
 use self::turns::{list, turns, with_system};
-use super::{container::Columns, conversation::Conversation, notes::Notes};
+use super::{columns::Columns, conversation::Conversation, notes::Notes};
 
 /// A row, in the shape of its format.
 #[derive(Clone, Debug, PartialEq)]

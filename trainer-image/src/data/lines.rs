@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use serde_json::Value;
 
 use super::{
-    container::{BadRow, Columns},
+    columns::{BadRow, Columns},
     json,
 };
 

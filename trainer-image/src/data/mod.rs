@@ -5,10 +5,12 @@ mod arrow_stream;
 pub mod bad_rows;
 pub mod batches;
 mod cells;
+mod columns;
 mod container;
 pub mod conversation;
 mod delimited;
 pub mod encode;
+mod error;
 pub mod formats;
 mod json;
 mod json_list;
@@ -42,11 +44,8 @@ use self::{
     token_file::{Entry, TokenFile, Writer},
 };
 pub use self::{
-    encode::Encoder,
-    overview::Overview,
-    rows::{DataError, DataFile, RowOptions},
-    template::ChatTemplate,
-    vocabulary::Vocabulary,
+    container::DataFile, encode::Encoder, error::DataError, overview::Overview, rows::RowOptions,
+    template::ChatTemplate, vocabulary::Vocabulary,
 };
 
 /// One row as the model sees it.

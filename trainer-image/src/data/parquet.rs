@@ -17,7 +17,7 @@ use arrow::array::RecordBatch;
 use bytes::Bytes;
 
 use super::{
-    container::Wanted,
+    columns::Wanted,
     table::{Batches, Table, guarded},
 };
 

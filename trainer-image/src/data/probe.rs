@@ -7,7 +7,8 @@ use tunesmith_crds::fine_tune_job::OnBadRow;
 
 use super::{
     DataError, DataFile, RowOptions,
-    container::{BadRow, Columns, Container, RawRow, Wanted},
+    columns::{BadRow, Columns, RawRow, Wanted},
+    container::Container,
     formats::{Row, unused},
     notes::Notes,
     rows::{Next, Reader},

@@ -1,131 +1,17 @@
 //! Rows of one data file after the other, whatever its container and format, and what can be wrong with them.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::{Path, PathBuf},
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
-use tunesmith_crds::{
-    fine_tune_job::{DataFormat, Dataset, OnBadRow},
-    names::exit_code,
-};
+use tunesmith_crds::fine_tune_job::{DataFormat, Dataset, OnBadRow};
 
 use super::{
-    bad_rows::BadRows,
-    container::{BadRow, Container, RawRow, Wanted},
+    DataError, DataFile,
+    columns::{BadRow, RawRow, Wanted},
+    container::Container,
     formats::{COLUMNS, Row, detect, other_columns, parse, refuse_other_kinds, unused, uses},
     notes::Notes,
 };
-use crate::store::is_final;
-
-/// Why data can't be used.
-#[derive(Debug, thiserror::Error)]
-pub enum DataError {
-    /// A file can't be opened.
-    #[error("{file}: {problem}")]
-    Unreadable {
-        /// Name of the file.
-        file: String,
-        /// Why.
-        problem: String,
-    },
-    /// There is no row.
-    #[error(
-        "{file} has no rows: it must hold JSON objects (one a line, or all in one list), or be a CSV, Parquet or Arrow file with \
-         rows"
-    )]
-    Empty {
-        /// Name of the file.
-        file: String,
-    },
-    /// A row can't be used.
-    #[error("{file} row {row}: {problem}")]
-    Row {
-        /// Name of the file.
-        file: String,
-        /// Number of the line (of the row in a table or a list), from 1.
-        row: u64,
-        /// What is wrong with which field, and what to do.
-        problem: String,
-    },
-    /// Several rows can't be used.
-    #[error("{count} rows can't be used (dataset.onBadRow: Skip would leave them out):\n{0}", count = .0.count())]
-    Rows(BadRows),
-    /// No row can be used.
-    #[error("all {count} rows are bad, so that dataset.onBadRow: Skip leaves none:\n{0}", count = .0.count())]
-    AllSkipped(BadRows),
-    /// dataset.columns names a column that is not there.
-    #[error("dataset.columns: no row of {file} has a column {column:?} ({name}: {column}); correct the name")]
-    NoColumn {
-        /// Name of the file.
-        file: String,
-        /// What the format calls the column.
-        name: String,
-        /// What the file should call it.
-        column: String,
-    },
-    /// Overflow Drop leaves nothing.
-    #[error(
-        "{file}: all {rows} rows are longer than training.maxLength ({max_length}) and dropped; raise it, or set \
-         training.overflow to Truncate"
-    )]
-    AllDropped {
-        /// Name of the file.
-        file: String,
-        /// Its rows.
-        rows: u64,
-        /// Tokens of a row at most.
-        max_length: usize,
-    },
-    /// Too few rows to hold some out.
-    #[error("{file} has {rows} row: evalFraction needs at least 2, or give eval.uri")]
-    NothingToHoldOut {
-        /// Name of the file.
-        file: String,
-        /// Its rows.
-        rows: usize,
-    },
-    /// Encoded rows can't be kept.
-    #[error(
-        "{}: {source}; encoded rows are kept in this folder, about 4 bytes a token: it must be writable and have room \
-         (--work-dir)",
-        folder.display()
-    )]
-    Disk {
-        /// The work folder.
-        folder: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-}
-
-impl DataError {
-    /// One of [`exit_code`]: another try helps only against a failing disk.
-    pub fn exit_code(&self) -> i32 {
-        match self {
-            Self::Disk { source, .. } if !is_final(source) => exit_code::STORAGE,
-            _ => exit_code::BAD_INPUT,
-        }
-    }
-}
-
-/// A file of rows on this machine.
-#[derive(Clone, Debug)]
-pub struct DataFile {
-    /// Where it is.
-    pub path: PathBuf,
-    /// What messages call it.
-    pub name: String,
-}
-
-impl DataFile {
-    /// A file that is called as on disk.
-    pub fn new(path: &Path) -> Self {
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-        Self { path: path.to_owned(), name }
-    }
-}
 
 /// How rows are read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -282,7 +168,7 @@ impl<'a> Reader<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, sync::Arc};
+    use std::{io::Write, path::Path, sync::Arc};
 
     use arrow::array::{Date32Array, StringArray};
     use flate2::write::GzEncoder;
@@ -321,22 +207,6 @@ mod tests {
     }
 
     const TWO_ROWS: &[u8] = b"{\"text\": \"a\"}\n{\"text\": \"b\"}\n";
-
-    #[test]
-    fn a_work_folder_that_can_not_be_one_is_no_failing_disk() {
-        use std::io::{Error, ErrorKind};
-        let disk = |kind: ErrorKind| DataError::Disk { folder: "/work".into(), source: Error::from(kind) }.exit_code();
-        for kind in [
-            ErrorKind::NotFound,
-            ErrorKind::NotADirectory,
-            ErrorKind::PermissionDenied,
-            ErrorKind::AlreadyExists,
-            ErrorKind::InvalidFilename,
-        ] {
-            assert_eq!(disk(kind), exit_code::BAD_INPUT, "{kind:?}");
-        }
-        assert_eq!(disk(ErrorKind::StorageFull), exit_code::STORAGE);
-    }
 
     #[test]
     fn a_bad_row_is_named_with_file_row_and_field() {

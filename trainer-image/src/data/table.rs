@@ -13,7 +13,7 @@ use arrow::{array::RecordBatch, datatypes::Schema};
 
 use super::{
     cells,
-    container::{BadRow, RawRow, Wanted},
+    columns::{BadRow, RawRow, Wanted},
 };
 
 /// Gives one batch of rows after the other.

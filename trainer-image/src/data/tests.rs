@@ -13,7 +13,7 @@ use tunesmith_engine::IGNORE;
 
 use super::{
     Encoder, Example,
-    container::Columns,
+    columns::Columns,
     conversation::{Conversation, Message},
     formats::{Alpaca, Row, parse},
     notes::Notes,

@@ -8,7 +8,8 @@ use serde_json::{Map, Value, json};
 use tokenizers::{AddedToken, Tokenizer, processors::PostProcessorWrapper};
 
 use super::{ChatTemplate, conversation::Message, template::TemplateDate};
-use crate::model::read_json;
+
+use crate::json_file::read_json;
 
 /// A model's tokenizer and chat template, as its folder describes them.
 pub struct Vocabulary {

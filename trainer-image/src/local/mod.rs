@@ -19,9 +19,10 @@ use tunesmith_crds::{
 use crate::{
     data::overview::Marking,
     error::Error,
+    layout::MANIFEST,
     model::Keep,
     preflight::{Preflight, highest_version, preflight},
-    publish::{Claim, MANIFEST, PublishError, published},
+    publish::{Claim, PublishError, published},
     store::{Location, Role, StoreError, Stores},
     train::{Checkpoints, Context, clear, train},
 };

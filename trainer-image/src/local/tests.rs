@@ -11,12 +11,7 @@ use tunesmith_crds::{
 
 use super::{Ended, check, for_pods, forecast, manifest, prepare, run, stand_in, summary};
 use crate::{
-    error::Error,
-    progress::Progress,
-    publish::Manifest,
-    store::Stores,
-    tiny_model,
-    train::{Context, Stop},
+    error::Error, progress::Progress, publish::Manifest, stop::Stop, store::Stores, tiny_model, train::Context,
 };
 
 const MANIFEST: &str = "

@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::data::template::TOOL_TEMPLATE;
+use crate::{json_file::read_json, layout::TOOL_TEMPLATE};
 
 /// The weights in one file.
 pub(super) const WEIGHTS: &str = "model.safetensors";
@@ -173,17 +173,6 @@ pub(super) fn shards(index: &Path, present: &BTreeSet<String>) -> Result<Vec<Str
 /// Whether an index lists a tensor.
 pub(super) fn is_listed(index: &Path, tensor: &str) -> bool {
     read_json(index).is_ok_and(|index| index["weight_map"][tensor].is_string())
-}
-
-/// The JSON text of a file. A byte order mark before it is skipped, as some editors of Windows write it.
-pub(crate) fn read_json(path: &Path) -> Result<Value, String> {
-    json(&fs::read(path).map_err(|error| format!("can't be read: {error}"))?)
-}
-
-/// The same of its bytes.
-pub(crate) fn json(bytes: &[u8]) -> Result<Value, String> {
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    serde_json::from_slice(bytes).map_err(|error| format!("not valid JSON: {error}"))
 }
 
 /// Git puts a file like this in the place of one that git-lfs keeps.

@@ -25,7 +25,7 @@ use self::{
     tensors::{Tensor, header, not_finite, shape, unplaced, used},
 };
 pub(crate) use self::{
-    files::{check_whole, copied_in, json, read_json},
+    files::{check_whole, copied_in},
     tensors::read_header,
 };
 use crate::{

@@ -11,7 +11,7 @@ use tokio::runtime::Runtime;
 use tunesmith_crds::names::exit_code;
 
 use super::*;
-use crate::{error::Error, tiny_model};
+use crate::{error::Error, json_file::read_json, tiny_model};
 
 /// Types, shapes and bytes of tensors, by name.
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;

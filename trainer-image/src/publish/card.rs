@@ -7,7 +7,8 @@ use tunesmith_crds::{
 };
 
 use super::Trained;
-use crate::train::lora_of;
+
+use crate::method::lora_of;
 
 pub(super) fn render(trained: &Trained<'_>) -> String {
     let Trained { spec, task, method, history, manifest, .. } = trained;

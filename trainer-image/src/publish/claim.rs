@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use tunesmith_crds::run::{JobRef, RunSpec, TrainTask};
 
 use super::PublishError;
-use crate::store::{Location, StoreError};
-
-/// Name of the claim in a version's folder.
-pub const CLAIM: &str = "claim.json";
+use crate::{
+    layout::CLAIM,
+    store::{Location, StoreError},
+};
 
 /// The run that a version's folder belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +38,7 @@ impl Claim {
     ///
     /// # Errors
     /// The folder is another run's, or the store fails.
-    pub(super) fn lay(&self, folder: &Location) -> Result<(), PublishError> {
+    pub(crate) fn lay(&self, folder: &Location) -> Result<(), PublishError> {
         let json = serde_json::to_value(self).unwrap_or_default();
         // What counts is what is there afterwards: an answer may have been lost on the way.
         folder.join(CLAIM).create(format!("{json:#}\n").into_bytes())?;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::train::History;
+use crate::history::History;
 
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 400.0;
@@ -98,7 +98,8 @@ fn ticks(max: f64) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::{EvalPoint, TrainPoint};
+
+    use crate::history::{EvalPoint, TrainPoint};
 
     #[test]
     fn ticks_are_round_numbers() {

@@ -5,9 +5,10 @@ use tunesmith_crds::{
     FineTuneJob, Method, RunSpec, adapter_version::Artifact, evaluation::Metrics, fine_tune_job::Lora, run::TrainTask,
 };
 
-use super::{MANIFEST, Manifest, seal};
+use super::{Manifest, seal};
 use crate::{
     digest,
+    layout::MANIFEST,
     store::{Role, Stores},
 };
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde_json::json as object;
 use tunesmith_engine::LazyTensor;
 
-use crate::{model::json, tensors::TensorFile};
+use crate::{json_file::json, tensors::TensorFile};
 
 /// Bytes of a shard at most, as transformers cuts them.
 const SHARD_BYTES: usize = 5_000_000_000;

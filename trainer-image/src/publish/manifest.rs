@@ -11,8 +11,6 @@ use tunesmith_crds::{
 
 use crate::digest;
 
-/// Name of the manifest in a version's folder.
-pub const MANIFEST: &str = "manifest.json";
 /// Version of its format.
 const SCHEMA_VERSION: u32 = 1;
 

@@ -3,7 +3,6 @@
 
 mod card;
 mod claim;
-mod copy;
 mod curve;
 #[cfg(test)]
 pub(crate) mod fixtures;
@@ -24,22 +23,17 @@ use tunesmith_crds::{
 use tunesmith_engine::LazyTensor;
 
 pub(crate) use self::full::{ModelFiles, files as full_model};
-pub use self::{
-    claim::{CLAIM, Claim},
-    copy::copy,
-    manifest::{MANIFEST, Manifest},
-};
+pub use self::{claim::Claim, manifest::Manifest};
 use crate::{
-    data::template::TOOL_TEMPLATE,
     digest,
+    history::History,
+    layout::{CHAT_TEMPLATE, MANIFEST, TOOL_TEMPLATE},
+    method::lora_of,
     model::copied_in,
     store::{Created, Location, StoreError},
     tensors::TensorFile,
-    train::{History, lora_of},
 };
 
-/// Holds a chat template, before which that of `tokenizer_config.json` does not count.
-pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Files of the base model's that tell how to turn text into tokens. They come with the adapter, where it has them, as
 /// PEFT's users expect.
 const TOKENIZER_FILES: [&str; 6] = [
@@ -183,7 +177,7 @@ pub fn publish(folder: &Location, trained: Trained<'_>) -> Result<TrainReport, P
 }
 
 /// Reads the files of a manifest back, and writes it: from then on the version is there.
-fn seal(folder: &Location, manifest: Manifest, input_digest: &str) -> Result<TrainReport, PublishError> {
+pub(crate) fn seal(folder: &Location, manifest: Manifest, input_digest: &str) -> Result<TrainReport, PublishError> {
     read_back(folder, &manifest.files)?;
     let bytes = manifest.to_json();
     if folder.join(MANIFEST).create(bytes.clone())? == Created::New {

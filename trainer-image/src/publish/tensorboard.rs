@@ -3,7 +3,7 @@
 
 use crc_fast::{CrcAlgorithm, checksum};
 
-use crate::train::{History, TrainPoint};
+use crate::history::{History, TrainPoint};
 
 /// Where TensorBoard looks: it takes any file of a folder below its `--logdir` whose name has `tfevents` in it.
 pub(super) const FILE: &str = "runs/events.out.tfevents.0.tunesmith";
@@ -99,7 +99,8 @@ fn masked_crc(data: &[u8]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::EvalPoint;
+
+    use crate::history::EvalPoint;
 
     /// What tensorboard 2.21's RecordWriter and protobuf classes make of `Event(wall_time=1.5, step=300,
     /// summary=Summary(value=[Summary.Value(tag="eval/loss", simple_value=2.5)]))`.

@@ -9,25 +9,8 @@ use std::{
 use tunesmith_crds::adapter_version::ArtifactFile;
 use walkdir::WalkDir;
 
-use super::{Location, Role, StoreError};
+use super::{Location, Role, StoreError, is_final};
 use crate::digest;
-
-/// Whether the same try would end the same way: the path or its permissions have to change first.
-pub(crate) fn is_final(error: &io::Error) -> bool {
-    /// Too many symbolic links.
-    const ELOOP: i32 = 40;
-    matches!(
-        error.kind(),
-        ErrorKind::NotFound
-            | ErrorKind::AlreadyExists
-            | ErrorKind::PermissionDenied
-            | ErrorKind::IsADirectory
-            | ErrorKind::NotADirectory
-            | ErrorKind::InvalidFilename
-            | ErrorKind::InvalidInput
-            | ErrorKind::ReadOnlyFilesystem
-    ) || error.raw_os_error() == Some(ELOOP)
-}
 
 impl Location {
     /// The error of a file or folder of this machine that was to be read.

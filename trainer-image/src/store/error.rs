@@ -1,12 +1,15 @@
 //! What went wrong in a store, in words that name the object and what to change, and never a credential.
 
-use std::{error::Error, path::PathBuf};
+use std::{
+    error::Error,
+    io::{self, ErrorKind},
+    path::PathBuf,
+};
 
 use tunesmith_crds::{Cloud, Uri, names::exit_code};
 
 use super::{
     Role,
-    disk::is_final,
     settings::{Family, redact},
 };
 
@@ -258,6 +261,23 @@ fn oauth_answer(whole: &str) -> Option<String> {
     }
 }
 
+/// Whether the same try would end the same way: the path or its permissions have to change first.
+pub(crate) fn is_final(error: &io::Error) -> bool {
+    /// Too many symbolic links.
+    const ELOOP: i32 = 40;
+    matches!(
+        error.kind(),
+        ErrorKind::NotFound
+            | ErrorKind::AlreadyExists
+            | ErrorKind::PermissionDenied
+            | ErrorKind::IsADirectory
+            | ErrorKind::NotADirectory
+            | ErrorKind::InvalidFilename
+            | ErrorKind::InvalidInput
+            | ErrorKind::ReadOnlyFilesystem
+    ) || error.raw_os_error() == Some(ELOOP)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,7 +335,7 @@ mod tests {
 
     #[test]
     fn a_disk_error_is_final_if_the_path_has_to_change_and_tried_again_if_the_disk_has() {
-        use std::io::{Error, ErrorKind};
+        use std::io::Error;
         let disk = |kind: ErrorKind| StoreError::Disk { path: "/data/x".into(), source: Error::from(kind) };
         for kind in [
             ErrorKind::NotFound,

@@ -22,8 +22,8 @@ use std::{
     sync::Arc,
 };
 
-pub(crate) use disk::is_final;
 pub use error::StoreError;
+pub(crate) use error::is_final;
 pub use glob::{Object, Pattern};
 pub use location::{Created, Location};
 use object_store::{ObjectStore, local::LocalFileSystem, path::Path};

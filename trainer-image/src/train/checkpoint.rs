@@ -14,10 +14,10 @@ use tunesmith_crds::{
 };
 use tunesmith_engine::{LazyTensor, StateSource};
 
-use super::History;
 use crate::{
     digest,
     error::Error,
+    history::History,
     store::{Location, StoreError},
     tensors::TensorFile,
 };
@@ -256,10 +256,8 @@ mod tests {
     use tunesmith_engine::NamedTensor;
 
     use super::*;
-    use crate::{
-        store::{Role, Stores},
-        train::EvalPoint,
-    };
+    use crate::history::EvalPoint;
+    use crate::store::{Role, Stores};
 
     fn with_checkpoints(limit: u32, keeps_best: bool, test: impl FnOnce(&Checkpoints, &std::path::Path)) {
         let runtime = tokio::runtime::Runtime::new().unwrap();

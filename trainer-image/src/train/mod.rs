@@ -1,12 +1,8 @@
 //! One run, from inputs to a published version. [`train`] is its table of contents; [`Run`] is the loop.
 
-mod best;
 mod checkpoint;
-mod history;
-mod method;
 mod recall;
 mod schedule;
-mod stop;
 #[cfg(test)]
 mod tests;
 
@@ -26,23 +22,20 @@ use tunesmith_crds::{
 };
 use tunesmith_engine::{Error as EngineError, IGNORE, LossSum, MicroBatch, NUMERICS_VERSION, Schedule, Trainer};
 
-pub use self::{
-    checkpoint::Checkpoints,
-    history::{EvalPoint, History, RecallPoint, TrainPoint, Window},
-    method::{engine_quantization, lora_of, lora_parameters},
-    schedule::schedule,
-    stop::Stop,
-};
+pub use self::{checkpoint::Checkpoints, schedule::schedule};
 use crate::{
     data::{
         batches::{in_order, micro_batch},
         template::TemplateDate,
     },
     error::Error,
+    history::{self, EvalPoint, History, TrainPoint, Window},
     inputs::{Inputs, day_of},
+    method,
     model::Keep,
     progress::Progress,
     publish::{Claim, Manifest, Trained, publish, published},
+    stop::Stop,
     store::{Role, Stores},
 };
 

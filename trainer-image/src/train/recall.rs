@@ -4,8 +4,8 @@ use std::ops::ControlFlow::{self, Break, Continue};
 
 use tunesmith_crds::run::TrainStage;
 
-use super::{RecallPoint, Run};
-use crate::error::Error;
+use super::Run;
+use crate::{error::Error, history::RecallPoint};
 
 impl Run<'_> {
     /// Asks the model as it is now the probe's questions, if there are any; `step` says how many steps made it. What the

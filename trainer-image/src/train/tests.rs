@@ -24,7 +24,7 @@ use tunesmith_crds::{
     run::{MAX_REPORT_BYTES, Outcome, TrainReport, TrainTask, Verdict},
 };
 
-use super::{Context, Stop, train};
+use super::{Context, train};
 use crate::{
     error::Error,
     generate::Writer,
@@ -32,6 +32,7 @@ use crate::{
     preflight::preflight,
     progress::Progress,
     publish::Manifest,
+    stop::Stop,
     store::{Role, Stores},
     tiny_model,
     verify::verify,

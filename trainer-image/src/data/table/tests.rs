@@ -13,10 +13,9 @@ use arrow::{
 };
 use serde_json::{Value, json};
 
-use super::super::{
-    DataFile,
-    container::{BadRow, Container, RawRow, Wanted},
-};
+use super::super::{DataFile, container::Container};
+
+use crate::data::columns::{BadRow, RawRow, Wanted};
 
 /// Writes a table as one of the kinds of files that hold tables.
 type Write1 = fn(&RecordBatch) -> Vec<u8>;

@@ -21,10 +21,6 @@ use super::{
     values::{TUPLE, of_tuples, tuple, wrong},
 };
 
-/// Stand for `{% generation %}` and `{% endgeneration %}` in rendered text: code points that Unicode reserves for
-/// uses like this one, so that no text holds them.
-pub(super) const SENTINELS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
-
 /// The date that a template writes, and whether it was asked for it.
 #[derive(Clone)]
 pub(super) struct Calendar {

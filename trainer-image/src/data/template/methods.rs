@@ -6,10 +6,7 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-use super::values::{tuple, view, wrong};
-
-/// Most spaces that a template may write at once, to indent JSON or to fill a field of `format`.
-const MAX_WIDTH: usize = 1000;
+use super::values::{MAX_WIDTH, is_wide, too_wide, tuple, view, wrong};
 
 /// Methods of Python's types.
 pub(super) fn method(state: &State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
@@ -63,14 +60,6 @@ fn widest(format: &str) -> usize {
     let numbers =
         fields.flat_map(|field| field.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty()));
     numbers.map(|digits| digits.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
-}
-
-pub(super) fn is_wide(value: &Value) -> bool {
-    value.as_usize().is_some_and(|width| width > MAX_WIDTH)
-}
-
-pub(super) fn too_wide(what: &str) -> Error {
-    wrong(format!("{what}: a width above {MAX_WIDTH}"))
 }
 
 /// The arguments of `split` and `rsplit`: the separator, which is white space where there is none, and how often it splits.

@@ -17,12 +17,14 @@ use minijinja::{Environment, Value as JinjaValue};
 use serde_json::{Map, Value, json};
 
 use self::{
-    environment::{Calendar, SENTINELS, environment, explain},
+    environment::{Calendar, environment, explain},
     python::Dumps,
-    syntax::prepare,
+    syntax::{SENTINELS, prepare},
     words::REASONING,
 };
 use super::conversation::{Conversation, Message};
+
+use crate::layout::TOOL_TEMPLATE;
 
 /// A conversation as the model reads it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,8 +76,6 @@ pub struct ChatTemplate {
 const DEFAULT: &str = "default";
 /// Name of the template for conversations with tools, where the model has one of its own for them.
 const TOOL_USE: &str = "tool_use";
-/// The file with it, as transformers 5 writes it.
-pub(crate) const TOOL_TEMPLATE: &str = "additional_chat_templates/tool_use.jinja";
 /// Variables that a row can't set.
 const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 

@@ -8,10 +8,7 @@ use minijinja::{
 };
 use regex::Regex;
 
-use super::{
-    methods::{is_wide, too_wide},
-    values::Sequence,
-};
+use super::values::{Sequence, is_wide, too_wide};
 
 /// What `repr` does not write as it stands, but for the space.
 static UNPRINTABLE: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"[\p{C}\p{Z}]").expect("a sound pattern"));

@@ -1,7 +1,11 @@
 //! Jinja's own words in a template's text, where minijinja reads them otherwise: `{% generation %}`, which only transformers
 //! knows; tuples, which would be lists; and `and`, whose constant operands would become true or false.
 
-use super::{SENTINELS, values::TUPLE};
+use super::values::TUPLE;
+
+/// Stand for `{% generation %}` and `{% endgeneration %}` in rendered text: code points that Unicode reserves for
+/// uses like this one, so that no text holds them.
+pub(super) const SENTINELS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 
 /// A name that stands for true, and that minijinja does not compute with before a template runs.
 pub(super) const TRUE: &str = "__true__";

@@ -63,3 +63,14 @@ pub(super) fn of_tuples(pairs: Result<Value, Error>) -> Result<Value, Error> {
 pub(super) fn wrong(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into())
 }
+
+/// Most spaces that a template may write at once, to indent JSON or to fill a field of `format`.
+pub(super) const MAX_WIDTH: usize = 1000;
+
+pub(super) fn is_wide(value: &Value) -> bool {
+    value.as_usize().is_some_and(|width| width > MAX_WIDTH)
+}
+
+pub(super) fn too_wide(what: &str) -> Error {
+    wrong(format!("{what}: a width above {MAX_WIDTH}"))
+}

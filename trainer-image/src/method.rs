@@ -7,11 +7,9 @@ use tunesmith_crds::{
     fine_tune_job::{Lora, LoraBias, Optim, Quantization, QuantizationType, Training},
 };
 use tunesmith_engine::{
-    FourBitCode, LoraOptions, Model, ModelConfig, Optimizer, Precision, Quantization as EngineQuantization, Recompute,
-    Rule, TargetModules, TrainerOptions, Tuning,
+    Error, FourBitCode, LoraOptions, Model, ModelConfig, Optimizer, Precision, Quantization as EngineQuantization,
+    Recompute, Rule, TargetModules, TrainerOptions, Tuning,
 };
-
-use crate::error::Error;
 
 /// The options of the low-rank matrices, unless every parameter is trained.
 pub fn lora_of(method: &Method) -> Option<&Lora> {
@@ -33,7 +31,7 @@ pub fn lora_parameters(lora: &Lora, training: &Training, config: &ModelConfig) -
 ///
 /// # Errors
 /// A file is missing or damaged.
-pub(super) fn load(folder: &Path, method: &Method) -> Result<Model, Error> {
+pub(crate) fn load(folder: &Path, method: &Method) -> Result<Model, Error> {
     Ok(match method {
         Method::Full | Method::LoRA { .. } => Model::load(folder)?,
         Method::QLoRA { quantization, .. } => {
@@ -55,7 +53,7 @@ pub fn engine_quantization(quantization: &Quantization) -> EngineQuantization {
 }
 
 /// How the engine trains.
-pub(super) fn trainer_options(method: &Method, training: &Training) -> TrainerOptions {
+pub(crate) fn trainer_options(method: &Method, training: &Training) -> TrainerOptions {
     let lora = lora_of(method);
     let rule = match training.optim {
         Optim::AdamwTorch => Optimizer::default().rule,

@@ -8,10 +8,11 @@ use tunesmith_crds::{
     run::TrainReport,
 };
 
-use super::{Claim, MANIFEST, Manifest, PublishError, published, seal};
 use crate::{
     digest,
     error::Error,
+    layout::MANIFEST,
+    publish::{Claim, Manifest, PublishError, published, seal},
     store::{Location, Role, StoreError, Stores},
 };
 

@@ -1,5 +1,7 @@
 //! What was measured so far: goes into checkpoints, so that a resumed run's curve has no gap.
 
+mod best;
+
 use serde::{Deserialize, Serialize};
 
 use tunesmith_crds::adapter_version::Execution;
