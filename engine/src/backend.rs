@@ -7,8 +7,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Activation, Rope};
+use crate::host_tensor::HostTensor;
 use crate::quantize::{Quantization, StoredWeight};
-use crate::weights::HostTensor;
 
 /// What linear layers multiply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -9,10 +9,9 @@
 //! is added. The backward pass needs of the activations only what [`Kept`] holds. Norms and the gated product are
 //! computed again where a layer asks for its input: that is cheaper than keeping them.
 
-use crate::backend::{Attention, AttentionForward, Backend, Dropout, Heads, InputGrad};
+use crate::backend::{Attention, AttentionForward, Backend, Dropout, Heads, InputGrad, RmsNorm};
 use crate::config::{LayerConfig, ModelConfig};
 use crate::linear::{Linear, LoraKept};
-use crate::model::rms_norm;
 use crate::param::Param;
 use crate::projection::{PerProjection, Projection};
 use crate::random;
@@ -442,4 +441,9 @@ impl<B: Backend> Backward<'_, B> {
         self.norm(which, x, dy, &mut dx);
         dx
     }
+}
+
+/// What the model's norms add.
+pub(crate) fn rms_norm(config: &ModelConfig) -> RmsNorm {
+    RmsNorm { eps: config.rms_norm_eps, offset: config.norm_offset }
 }

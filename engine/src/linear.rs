@@ -235,8 +235,8 @@ fn dropped_backward<B: Backend>(
 mod tests {
     use super::*;
     use crate::cpu::{Cpu, Tensor};
+    use crate::host_tensor::HostTensor;
     use crate::random::normal;
-    use crate::weights::HostTensor;
 
     /// [rows, cols] in f64.
     #[derive(Clone)]

@@ -1,17 +1,16 @@
-//! Low-rank adapters (Hu et al., 2021), named and shaped as PEFT's: y = W·x + scale · B·A·dropout(x).
+//! Low-rank adapters (Hu et al., 2021), named and shaped as PEFT's: y = W·x + scale · B·A·dropout(x). Their options and the
+//! layers that these select; [`install`] puts one on a model.
+
+mod install;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::linear::{Linear, LoraLayer};
-use crate::model::Model;
 use crate::pattern::{Patterns, compile};
 use crate::projection::{PerProjection, Projection};
-use crate::random;
 use crate::whole_modules::whole_modules;
 
 /// What the adapter is made of.
@@ -162,56 +161,6 @@ impl LoraOptions {
         let layers: usize = layers.map(|(which, shape)| of_layer(which, shape)).sum();
         Ok(layers + modules.into_iter().map(|(_, module)| module.parameters(config)).sum::<usize>())
     }
-
-    /// Puts a fresh adapter on the model: A uniform within ±1/√in (torch's kaiming_uniform with a = √5), B zero; and
-    /// makes trainable what is to be trained beside it.
-    pub(crate) fn apply<B: Backend>(&self, model: &mut Model<B>) -> Result<()> {
-        let shapes = self.shapes(&model.config)?;
-        let Model { backend, config, blocks, .. } = model;
-        for (block, (layers, shapes)) in blocks.iter_mut().zip(shapes).enumerate() {
-            for which in Projection::ALL {
-                let Some(linear) = &mut layers.projections[which as usize] else { continue };
-                linear.adapter = shapes[which as usize].map(|shape| {
-                    let [output, input] = which.shape(config);
-                    let key = random::key(self.seed, &[block as u64, which as u64]);
-                    let a = random::uniform(shape.rank * input, 1.0 / (input as f32).sqrt(), key);
-                    let a = backend.upload(&a, shape.rank, input);
-                    let b = backend.zeros(output, shape.rank);
-                    fresh(backend, linear, a, b, shape.scale, self.use_dora)
-                });
-                let train = match self.bias {
-                    LoraBias::None => false,
-                    LoraBias::All => true,
-                    LoraBias::LoraOnly => linear.adapter.is_some(),
-                };
-                if let (true, Some(bias)) = (train, &mut linear.bias) {
-                    bias.train(backend);
-                }
-            }
-        }
-        model.train_modules(&self.modules_to_save)
-    }
-}
-
-/// A layer's adapter before its first step; DoRA's magnitude is at first the length of the weight's rows.
-fn fresh<B: Backend>(
-    backend: &B,
-    linear: &Linear<B>,
-    a: B::Tensor,
-    b: B::Tensor,
-    scale: f32,
-    use_dora: bool,
-) -> LoraLayer<B::Tensor> {
-    let mut layer = LoraLayer::new(a, b, scale);
-    if use_dora {
-        let [output, _] = backend.shape(&layer.b.value);
-        let ones = backend.upload(&vec![1.0; output], 1, output);
-        let inverse = backend.dora_factors(linear.weight.get(), &layer.as_ref(None), &ones);
-        let lengths: Vec<f32> = backend.download(&inverse).iter().map(|x| 1.0 / x).collect();
-        layer.add_magnitude(backend, linear.weight.get(), backend.upload(&lengths, 1, output));
-    }
-    layer.train(backend);
-    layer
 }
 
 pub(crate) fn scale(rank: usize, alpha: f64, use_rslora: bool) -> f32 {

@@ -3,9 +3,10 @@
 use crate::backend::{Backend, WeightRef};
 use crate::block::Norm;
 use crate::linear::Linear;
-use crate::model::{LazyTensor, Model};
+use crate::model::Model;
 use crate::param::Weight;
 use crate::projection::Projection;
+use crate::tensors::LazyTensor;
 
 impl<B: Backend> Model<B> {
     /// Every tensor of the checkpoint that this model is once its adapter is merged, under the base model's names. A tied

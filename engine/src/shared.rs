@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::backend::Row;
-use crate::trainer::{IGNORE, MicroBatch};
+use crate::batch::{IGNORE, MicroBatch};
 
 /// Shorter beginnings cost as much as they save.
 const MIN_SHARED: usize = 16;

@@ -3,7 +3,7 @@
 use crate::block::Norm;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::{EMBEDDING, FINAL_NORM, LM_HEAD};
+use crate::names::{EMBEDDING, FINAL_NORM, LM_HEAD};
 
 /// A module that can be trained whole beside an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -17,8 +17,7 @@ use tunesmith_engine::backend::{
 };
 use tunesmith_engine::config::{Rope, RopeScaling};
 use tunesmith_engine::cpu::{Cpu, Tensor};
-use tunesmith_engine::weights::HostTensor;
-use tunesmith_engine::{Activation, FourBitCode, Quantization};
+use tunesmith_engine::{Activation, FourBitCode, Quantization, host_tensor::HostTensor};
 
 use numbers::numbers;
 

@@ -12,7 +12,7 @@ use tunesmith_engine::backend::{
 };
 use tunesmith_engine::config::{Rope, RopeScaling};
 use tunesmith_engine::cpu::{Cpu, Tensor};
-use tunesmith_engine::weights::HostTensor;
+use tunesmith_engine::host_tensor::HostTensor;
 
 use numbers::numbers;
 

@@ -13,9 +13,10 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::Rows;
-use super::gemm::{Output, View, ViewMut, gemm_serial};
+use super::gemm::{Output, gemm_serial};
 use super::simd::{dot, exp, max, sum, tanh, vectorize};
 use crate::backend::{Attention, AttentionForward, Heads};
+use crate::cpu::view::{View, ViewMut};
 
 /// Queries that are taken at a time, of all heads of a group together: enough that packing keys weighs little, and of few
 /// tokens, as scores that the mask hides are computed for nothing.

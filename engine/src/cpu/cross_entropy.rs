@@ -8,10 +8,11 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Operand, Output, Term, View, ViewMut, gemm_sum};
+use super::gemm::{Operand, Output, Term, gemm_sum};
 use super::simd::{exp, max, sum, tanh, vectorize};
 use super::weight::Matrix;
 use crate::backend::Precision;
+use crate::cpu::view::{View, ViewMut};
 
 /// Words that are taken at a time.
 const CHUNK: usize = 1024;

@@ -2,11 +2,12 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Output, View, ViewMut, gemm_serial};
+use super::gemm::{Output, gemm_serial};
 use super::simd::{dot, vectorize};
 use super::tensor::Tensor;
 use super::weight::Matrix;
 use crate::backend::LoraRef;
+use crate::cpu::view::{View, ViewMut};
 
 /// Rows of W that one task takes.
 const TASK_ROWS: usize = 32;

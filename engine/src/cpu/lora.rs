@@ -6,9 +6,10 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Operand, Output, View, ViewMut, gemm};
+use super::gemm::{Operand, Output, gemm};
 use super::simd::vectorize;
 use crate::backend::Dropout;
+use crate::cpu::view::{View, ViewMut};
 use crate::random::philox;
 
 /// Sizes of one adapted layer in one micro-batch.

@@ -20,6 +20,7 @@ mod rows;
 mod simd;
 mod tensor;
 mod transpose;
+mod view;
 mod weight;
 
 use std::sync::Arc;
@@ -31,13 +32,14 @@ use crate::backend::{
     InputGrad, LoraGrads, LoraRef, Precision, RmsNorm, Row, SecondMoment, SgdStep, WeightRef,
 };
 use crate::config::{Activation, Rope};
+use crate::host_tensor::HostTensor;
 use crate::quantize::{Blockwise, Quantization, StoredWeight};
-use crate::weights::HostTensor;
-use gemm::{Operand, Output, Term, View, ViewMut, gemm_sum};
+use gemm::{Operand, Output, Term, gemm_sum};
 use profile::time;
 pub use rows::Rows;
 use tensor::Pool;
 pub use tensor::Tensor;
+use view::{View, ViewMut};
 use weight::Matrix;
 pub use weight::Weight;
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::Cpu;
 use crate::backend::{Backend, WeightRef};
-use crate::weights::HostTensor;
+use crate::host_tensor::HostTensor;
 
 static IS_ON: AtomicBool = AtomicBool::new(false);
 static TOTALS: Mutex<BTreeMap<&'static str, Total>> = Mutex::new(BTreeMap::new());

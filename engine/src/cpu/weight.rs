@@ -1,9 +1,9 @@
 //! Weights as they are stored, and as products read them: f32 where it lies, all else widened a few rows at a time.
 
 use super::four_bit;
-use super::gemm::View;
+use crate::cpu::view::View;
+use crate::host_tensor::HostTensor;
 use crate::quantize::{EightBit, FourBit, Quantization, StoredWeight};
-use crate::weights::HostTensor;
 
 /// A frozen weight [out, in].
 pub struct Weight(Stored);

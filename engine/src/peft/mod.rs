@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::linear::LoraLayer;
 use crate::lora::{LoraBias, Shape};
 use crate::model::Model;
+use crate::names::ADAPTER_WEIGHTS;
 use crate::param::Weight;
 use crate::projection::Projection;
 use crate::weights::Checkpoint;
@@ -18,14 +19,22 @@ use crate::whole_modules::{WholeModule, whole_modules};
 
 /// PEFT's LoraConfig.
 const CONFIG: &str = "adapter_config.json";
-/// Its tensors.
-pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
 /// What PEFT puts before a base model's names.
 pub(crate) const PREFIX: &str = "base_model.model.";
 
+impl<B: Backend> Model<B> {
+    /// Puts the adapter of a PEFT folder on the model, in place of any other.
+    ///
+    /// # Errors
+    /// The folder is damaged, or was made for another model.
+    pub fn load_adapter(&mut self, dir: &Path) -> Result<()> {
+        load(dir, self)
+    }
+}
+
 /// Puts the adapter of a folder (`adapter_config.json` and `adapter_model.safetensors`) on the model. Nothing of it has a
 /// gradient: it is there to compute with.
-pub(crate) fn load<B: Backend>(dir: &Path, model: &mut Model<B>) -> Result<()> {
+fn load<B: Backend>(dir: &Path, model: &mut Model<B>) -> Result<()> {
     load_files(dir, model).map_err(|error| match error {
         Error::Lora(message) => Error::config(&dir.join(CONFIG), message),
         error => error,
@@ -34,7 +43,7 @@ pub(crate) fn load<B: Backend>(dir: &Path, model: &mut Model<B>) -> Result<()> {
 
 fn load_files<B: Backend>(dir: &Path, model: &mut Model<B>) -> Result<()> {
     let adapter = AdapterConfig::load(dir)?;
-    let file = dir.join(WEIGHTS);
+    let file = dir.join(ADAPTER_WEIGHTS);
     let checkpoint = Checkpoint::open_files(&file, std::slice::from_ref(&file))?;
     let refuse = |problem: String| Error::weights(&file, problem);
     let mut unknown: BTreeSet<String> = checkpoint.names().into_iter().map(str::to_owned).collect();

@@ -93,7 +93,7 @@ fn a_refused_configuration_names_its_file() {
 fn an_adapter_that_is_not_finite_is_refused_by_the_name_of_its_tensor() {
     for name in ["tied/adapter", "adapters/whole"] {
         let adapter = fixtures().join(name);
-        let bytes = std::fs::read(adapter.join(WEIGHTS)).unwrap();
+        let bytes = std::fs::read(adapter.join(ADAPTER_WEIGHTS)).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         for damaged in file.names() {
             let folder = tempfile::tempdir().unwrap();
@@ -105,7 +105,7 @@ fn an_adapter_that_is_not_finite_is_refused_by_the_name_of_its_tensor() {
             let views = data
                 .iter()
                 .map(|(name, shape, data)| (*name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
-            safetensors::serialize_to_file(views, None, &folder.path().join(WEIGHTS)).unwrap();
+            safetensors::serialize_to_file(views, None, &folder.path().join(ADAPTER_WEIGHTS)).unwrap();
             let mut model = Model::load(&fixtures().join("tied/model")).unwrap();
             let error = model.load_adapter(folder.path()).unwrap_err().to_string();
             assert!(error.contains(&format!("NaN or infinite values in {damaged}")), "{error}");

@@ -4,7 +4,7 @@
 use std::sync::OnceLock;
 
 /// The 256 values, ascending; without a sign, fractions are one bit longer.
-pub(super) fn dynamic_map(signed: bool) -> &'static [f32; 256] {
+pub(crate) fn dynamic_map(signed: bool) -> &'static [f32; 256] {
     static SIGNED: OnceLock<[f32; 256]> = OnceLock::new();
     static UNSIGNED: OnceLock<[f32; 256]> = OnceLock::new();
     let map = if signed { &SIGNED } else { &UNSIGNED };

@@ -10,8 +10,11 @@ mod stored;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::stored::read as read_stored;
-pub(crate) use self::{blockwise::BLOCK as STATE_BLOCK, four_bit::BLOCK};
+pub(crate) use self::{
+    blockwise::BLOCK as STATE_BLOCK,
+    dynamic_map::dynamic_map,
+    four_bit::{BLOCK, Scales},
+};
 pub use self::{blockwise::Blockwise, eight_bit::EightBit, four_bit::FourBit, stored::StoredWeight};
 
 /// How the linear layers of a frozen base are stored.
@@ -45,7 +48,7 @@ mod tests {
 
     use safetensors::SafeTensors;
 
-    use super::{four_bit::Scales, *};
+    use super::*;
     use crate::backend::{AdamWStep, Backend};
     use crate::cpu::Cpu;
 

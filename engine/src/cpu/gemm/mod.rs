@@ -20,9 +20,10 @@ use rayon::prelude::*;
 
 use super::bf16;
 use super::simd::{dot, vectorize};
+use super::view::{View, ViewMut};
 use super::weight::Matrix;
 use crate::backend::Precision;
-pub(crate) use operand::{Operand, Output, View, ViewMut};
+pub(crate) use operand::{Operand, Output};
 use panel::Panel;
 use tile::{Tile, multiplies_pairs, tile};
 

@@ -2,8 +2,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cpu::weight::Weight;
+use crate::host_tensor::HostTensor;
 use crate::quantize::{FourBitCode, Quantization};
-use crate::weights::HostTensor;
 
 fn numbers(n: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;

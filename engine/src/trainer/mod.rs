@@ -1,98 +1,32 @@
 //! Training: micro-batches in, gradients accumulated, optimizer steps out.
 
+mod loss;
+mod state;
+
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, CrossEntropyGrads, Precision};
+use crate::backend::{Backend, Precision};
+use crate::batch::MicroBatch;
 use crate::block::{DropoutSource, Kept, Pass};
-use crate::config::Rope;
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::lora::LoraOptions;
-use crate::model::{LazyTensor, Model, NamedTensor, Recompute, rms_norm};
-use crate::optim::{Optimizer, OptimizerState, Part, clip_factor};
+use crate::model::{Model, Recompute};
+use crate::optim::{Optimizer, OptimizerState, clip_factor};
 use crate::param::Param;
 use crate::peft::saved_name;
 use crate::random;
 use crate::shared::Packed;
-
-/// A target that is not trained on.
-pub const IGNORE: u32 = u32::MAX;
-
-/// Rows of tokens one after the other, without padding.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct MicroBatch {
-    /// All rows' tokens.
-    pub tokens: Vec<u32>,
-    /// The token to predict at each position (already shifted), or [`IGNORE`].
-    pub targets: Vec<u32>,
-    /// Length of each row; they add up to `tokens.len()`.
-    pub row_lengths: Vec<usize>,
-}
-
-/// A sum of losses, to be divided by the tokens of a whole batch.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct LossSum {
-    /// Sum over trained tokens of −ln p(target), in nats.
-    pub sum: f64,
-    /// Trained tokens.
-    pub tokens: usize,
-}
+use crate::tensors::{LazyTensor, NamedTensor};
+pub use loss::LossSum;
+use loss::output_layer;
+pub use state::{StateSource, TrainState};
 
 /// What an optimizer step saw.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepStats {
     /// Global norm of the gradients, before clipping.
     pub grad_norm: f64,
-}
-
-/// Everything that a resumed run needs to go on bit for bit.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TrainState {
-    /// Per trained weight `NAME`: the weight itself, and the optimizer's state, such as `NAME.exp_avg`.
-    pub tensors: Vec<NamedTensor>,
-    /// Optimizer steps taken.
-    pub step: u64,
-    /// Micro-batches accumulated; decides the next dropout masks.
-    pub micro_step: u64,
-}
-
-/// A state that a trainer goes back to, tensor by tensor.
-pub trait StateSource {
-    /// Why a tensor can't be read.
-    type Error: From<Error>;
-    /// A tensor's shape, if there is one of this name.
-    fn shape(&self, name: &str) -> Option<&[usize]>;
-    /// The values of a tensor that there is; of one that was saved as codes ([`LazyTensor::is_codes`]), these as numbers.
-    ///
-    /// # Errors
-    /// It can't be read.
-    fn values(&self, name: &str) -> std::result::Result<Vec<f32>, Self::Error>;
-    /// Optimizer steps taken.
-    fn step(&self) -> u64;
-    /// Micro-batches accumulated.
-    fn micro_step(&self) -> u64;
-}
-
-impl StateSource for TrainState {
-    type Error = Error;
-
-    fn shape(&self, name: &str) -> Option<&[usize]> {
-        let tensor = self.tensors.iter().find(|tensor| tensor.name == name);
-        tensor.filter(|tensor| tensor.data.len() == tensor.shape.iter().product::<usize>()).map(|t| t.shape.as_slice())
-    }
-
-    fn values(&self, name: &str) -> Result<Vec<f32>> {
-        let tensor = self.tensors.iter().find(|tensor| tensor.name == name);
-        tensor.map(|tensor| tensor.data.clone()).ok_or_else(|| Error::State(format!("{name} is missing")))
-    }
-
-    fn step(&self) -> u64 {
-        self.step
-    }
-
-    fn micro_step(&self) -> u64 {
-        self.micro_step
-    }
 }
 
 /// What is trained.
@@ -340,60 +274,6 @@ impl<B: Backend> Trainer<B> {
         params.into_iter().filter_map(|param| param.grad.as_mut()).for_each(|grad| backend.clear(grad));
     }
 
-    /// The tensors of [`Trainer::state`].
-    pub fn state_tensors(&self) -> Vec<LazyTensor<'_>> {
-        let tensors = self.trained().zip(&self.states).flat_map(|((name, param), state)| {
-            let parts = state.parts(&self.model.backend).into_iter().map(|part| {
-                let Part { name: part, shape: [rows, cols], values, is_codes } = part;
-                let mut tensor = LazyTensor::new(format!("{name}.{part}"), shape(rows, cols), values);
-                tensor.is_codes = is_codes;
-                tensor
-            });
-            let parts: Vec<LazyTensor<'_>> = parts.collect();
-            parts.into_iter().chain([self.lazy(name, &param.value)])
-        });
-        tensors.collect()
-    }
-
-    /// What [`Trainer::restore`] needs. Take it between optimizer steps: accumulated gradients are not part of it.
-    pub fn state(&self) -> TrainState {
-        let tensors = self.state_tensors().into_iter().map(LazyTensor::read).collect();
-        TrainState { tensors, step: self.step, micro_step: self.micro_step }
-    }
-
-    /// Goes back to a state of a trainer with the same model and options.
-    ///
-    /// # Errors
-    /// A tensor is missing or has another shape: nothing is changed. Or a tensor can't be read: the trainer is of no more
-    /// use.
-    pub fn restore<S: StateSource>(&mut self, state: &S) -> std::result::Result<(), S::Error> {
-        for LazyTensor { name, shape, .. } in self.state_tensors() {
-            let problem = match state.shape(&name) {
-                None => format!("{name} is missing; was it saved with other options?"),
-                Some(found) if found != shape => {
-                    format!(
-                        "{name} has shape {found:?}, this run's is {shape:?}; was it saved with another rank or model?"
-                    )
-                }
-                Some(_) => continue,
-            };
-            return Err(Error::State(problem).into());
-        }
-        let names: Vec<String> = self.trained().map(|(name, _)| name).collect();
-        let Trainer { model, states, .. } = self;
-        let (backend, params) = model.parameters_mut();
-        let params = params.into_iter().filter(|param| param.is_trained());
-        for ((param, optimizer), name) in params.zip(states).zip(names) {
-            let [rows, cols] = backend.shape(&param.value);
-            param.value = backend.upload(&state.values(&name)?, rows, cols);
-            optimizer.set(backend, |part| state.values(&format!("{name}.{part}")))?;
-        }
-        self.model.refresh();
-        self.clear_gradients();
-        (self.step, self.micro_step) = (state.step(), state.micro_step());
-        Ok(())
-    }
-
     fn trained(&self) -> impl Iterator<Item = (String, &Param<B::Tensor>)> {
         let adapted = self.model.adapted_modules();
         let is_adapter = self.is_adapter;
@@ -419,91 +299,4 @@ fn dropout(p: f32, key: u64, layer: usize) -> Option<DropoutSource> {
 /// A tensor's shape in files: a single row is a vector.
 fn shape(rows: usize, cols: usize) -> Vec<usize> {
     if rows == 1 { vec![cols] } else { vec![rows, cols] }
-}
-
-/// The loss of the trained positions and its gradient by x, the residual stream after the last block; adds the
-/// gradients of the output layer and the final norm, if they are trained. Positions that are not trained never meet the
-/// output layer.
-fn output_layer<B: Backend>(
-    model: &mut Model<B>,
-    x: B::Tensor,
-    batch: &Packed,
-    loss_scale: f32,
-) -> (LossSum, Option<B::Tensor>) {
-    let Model { backend, norm, config, embedding, lm_head, .. } = model;
-    let trained = backend.gather_rows(&x, &batch.trained);
-    drop(x);
-    let normed = backend.rms_norm(&trained, &norm.value, rms_norm(config));
-    let output = lm_head.as_mut().unwrap_or(embedding);
-    // The gradient is taken out while the weight is read.
-    let mut d_output = output.param_mut().and_then(|param| param.grad.take());
-    let grads = CrossEntropyGrads { scale: loss_scale, weight: d_output.as_mut() };
-    let (losses, d_normed) =
-        backend.linear_cross_entropy(&normed, output.get(), &batch.targets, config.final_softcap, Some(grads));
-    drop(normed);
-    if let Some(param) = output.param_mut() {
-        param.grad = d_output;
-    }
-    let dx = d_normed.map(|d_normed| {
-        let mut dx = backend.zeros(batch.trained.len(), config.hidden_size);
-        let Param { value, grad, .. } = norm;
-        backend.rms_norm_backward(&trained, value, rms_norm(config), &d_normed, &mut dx, grad.as_mut());
-        backend.scatter_rows(&dx, &batch.trained, batch.tokens.len())
-    });
-    (sum(&losses), dx)
-}
-
-fn sum(losses: &[f32]) -> LossSum {
-    LossSum { sum: losses.iter().map(|&loss| f64::from(loss)).sum(), tokens: losses.len() }
-}
-
-impl<B: Backend> Model<B> {
-    /// The loss of a batch, without dropout; keeps no activations.
-    ///
-    /// # Errors
-    /// The batch is inconsistent, or has tokens outside the vocabulary.
-    pub fn evaluate(&self, batch: &MicroBatch) -> Result<LossSum> {
-        self.check_batch(batch)?;
-        Ok(B::run(|| self.loss(&self.pack(batch, true))))
-    }
-
-    fn loss(&self, batch: &Packed) -> LossSum {
-        if batch.trained.is_empty() {
-            return LossSum::default();
-        }
-        let Model { backend, norm, config, .. } = self;
-        let rows = backend.rows(&batch.rows, 0, &config.ropes);
-        let x = backend.gather_rows(&self.hidden(&batch.tokens, &rows), &batch.trained);
-        let normed = backend.rms_norm(&x, &norm.value, rms_norm(config));
-        let (output, cap) = (self.output_weight().get(), config.final_softcap);
-        sum(&backend.linear_cross_entropy(&normed, output, &batch.targets, cap, None).0)
-    }
-
-    /// The batch as it is computed. Rows share nothing where the angles of a token depend on its row's length.
-    fn pack(&self, batch: &MicroBatch, may_share: bool) -> Packed {
-        match may_share && !self.config.ropes.iter().any(Rope::depends_on_length) {
-            true => Packed::sharing(batch),
-            false => Packed::whole(batch),
-        }
-    }
-
-    fn check_batch(&self, batch: &MicroBatch) -> Result<()> {
-        let MicroBatch { tokens, targets, row_lengths } = batch;
-        self.check_tokens(tokens)?;
-        if targets.len() != tokens.len() {
-            let message = format!("{} tokens have {} targets", tokens.len(), targets.len());
-            return Err(Error::Batch(message));
-        }
-        let rows: usize = row_lengths.iter().sum();
-        if rows != tokens.len() || row_lengths.contains(&0) {
-            let message = format!("row lengths {row_lengths:?} do not cover {} tokens", tokens.len());
-            return Err(Error::Batch(message));
-        }
-        let vocabulary = self.config.vocab_size;
-        if let Some(&target) = targets.iter().find(|&&t| t != IGNORE && t as usize >= vocabulary) {
-            let message = format!("target {target} is outside the vocabulary of {vocabulary}");
-            return Err(Error::Batch(message));
-        }
-        Ok(())
-    }
 }
