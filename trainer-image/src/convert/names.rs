@@ -1,5 +1,14 @@
 //! What GGUF calls the tensors of a block, and how it orders the rows of queries and keys.
 
+/// Divisors of the rotary frequencies of long rows and of short ones.
+pub(super) const LONGROPE_FACTORS: [&str; 2] = ["rope_factors_long.weight", "rope_factors_short.weight"];
+
+/// Divisors of the rotary frequencies, which Llama 3.1 and its successors have.
+pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// The tensors that become part of `config.json`.
+pub(super) const CONFIGURING: [&str; 3] = [LONGROPE_FACTORS[0], LONGROPE_FACTORS[1], ROPE_FACTORS];
+
 /// Linear layers of a block, as GGUF and Hugging Face call them.
 pub(super) const LINEAR: [(&str, &str); 9] = [
     ("attn_q", "self_attn.q_proj"),
@@ -50,12 +59,3 @@ mod tests {
         assert_eq!(permute(&halves, 2, 4), gguf);
     }
 }
-
-/// Divisors of the rotary frequencies of long rows and of short ones.
-pub(super) const LONGROPE_FACTORS: [&str; 2] = ["rope_factors_long.weight", "rope_factors_short.weight"];
-
-/// Divisors of the rotary frequencies, which Llama 3.1 and its successors have.
-pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
-
-/// The tensors that become part of `config.json`.
-pub(super) const CONFIGURING: [&str; 3] = [LONGROPE_FACTORS[0], LONGROPE_FACTORS[1], ROPE_FACTORS];
