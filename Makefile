@@ -30,7 +30,7 @@ test: ## Everything that must pass before a commit lands, with the seconds of ea
 	  times="$$times, $$group $$(($$(date +%s) - start)) s"; \
 	done; echo "Passed: $${times#, }. What takes long and rarely breaks is in make test-all."
 
-test-all: test audit oracle fuzz kernel-mutants bench-operator ## The rest too: licences, PyTorch's numbers, damaged files, mutants, 10,000 jobs (4 hours)
+test-all: test audit oracle fuzz kernel-mutants bench-operator ## The rest too: licences, PyTorch's numbers, damaged files, mutants, 10,000 jobs (hours)
 
 # The kernels are left out until device, kernel and emulator no longer import each other.
 lint: rust ## Formatting, clippy, and no cycle of imports between modules

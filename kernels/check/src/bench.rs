@@ -76,6 +76,11 @@ impl Bench {
         }
     }
 
+    /// Whether new memory holds 0xff, so that what has been written differs. The emulation knows without that.
+    pub fn fills(&self) -> bool {
+        self.emulator().is_none() && !UNFILLED.load(Ordering::Relaxed)
+    }
+
     /// A number in [−1, 1), the same in each bench.
     pub fn random(&self) -> f32 {
         let mut state = self.random.get();
@@ -99,7 +104,7 @@ impl Bench {
     pub fn empty<T>(&self, name: &str, count: usize) -> Buffer<'_, T> {
         let bytes = count * size_of::<T>();
         let at = self.keep(self.device().allocate(bytes, name));
-        if self.emulator().is_none() && !UNFILLED.load(Ordering::Relaxed) {
+        if self.fills() {
             // SAFETY: it has just been allocated with so many bytes.
             done(unsafe { self.device().fill(Stream::Main, at, 0xff, bytes) });
         }

@@ -78,6 +78,12 @@ fn every_check_passes_by_way_of_the_driver() {
 }
 
 #[test]
+fn checks_can_do_without_filled_memory() {
+    let Outcome { is_success, said } = gpu_check(&["run", "low_rank::", "norm::", "--unfilled"], &products(), true);
+    assert!(is_success, "{said}");
+}
+
+#[test]
 fn checks_run_in_processes_of_their_own_and_a_failure_is_counted() {
     let Outcome { is_success, said } = gpu_check(&["checks", "norm::"], &products(), true);
     assert!(is_success && said.contains("ok      norm::backward_is_that_of_f64"), "{said}");

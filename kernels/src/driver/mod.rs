@@ -303,7 +303,8 @@ impl Device for Gpu {
         self.check()?;
         // SAFETY: whoever asks gives it back.
         let at = unsafe { result::malloc_host(bytes.max(1), 0) };
-        Ok(at.map_err(|error| self.failed("page-locked memory of the host", error))?.cast())
+        // The device goes on without it.
+        Ok(at.map_err(|error| failed("page-locked memory of the host", error))?.cast())
     }
 
     unsafe fn release_host(&self, at: *mut u8, _: usize) {

@@ -155,6 +155,8 @@ int cuMemAllocAsync(uint64_t* at, size_t bytes, void*) {
   if (used + bytes > total()) return OUT_OF_MEMORY;
   *at = reinterpret_cast<uint64_t>(emu_fast_allocate(bytes, "device memory", false));
   if (!*at) return OUT_OF_MEMORY;
+  // A driver leaves whatever was there.
+  memset(reinterpret_cast<void*>(*at), 0x5a, bytes);
   buffers[*at] = bytes;
   used += bytes;
   return SUCCESS;

@@ -29,7 +29,7 @@ struct Arguments {
     /// The GPU, by its number among those that the driver sees.
     #[arg(long, default_value_t = 0, global = true)]
     device: usize,
-    /// One part alone, instead of the first five.
+    /// One part alone. Without it: card, checks, sanitizer and floors.
     #[command(subcommand)]
     part: Option<Part>,
 }

@@ -30,7 +30,10 @@ pub(crate) fn run(device: usize) -> usize {
     for tool in TOOLS {
         let start = Instant::now();
         let mut sanitizer = Command::new(&program);
-        sanitizer.args(["--tool", tool, "--error-exitcode", &FOUND.to_string()]).arg(&checks);
+        // Calls that the driver refuses are among what is checked, and how we learn how many arguments a kernel has.
+        sanitizer
+            .args(["--tool", tool, "--error-exitcode", &FOUND.to_string(), "--report-api-errors", "no"])
+            .arg(&checks);
         sanitizer.args(["run", "--device", &device.to_string()]);
         if tool == "initcheck" {
             sanitizer.arg("--unfilled");
