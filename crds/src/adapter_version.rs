@@ -103,7 +103,7 @@ pub enum ArtifactType {
 }
 
 impl Method {
-    /// What a run of this method publishes.
+    /// The type of the files that a run of this method publishes.
     pub fn artifact_type(&self) -> ArtifactType {
         match self {
             Self::Full => ArtifactType::FullModel,

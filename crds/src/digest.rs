@@ -13,7 +13,7 @@ use crate::{
     run::{PreflightReport, RunSpec},
 };
 
-/// What goes into the digest, in the order in which it is written. How often a run logs and saves is left out, and so are
+/// The inputs of the digest, in the order in which it is written. How often a run logs and saves is left out, and so are
 /// recomputation and the gates: they change nothing in the weights. How often it evaluates goes in where evaluations decide
 /// which weights are published.
 #[derive(Serialize)]
@@ -102,7 +102,7 @@ pub fn input_digest(spec: &RunSpec, method: &Method, preflight: &PreflightReport
         early_stopping_threshold: early_stopping_threshold.unwrap_or_default(),
         load_best_model_at_end,
     });
-    // What the URIs lead to is in the data's digest.
+    // The data's digest covers the files behind the URIs.
     let Dataset {
         train: _,
         eval: _,

@@ -171,7 +171,7 @@ pub struct Dataset {
         "self.all(name, name in ['{}'] && self[name].size() >= 1 && self[name].size() <= 253)", COLUMNS.join("', '")
     ), "the names on the left are the format's columns, such as prompt, completion or messages; on the right, the files' own")))]
     pub columns: BTreeMap<String, String>,
-    /// What happens if rows can't be used. Error: the job fails, and the message names the first ten rows. Skip:
+    /// Sets what happens if rows can't be used. Error: the job fails, and the message names the first ten rows. Skip:
     /// these rows are left out and counted.
     #[serde(default)]
     pub on_bad_row: OnBadRow,
@@ -347,7 +347,7 @@ pub struct FineTuneJobStatus {
     /// One word for what the job does now.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub phase: Option<FineTuneJobPhase>,
-    /// What the job does now, in one sentence, or why it waits or failed and what to change.
+    /// Says in one sentence what the job does now, or why it waits or failed and what to change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
     /// The generation of the spec that this status is about.
@@ -364,7 +364,7 @@ pub struct FineTuneJobStatus {
     /// Steps, losses and speed of the training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
-    /// What the run asks the cluster for, with the estimates that it follows from.
+    /// The resources that the run asks the cluster for, with the estimates that it follows from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
     /// Name of the newest AdapterVersion that this job led to and that passed its gates.
@@ -377,7 +377,7 @@ pub struct FineTuneJobStatus {
     pub history: Vec<RunRecord>,
 }
 
-/// What the job does now: Pending (nothing started), Preflight (a pod checks model and data), Queued (waits for
+/// The present state of the job: Pending (nothing started), Preflight (a pod checks model and data), Queued (waits for
 /// quota, admission or a node), Starting, Running (trains), Publishing (writes and verifies the files), Succeeded,
 /// Failed or Suspended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]

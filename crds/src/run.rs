@@ -18,7 +18,7 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// The kubelet keeps this much of a termination message, in bytes.
 pub const MAX_REPORT_BYTES: usize = 4096;
 
-/// What a `preflight` or `train` pod works on.
+/// The task of a `preflight` or `train` pod.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RunSpec {
@@ -31,7 +31,7 @@ pub struct RunSpec {
     /// The digest that the user pinned it to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_digest_pin: Option<String>,
-    /// What to learn from.
+    /// The training data.
     pub dataset: Dataset,
     /// How to train; None in a preflight whose job leaves it to Auto.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -41,14 +41,14 @@ pub struct RunSpec {
     pub lora: Lora,
     /// The training loop.
     pub training: Training,
-    /// What to measure after the last step.
+    /// The measurements after the last step.
     #[serde(default)]
     pub evaluation: Evaluation,
     /// Name of the adapter.
     pub adapter_name: String,
     /// Folder of the adapter's versions and checkpoints is `<output>/<adapterName>`.
     pub output: Uri,
-    /// What only a training pod knows.
+    /// The part of a task that only a training pod has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<TrainTask>,
 }
@@ -69,7 +69,7 @@ pub struct JobRef {
     pub run: u32,
 }
 
-/// What only a training pod knows.
+/// The part of a task that only a training pod has.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TrainTask {
@@ -77,9 +77,9 @@ pub struct TrainTask {
     pub version: u32,
     /// Digest of all that decides the result.
     pub input_digest: String,
-    /// What preflight found; the training refuses inputs that changed since.
+    /// As preflight found it; the training refuses inputs that changed since.
     pub base_digest: String,
-    /// What preflight found; the training refuses inputs that changed since.
+    /// As preflight found it; the training refuses inputs that changed since.
     pub dataset_digest: String,
     /// The trainer's own image, for the record.
     pub trainer_image: String,
@@ -169,7 +169,7 @@ impl RunSpec {
     }
 }
 
-/// What a `verify` pod works on.
+/// The task of a `verify` pod.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct VerifySpec {
@@ -179,7 +179,7 @@ pub struct VerifySpec {
     pub artifact: Artifact,
 }
 
-/// What an `inspect` pod works on: versions that are read with the same credentials.
+/// The task of an `inspect` pod: versions that are read with the same credentials.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct InspectSpec {
@@ -205,11 +205,11 @@ pub struct Inspected {
 pub struct RunReport {
     /// [`SCHEMA_VERSION`].
     pub schema_version: u32,
-    /// What came of it.
+    /// The outcome.
     pub outcome: Outcome,
 }
 
-/// What came of a pod's work.
+/// The outcome of a pod's work.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind")]
 pub enum Outcome {
@@ -228,7 +228,7 @@ pub enum Outcome {
     },
     /// An error; the exit code says whether it is final ([`crate::names::exit_code`]).
     Failed {
-        /// What is wrong and what to do, for the user. Never holds credentials.
+        /// Says what is wrong and what to do, for the user. Never holds credentials.
         message: String,
     },
 }
@@ -318,17 +318,17 @@ pub struct TrainReport {
     pub execution: Execution,
 }
 
-/// What a verification found.
+/// The findings of a verification.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct VerifyReport {
     /// Whether the files are as the manifest says.
     pub verdict: Verdict,
-    /// What differs, for the user; empty if nothing does.
+    /// Says what differs, for the user; empty if nothing does.
     pub message: String,
 }
 
-/// What an inspection found.
+/// The findings of an inspection.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct InspectReport {
@@ -345,7 +345,7 @@ pub struct InspectReport {
 pub struct Finding {
     /// Name of the AdapterVersion.
     pub name: String,
-    /// What is wrong with it.
+    /// Says what is wrong with it.
     pub verdict: Verdict,
     /// The first file that is gone or differs, and how.
     pub message: String,
@@ -362,17 +362,17 @@ pub enum Verdict {
     Missing,
 }
 
-/// What `GET /progress` of a training pod answers.
+/// The answer of a training pod to `GET /progress`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LiveProgress {
-    /// What the pod is doing.
+    /// The phase that the pod is in.
     pub stage: TrainStage,
     /// How far it is.
     pub progress: Progress,
 }
 
-/// What a training pod is doing.
+/// The phase of a training pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TrainStage {
     /// Fetches model, data and checkpoint.

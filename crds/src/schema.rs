@@ -1,4 +1,4 @@
-//! What several schemas share.
+//! Parts that several schemas share.
 
 /// A JSON object whose fields the API server leaves as they are: what is recorded in it stays valid, whatever rules a later
 /// release has for new objects.
@@ -6,7 +6,7 @@ pub(crate) fn any_object(_: &mut schemars::SchemaGenerator) -> schemars::Schema 
     schemars::json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }
 
-/// What a count that is seldom there says to serde.
+/// Tells serde to leave out a count of 0.
 pub(crate) fn is_zero(count: &u64) -> bool {
     *count == 0
 }

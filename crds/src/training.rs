@@ -60,14 +60,14 @@ pub struct Training {
     /// A gradient with a larger norm is scaled down to this norm. 0 does not clip.
     #[schemars(extend("x-kubernetes-validations" = rule("self >= 0.0", "must not be negative")))]
     pub max_grad_norm: f64,
-    /// What happens if the loss or the gradient of a step is NaN or infinite. Stop ends the run, and the message
+    /// Sets what happens if the loss or the gradient of a step is NaN or infinite. Stop ends the run, and the message
     /// names the rows. Skip leaves the update of that step out and counts it; after 10 such steps in a row the run
     /// ends all the same.
     pub on_non_finite: OnNonFinite,
     /// Most tokens of a row. overflow says what happens to longer rows. A larger number needs more memory.
     #[schemars(range(min = 2, max = 1_048_576))]
     pub max_length: u32,
-    /// What happens to rows longer than maxLength. Truncate cuts off their end. Drop leaves them out. Error fails the
+    /// Sets what happens to rows longer than maxLength. Truncate cuts off their end. Drop leaves them out. Error fails the
     /// job. Preflight counts these rows.
     pub overflow: Overflow,
     /// True fills sequences of maxLength tokens with several whole rows each (best fit). Rows never attend to each
@@ -214,7 +214,7 @@ pub enum OnNonFinite {
     Skip,
 }
 
-/// What must hold between the options of the training loop: CEL rules, each with its message.
+/// The conditions between the options of the training loop: CEL rules, each with its message.
 const TRAINING_RULES: [(&str, &str); 10] = [
     (
         "!has(self.globalBatchSize) || self.gradientAccumulationSteps == 1",

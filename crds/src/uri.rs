@@ -43,13 +43,13 @@ const PATTERN: &str = concat!(
     "/*)$"
 );
 
-/// What a data set on the Hub begins with.
+/// The beginning of a data set on the Hub.
 const DATASETS: &str = "hf://datasets/";
 
 /// The shape that the CRD demands of a data set on the Hub.
 const DATASET_PATTERN: &str = concat!("^hf://datasets/", repository!(), "$");
 
-/// What leads out of a bucket, a repository or a volume.
+/// Parts of a path that lead out of a bucket, a repository or a volume.
 const DOTS: &str = r"^(s3|gs|az|hf|pvc)://[^/]+(/.*)?/\.\.?(/.*)?$";
 
 /// The message of the CEL rule.
@@ -175,7 +175,7 @@ impl Uri {
         }
     }
 
-    /// What Hugging Face's tools find the model by: a repository's own name, else the URI; and the repository's revision.
+    /// The name by which Hugging Face's tools find the model: a repository's own name, else the URI; and the repository's revision.
     pub fn model_name(&self) -> (String, Option<&str>) {
         match self {
             Self::Hub { repo, revision, path } if path.is_empty() => (repo.clone(), revision.as_deref()),
