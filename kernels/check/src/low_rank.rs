@@ -13,6 +13,7 @@ listed![
     products_of_each_rank_are_those_of_f64,
     parts_are_added_in_their_order,
     one_part_walks_over_all,
+    nothing_beyond_the_end_is_multiplied,
     gradients_of_micro_batches_are_summed_and_scaled,
     a_scale_of_zero_adds_nothing,
     tokens_beyond_two_to_the_31_elements_are_found,
@@ -277,6 +278,26 @@ fn one_part_walks_over_all() {
         let sizes = case.sizes();
         assert_eq!([sizes.split_down(1), sizes.split_up(1), sizes.split_gradient(1)].map(|split| split.parts), [1; 3]);
         case.check(&SEEDS);
+    }
+}
+
+fn nothing_beyond_the_end_is_multiplied() {
+    // Whole tiles in each direction: all the products of m16n8k16 that there are, and no more.
+    const SIDE: usize = 128;
+    for side in SIDES {
+        let case = Case { multiprocessors: 1, ..Case::of(SIDE, SIDE, Rank::R16, side) };
+        let bench = Bench::new(0);
+        let Some(emulator) = bench.emulator() else { return };
+        let (matrix, h) = (bench.bf16s(SIDE * SIDE), bench.bf16s(SIDE * 16));
+        let (factor, before) = (bench.bf16s(16 * SIDE), bench.randoms(16 * SIDE));
+        let multiplied = || emulator.take_statistics().unwrap().multiplications as usize;
+        multiplied();
+        case.down(&bench, &matrix, &factor);
+        assert_eq!(multiplied(), SIDE * SIDE * 16 / (16 * 8 * 16), "down");
+        case.up(&bench, &matrix, &h, &factor);
+        assert_eq!(multiplied(), SIDE * SIDE * 16 / (16 * 8 * 16), "up");
+        case.gradient(&bench, &before, &matrix, &h);
+        assert_eq!(multiplied(), SIDE * SIDE * 16 / (16 * 8 * 16), "gradient");
     }
 }
 
